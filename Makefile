@@ -1,0 +1,68 @@
+# Commands of the project; `make help` lists them. Needs python3 (3.11 or later, with venv and headers), a C compiler
+# and make; everything else goes into $(VENV). The build here has the crash points of ext/point.h, for the tests.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BUILD  := pyproject.toml setup.cfg $(wildcard ext/*.pyx ext/*.[ch])
+C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format sanitize spec bench clean
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed  ## a multi-process database buffer, with a rogue and a kill in it, 15 s (ARGS=--help)
+	@$(BIN)/python examples/database_buffer.py $(ARGS)
+
+test: $(VENV)/tested  ## the whole test suite, below 10 minutes (ARGS='-k fork')
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/linted  ## ruff, clang-format, mypy --strict, stubtest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C)
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest pyshare._core --allowlist tests/stubtest.txt
+
+format: $(VENV)/linted  ## what lint wants to see
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C)
+
+sanitize: $(VENV)/tested  ## the core's stress tests under ThreadSanitizer, AddressSanitizer and UBSan
+	$(BIN)/python -m pytest tests/test_sanitize.py --stress $(ARGS)
+
+spec: $(VENV)/tested  ## check the protocol's model with Spin, every configuration
+	$(BIN)/python spec/run.py $(ARGS)
+
+bench: $(VENV)/installed  ## how long a change takes to reach everybody (ARGS=--quick)
+	$(BIN)/python -m pyshare bench $(ARGS)
+
+clean:          ## remove what the others made
+	rm -rf $(VENV) build *.egg-info pyshare/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/installed: $(VENV)/pyvenv.cfg $(BUILD)
+	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable .
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable '.[test]'
+	@command -v spin >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get -qq update && apt-get -qq install -y spin; } >/dev/null 2>&1; } || \
+	  echo 'pyshare: no Spin, so the model is not checked (Debian and Ubuntu: apt install spin)'
+	@touch $@
+
+$(VENV)/linted: $(VENV)/installed
+	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable '.[test,lint]'
+	@touch $@
+
+, := ,
+need = @$(PYTHON) -c 'import sys; $(1)' 2>/dev/null || { echo 'pyshare: $(2)' >&2; exit 1; }
+$(VENV)/pyvenv.cfg:
+	$(call need,assert sys.version_info >= (3$(,) 11),needs Python 3.11 or later; say make PYTHON=/path/to/python3)
+	$(call need,import venv$(,) ensurepip,$(PYTHON) lacks venv (Debian and Ubuntu: apt install python3-venv))
+	$(call need,import os$(,) sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h"),$(PYTHON) lacks Python.h (Debian and Ubuntu: apt install python3-dev))
+	$(call need,import shutil; assert shutil.which("$(firstword $(CC))"),no C compiler "$(CC)" (Debian and Ubuntu: apt install gcc))
+	$(PYTHON) -m venv --clear $(VENV)

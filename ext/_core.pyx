@@ -1,0 +1,435 @@
+# cython: language_level=3, binding=True, embedsignature=True, embedsignature.format=python
+# cython: auto_pickle=False, autotestdict=False
+"""_core: the binding.
+
+Lives here: the extern block, the handle class with its buffer protocol, and
+the one table from result codes to exceptions.  Not here: protocol (ext/*.c),
+checks of arguments that need no C (pyshare/_region.py).
+Invariants: nothing of Python is held while the core waits; what the core did
+is over, and its lock released, before the GIL is taken again.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+
+import errno
+import math
+import os
+import sys
+
+from pyshare import _errors
+
+cdef extern from "sys.h" nogil:
+    int64_t PS_NEVER
+    int64_t ps_sys_now()
+
+cdef extern from "core.h" nogil:
+    enum:
+        PS_SLOTS_MAX
+        PS_NAME_MAX
+        PS_REGIONS_MAX
+        PS_SLOT_FENCED
+        PS_CAN_UFFD
+        PS_ECORRUPT
+        PS_EFULL
+        PS_ECLOSED
+        PS_EREFUSED
+        PS_ETIMEOUT
+        PS_ESIGNAL
+        PS_EREGIONS
+    struct ps_region:
+        pass
+    struct ps_outcome:
+        uint64_t generation
+        uint32_t failed_pid
+        uint32_t silent
+        uint32_t *pids
+    struct ps_author:
+        bint known
+        uint64_t generation
+        uint32_t pid
+        uint64_t time
+    struct ps_refusal:
+        uint64_t page
+        uint32_t actual
+        uint32_t required
+        ps_author author
+    struct ps_participant:
+        uint32_t pid
+        uint32_t tid
+        uint32_t capabilities
+        uint32_t flags
+        uint64_t applied
+        bint alive
+    int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd)
+    int ps_attach(int fd, int name_fd, int64_t deadline, ps_region **region, ps_outcome *outcome,
+                  const char **field)
+    int ps_close(ps_region *region)
+    void ps_release(ps_region *region)
+    int ps_ready(ps_region *region, ps_outcome *outcome)
+    const char *ps_corrupt_field(const ps_region *region)
+    void *ps_address(const ps_region *region)
+    uint64_t ps_size(const ps_region *region)
+    uint64_t ps_generation(const ps_region *region)
+    const char *ps_name(const ps_region *region)
+    int ps_fd(ps_region *region)
+    int ps_change(ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
+                  ps_outcome *outcome)
+    int ps_await(ps_region *region, uint64_t generation, int64_t deadline, ps_outcome *outcome)
+    uint32_t ps_protection(const ps_region *region, uint64_t page)
+    uint64_t ps_run(ps_region *region, uint64_t page, uint32_t *prot)
+    int ps_read(ps_region *region, uint64_t offset, void *to, uint64_t length, ps_refusal *refusal)
+    int ps_write(ps_region *region, uint64_t offset, const void *data, uint64_t length, ps_refusal *refusal)
+    int ps_name_format(int name_fd, int region_fd)
+    int ps_name_find(int name_fd, int *region_fd)
+    int ps_name_leads_to(int name_fd, int region_fd)
+    int ps_name_of(int region_fd, char *name, const char **field)
+
+# Two things that Cython's own declarations hide from us.
+cdef extern from *:
+    """
+    #include "core.h"
+    /* A name that is a type and a function in C; Cython keeps one namespace. */
+    static int look_at_slot(struct ps_region *region, uint32_t slot, struct ps_participant *out) {
+        return ps_participant(region, slot, out);
+    }
+    /* Who else uses a memoryview: exports of it, and other views that share its buffer. */
+    static Py_ssize_t others_on_view(PyObject *view) {
+        PyMemoryViewObject *self = (PyMemoryViewObject *)view;
+        return self->exports + self->mbuf->exports - 1;
+    }
+    """
+    int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
+    Py_ssize_t others_on_view(object view)
+
+PAGE_SIZE = 4096
+MAX_PARTICIPANTS = PS_SLOTS_MAX
+NAME_MAX = PS_NAME_MAX
+LARGE = 1 << 16  # bytes from which a copy lets other threads run
+_is_finalizing = sys.is_finalizing
+
+
+def deadline_of(timeout):
+    """A timeout in seconds, or None, as an absolute deadline of the core."""
+    if timeout is None:
+        return INT64_MAX
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be seconds or None, not {timeout!r}")
+    if math.isnan(timeout) or timeout < 0:
+        raise ValueError(f"timeout must be 0 or more seconds, or None to wait for ever, not {timeout!r}")
+    if timeout > 1e9:
+        return INT64_MAX
+    return ps_sys_now() + int(timeout * 1_000_000_000)
+
+
+cdef raise_code(int code, str doing, str field=None):
+    """The one table from results of the core to exceptions."""
+    if code == PS_ECLOSED:
+        raise _errors.RegionClosed(
+            f"{doing}: the region is closed in this process; attach it again by its name or a descriptor")
+    if code == PS_ECORRUPT:
+        raise _errors.CorruptRegion(
+            f"{doing}: not a pyshare region, or a damaged one: its {field} cannot be right", field=field)
+    if code == PS_EFULL:
+        raise _errors.ParticipantLimit(
+            f"{doing}: every slot of the region is taken; create it with a larger max_participants")
+    if code == PS_EREGIONS:
+        raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
+    raise OSError(-code, f"{doing}: {os.strerror(-code)}")
+
+
+cdef list pids_of(ps_outcome *outcome):
+    cdef uint32_t i
+    return sorted({outcome.pids[i] for i in range(outcome.silent)})
+
+
+cdef raise_timeout(ps_outcome *outcome, str doing):
+    pids = pids_of(outcome)
+    who = ", ".join(map(str, pids))
+    if outcome.generation:
+        message = (f"{doing}: change {outcome.generation} is made, but pid {who} has not acknowledged it in time; "
+                   "it applies the change before anything else it acknowledges")
+    else:
+        message = f"{doing}: nothing was changed: pid {who} held the region's lock, or was silent, until the timeout"
+    raise _errors.PropagationTimeout(message, pids=pids, generation=outcome.generation or None)
+
+
+cdef class Handle:
+    """One participation of this process in one region; the base of Region."""
+
+    cdef ps_region *region
+    cdef Py_ssize_t exports  # buffers that others hold
+    cdef Py_ssize_t calls    # threads inside the core
+    cdef object view         # the cached memoryview of .buf
+    cdef object __weakref__
+
+    cdef enter(self, str doing):
+        """Before the core is called: a participant, and not closed under our feet."""
+        cdef ps_outcome outcome
+        cdef int rc
+        if self.region is NULL:
+            raise_code(PS_ECLOSED, doing)
+        self.calls += 1
+        with nogil:
+            rc = ps_ready(self.region, &outcome)
+        if rc:
+            self.calls -= 1
+            if rc == PS_ETIMEOUT:
+                raise_timeout(&outcome, f"{doing}: rejoining after fork")
+            raise_code(rc, doing, self.corrupt_field())
+
+    cdef corrupt_field(self):
+        cdef const char *field = ps_corrupt_field(self.region)
+        return None if field is NULL else field.decode()
+
+    # -- Buffer protocol --
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.enter("buffer")
+        try:
+            PyBuffer_FillInfo(buffer, self, ps_address(self.region), <Py_ssize_t>ps_size(self.region), 0, flags)
+            self.exports += 1
+        finally:
+            self.calls -= 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    # -- Life --
+
+    def _exported(self):
+        """Is anybody but the cached view using the memory?"""
+        if self.view is None:
+            return self.exports > 0 or self.calls > 0
+        return self.exports > 1 or self.calls > 0 or others_on_view(self.view) > 0
+
+    def _close(self):
+        if self._exported():
+            raise BufferError(
+                "cannot close: memoryviews or arrays of the region exist, or another thread is using it; "
+                "release them first")
+        if self.view is not None:
+            self.view.release()
+            self.view = None
+        cdef ps_region *region = self.region
+        cdef int rc
+        self.region = NULL
+        with nogil:
+            rc = ps_close(region)
+            ps_release(region)
+
+    def __dealloc__(self):
+        # At interpreter exit daemon threads may still store: the kernel cleans up after all of them.
+        if self.region is not NULL and not _is_finalizing():
+            ps_close(self.region)
+            ps_release(self.region)
+
+    # -- What it is --
+
+    def _is_open(self):
+        return self.region is not NULL
+
+    def _view(self):
+        if self.view is None:
+            self.view = memoryview(self)
+        return self.view
+
+    def _facts(self):
+        """(name, size, address, generation), of an open region."""
+        self.enter("region")
+        try:
+            return (ps_name(self.region).decode() or None, ps_size(self.region),
+                    <size_t>ps_address(self.region), ps_generation(self.region))
+        finally:
+            self.calls -= 1
+
+    def _fileno(self):
+        cdef int fd
+        self.enter("fileno")
+        fd = ps_fd(self.region)
+        self.calls -= 1
+        if fd < 0:
+            raise_code(fd, "fileno")
+        return fd
+
+    def _participants(self):
+        """[(pid, tid, applied, alive, capabilities, fenced)] of the live slots."""
+        cdef ps_participant one
+        cdef uint32_t slot = 0
+        cdef int rc
+        found = []
+        self.enter("participants")
+        try:
+            while True:
+                with nogil:
+                    rc = look_at_slot(self.region, slot, &one)
+                if rc < 0:
+                    return found
+                if rc:
+                    found.append((one.pid, one.tid, one.applied, bool(one.alive), one.capabilities,
+                                  bool(one.flags & PS_SLOT_FENCED)))
+                slot += 1
+        finally:
+            self.calls -= 1
+
+    # -- Protection --
+
+    def _change(self, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline):
+        cdef ps_outcome outcome
+        cdef int rc
+        self.enter("mprotect")
+        try:
+            with nogil:
+                rc = ps_change(self.region, offset, length, prot, deadline, &outcome)
+            while rc == PS_ESIGNAL:
+                # Whatever was published is committed, and nothing is locked: the handler may do as it likes.
+                PyErr_CheckSignals()
+                with nogil:
+                    if outcome.generation:
+                        rc = ps_await(self.region, outcome.generation, deadline, &outcome)
+                    else:
+                        rc = ps_change(self.region, offset, length, prot, deadline, &outcome)
+            if rc == PS_ETIMEOUT:
+                raise_timeout(&outcome, "mprotect")
+            if rc < 0 and outcome.failed_pid:
+                raise OSError(-rc, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it was undone "
+                                   f"everywhere: {os.strerror(-rc)}")
+            if rc:
+                raise_code(rc, "mprotect", self.corrupt_field())
+            return outcome.generation
+        finally:
+            self.calls -= 1
+
+    def _protection(self, uint64_t page):
+        self.enter("protection")
+        try:
+            return ps_protection(self.region, page)
+        finally:
+            self.calls -= 1
+
+    def _runs(self, uint64_t pages):
+        """[(first page, pages, protection)]"""
+        cdef uint64_t page = 0, run
+        cdef uint32_t prot
+        runs = []
+        self.enter("protections")
+        try:
+            while page < pages:
+                with nogil:
+                    run = ps_run(self.region, page, &prot)
+                if runs and runs[-1][2] == prot:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + run, prot)
+                else:
+                    runs.append((page, run, prot))
+                page += run
+            return runs
+        finally:
+            self.calls -= 1
+
+    # -- Data --
+
+    cdef refused(self, int rc, ps_refusal *refusal, str doing):
+        if rc != PS_EREFUSED:
+            raise_code(rc, doing)
+        author = refusal.author
+        raise _errors.ProtectionError._of(
+            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, refusal.required, refusal.actual,
+            author.generation if author.known else None, author.pid if author.known else None)
+
+    def _read(self, uint64_t offset, uint64_t length):
+        cdef ps_refusal refusal
+        cdef int rc
+        cdef char *to
+        self.enter("read")
+        try:
+            data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>length)
+            to = PyBytes_AS_STRING(data)
+            if length < LARGE:
+                rc = ps_read(self.region, offset, to, length, &refusal)
+            else:
+                with nogil:
+                    rc = ps_read(self.region, offset, to, length, &refusal)
+            if rc:
+                self.refused(rc, &refusal, "read")
+            return data
+        finally:
+            self.calls -= 1
+
+    def _write(self, uint64_t offset, data, uint64_t size):
+        cdef ps_refusal refusal
+        cdef Py_buffer source
+        cdef int rc
+        PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
+        try:
+            if offset + <uint64_t>source.len > size:
+                raise ValueError(f"write of {source.len} bytes at offset {offset} ends behind the region's {size} bytes")
+            self.enter("write")
+            try:
+                if source.len < LARGE:
+                    rc = ps_write(self.region, offset, source.buf, <uint64_t>source.len, &refusal)
+                else:
+                    with nogil:
+                        rc = ps_write(self.region, offset, source.buf, <uint64_t>source.len, &refusal)
+                if rc:
+                    self.refused(rc, &refusal, "write")
+            finally:
+                self.calls -= 1
+        finally:
+            PyBuffer_Release(&source)
+
+
+def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, str name):
+    """A new region's descriptor; nobody participates yet."""
+    cdef int fd = -1
+    cdef int rc = ps_create(size, prot, slots, mode, name.encode(), &fd)
+    if rc:
+        raise_code(rc, "create")
+    return fd
+
+
+def attach(cls, int fd, int name_fd, int64_t deadline):
+    """A participant: an instance of `cls`, which derives from Handle."""
+    cdef ps_outcome outcome
+    cdef const char *field = NULL
+    cdef ps_region *region
+    cdef int rc
+    cdef Handle handle = cls.__new__(cls)
+    with nogil:
+        rc = ps_attach(fd, name_fd, deadline, &region, &outcome, &field)
+    if rc == PS_ETIMEOUT:
+        raise_timeout(&outcome, "attach")
+    if rc:
+        raise_code(rc, "attach", None if field is NULL else field.decode())
+    handle.region = region
+    return handle
+
+
+def name_format(int name_fd, int region_fd):
+    cdef int rc = ps_name_format(name_fd, region_fd)
+    if rc:
+        raise_code(rc, "create")
+
+
+def name_find(int name_fd):
+    """A descriptor of the region that an entry leads to, or -errno / a core code."""
+    cdef int fd = -1
+    cdef int rc = ps_name_find(name_fd, &fd)
+    return rc if rc else fd
+
+
+def name_leads_to(int name_fd, int region_fd):
+    return ps_name_leads_to(name_fd, region_fd) == 1
+
+
+def name_of(int region_fd):
+    """The name a region was created with, or None; CorruptRegion, OSError."""
+    cdef char name[PS_NAME_MAX + 8]
+    cdef const char *field = NULL
+    cdef int rc = ps_name_of(region_fd, name, &field)
+    if rc:
+        raise_code(rc, "attach", None if field is NULL else field.decode())
+    return name.decode() or None

@@ -1,0 +1,333 @@
+/* agent.c - the native thread that follows the map for its process.
+ *
+ * Lives here: starting and stopping the agent, joining, and following:
+ *
+ *   J1_claim  a slot is ours (slot.c)         A1_wait   sleep on the generation
+ *   J2_lock   writer lock taken               A2_apply  page tables follow the map
+ *   J3_apply  page tables follow the map      A3_fail   they could not: error, or fence
+ *   J4_live   status LIVE; unlock             A4_ack    acknowledge
+ *   L1_unmap  the data is no-access           L2_leave  status FREE (slot.c)
+ *
+ * Invariants
+ *  1. The agent never takes the GIL, a malloc or stdio lock; all signals are
+ *     blocked in it.
+ *  2. Its table of descriptors is private and holds the memfd and the name's
+ *     entry only: nothing that the program closes can be lost with them, and no
+ *     pipe of the program stays open in it.
+ *  3. An acknowledgement follows the page tables: whoever follows holds the page
+ *     lock from the first mprotect to the exchange.
+ *  4. Never more rights than the map gives once `applied` says so: on failure
+ *     the agent reports and is undone, or fences itself.
+ * Runs in: agent; ps_agent_follow and ps_agent_settle also in a caller.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include "participant.h"
+#include "point.h"
+
+#define STACK (256u * 1024u)
+#define LOOK_AGAIN (2 * PS_MS) /* while failed: does anybody still undo for us? */
+
+/* -- Following ------------------------------------------------------------------------------------------------- */
+
+static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
+    if (region->failed || region->fenced || to - from > PS_RING)
+        return ps_engine_apply(region, 0, region->shape.pages);
+    for (uint64_t generation = from + 1; generation <= to; generation++) {
+        struct ps_shm_ring entry;
+        if (!ps_change_read(region, generation, &entry)) /* overwritten meanwhile */
+            return ps_engine_apply(region, 0, region->shape.pages);
+        int rc = ps_engine_apply(region, entry.first, entry.count);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+static void fence(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    ps_engine_fence(region);
+    region->failed = false;
+    region->fenced = true;
+    atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->flags, PS_SLOT_FENCED, memory_order_release);
+}
+
+static bool nobody_undoes(const struct ps_region *region, uint64_t generation) {
+    /* seq_cst: after our acknowledgement, against the caller's store before it stops looking at errors. */
+    return atomic_load_explicit(&ps_header(region)->record.complete, memory_order_seq_cst) >= generation;
+}
+
+static void report(struct ps_region *region, uint64_t generation, int rc) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    struct ps_shm_ring entry;
+    bool undo = ps_change_read(region, generation, &entry) && entry.kind == PS_UNDO;
+    if (rc && (undo || region->fenced || nobody_undoes(region, generation))) {
+        fence(region);
+    } else if (rc) {
+        region->failed = true;
+        /* relaxed: the exchange of the acknowledgement publishes it. */
+        atomic_store_explicit(&slot->error, (generation & PS_ACK_MASK) << 32 | (uint32_t)-rc, memory_order_relaxed);
+        PS_POINT(A3_fail);
+    } else if (region->failed || region->fenced) {
+        region->failed = region->fenced = false;
+        atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
+        atomic_store_explicit(&slot->flags, 0, memory_order_release);
+    }
+}
+
+/* seq_cst exchange, a full barrier: the waiter's flag is read by the very store that it waits for. */
+static bool acknowledge(struct ps_region *region, uint64_t generation) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    atomic_store_explicit(&region->applied, generation, memory_order_relaxed);
+    atomic_store_explicit(&slot->applied, generation, memory_order_relaxed);
+    uint32_t seen =
+        atomic_exchange_explicit(&slot->ack, (uint32_t)generation & PS_ACK_MASK, memory_order_seq_cst);
+    return seen & PS_ACK_WAITING;
+}
+
+void ps_agent_follow(struct ps_region *region, uint64_t generation) {
+    bool waited_for = false;
+    ps_page_lock(region);
+    uint64_t applied = atomic_load_explicit(&region->applied, memory_order_relaxed);
+    if (applied < generation) {
+        PS_POINT(A2_apply);
+        report(region, generation, catch_up(region, applied, generation));
+        PS_POINT(A4_ack);
+        waited_for = acknowledge(region, generation);
+    }
+    ps_page_unlock(region);
+    if (waited_for)
+        ps_sys_wake(&ps_slot(region, region->slot)->ack, 1, FUTEX_BITSET_MATCH_ANY);
+}
+
+/* A change that failed here is undone by a new generation; where the caller gave up instead, nobody undoes it,
+ * and we must not keep rights that the map took away. */
+void ps_agent_settle(struct ps_region *region) {
+    if (!region->failed)
+        return;
+    ps_page_lock(region);
+    if (region->failed && nobody_undoes(region, atomic_load_explicit(&region->applied, memory_order_relaxed)))
+        fence(region);
+    ps_page_unlock(region);
+}
+
+/* Everything, for a joiner, under the writer lock. */
+static int sync_all(struct ps_region *region) {
+    ps_page_lock(region);
+    uint64_t generation = ps_generation(region);
+    int rc = ps_engine_apply(region, 0, region->shape.pages);
+    PS_POINT(J3_apply);
+    if (!rc) {
+        region->failed = region->fenced = false;
+        acknowledge(region, generation);
+    }
+    ps_page_unlock(region);
+    return rc;
+}
+
+/* -- Joining and leaving --------------------------------------------------------------------------------------- */
+
+static int hold_entry(struct ps_region *region) {
+    if (region->entry.fd < 0 || !ps_cached_leads(region->entry.fd, &region->entry))
+        return 0;
+    int entry = ps_sys_reopen(region->entry.fd);
+    if (entry < 0)
+        return entry;
+    if (flock(entry, LOCK_SH | LOCK_NB)) { /* somebody clears it away as stale: it does not lead to us any more */
+        close(entry);
+        return 0;
+    }
+    region->own_entry = entry;
+    return 0;
+}
+
+static int own_descriptors(struct ps_region *region) {
+    int entry = ps_cached_leads(region->entry.fd, &region->entry) ? region->entry.fd : -1;
+    region->tid = ps_sys_gettid();
+    if (!ps_cached_leads(region->memory.fd, &region->memory))
+        return -EBADF;
+    int rc = ps_sys_private_table((int[2]){region->memory.fd, entry});
+    if (rc)
+        return rc;
+    region->own = ps_sys_reopen(region->memory.fd);
+    region->own_entry = -1;
+    rc = region->own < 0 ? region->own : hold_entry(region);
+    /* The copies of the program's own numbers go; what we opened stays. */
+    if (!rc)
+        rc = ps_sys_private_table((int[2]){region->own, region->own_entry});
+    return rc;
+}
+
+static int mark_death(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    atomic_store_explicit(&slot->tid, (uint32_t)region->tid, memory_order_relaxed);
+    /* release: from here on we may hold locks, and whoever finds us holding one finds a word that the kernel marks. */
+    atomic_store_explicit(&slot->live, (uint32_t)region->tid | FUTEX_WAITERS, memory_order_release);
+    return ps_sys_mark_death(&region->robust, &slot->live);
+}
+
+static int join_locked(struct ps_region *region) {
+    PS_POINT(J2_lock);
+    int rc = sync_all(region);
+    if (!rc) {
+        ps_slot_live(region);
+        PS_POINT(J4_live);
+    }
+    ps_unlock(region);
+    return rc;
+}
+
+static int join_slot(struct ps_region *region) {
+    int rc = mark_death(region);
+    if (!rc)
+        rc = ps_region_map_data(region, region->own);
+    if (rc)
+        return rc;
+    uint32_t owner;
+    rc = ps_lock(region, region->join_deadline, &owner);
+    if (rc == -ETIMEDOUT)
+        region->blocker = ps_owner_pid(region, owner);
+    return rc ? rc : join_locked(region);
+}
+
+static void leave(struct ps_region *region) {
+    if (region->epoch) {
+        ps_region_unmap_data(region);
+        PS_POINT(L1_unmap);
+        ps_name_write_row(region, false);
+        ps_slot_leave(region);
+        ps_sys_mark_nothing(&region->robust);
+    }
+    ps_region_reserve(region);
+    close(region->own); /* frees the slot's byte before anybody hears that we have left */
+    if (region->own_entry >= 0)
+        close(region->own_entry);
+}
+
+/* Our predecessor was lost; its slot, the OFD lock (by the mapping) and the mapping itself are still ours. */
+static int succeed(struct ps_region *region) {
+    uint64_t generation = ps_generation(region);
+    ps_page_lock(region);
+    region->failed = true; /* follow everything anew */
+    atomic_store_explicit(&region->applied, generation ? generation - 1 : 0, memory_order_relaxed);
+    ps_page_unlock(region);
+    return mark_death(region);
+}
+
+static int join(struct ps_region *region) {
+    int rc = own_descriptors(region);
+    if (rc)
+        return rc;
+    if (region->epoch)
+        return succeed(region);
+    rc = ps_region_map_control(region, region->own);
+    if (!rc)
+        rc = ps_slot_claim(region, region->own);
+    if (!rc)
+        rc = join_slot(region);
+    if (!rc)
+        ps_name_write_row(region, true);
+    else
+        leave(region);
+    return rc;
+}
+
+/* -- The thread ------------------------------------------------------------------------------------------------ */
+
+static void set_state(struct ps_region *region, enum ps_agent_state state) {
+    /* release: the starter or stopper (acquire) finds join_result and everything that the agent did. */
+    atomic_store_explicit(&region->agent, state, memory_order_release);
+    ps_sys_wake(&region->agent, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
+static void follow_for_ever(struct ps_region *region) {
+    _Atomic uint64_t *word = &ps_header(region)->generation;
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)word;
+    uint32_t bit = 1u << region->slot % 32;
+    while (ps_running(region)) {
+        /* acquire: pairs with C5 and U3: the map and the ring entry are those of this generation, or newer. */
+        uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
+        ps_agent_follow(region, generation);
+        ps_agent_settle(region);
+        ps_fault_install(); /* faulthandler, disabled meanwhile, takes our handler away with its own */
+        PS_POINT(A1_wait);
+        ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, bit,
+                    region->failed ? ps_sys_now() + LOOK_AGAIN : PS_NEVER);
+    }
+}
+
+static void *agent_main(void *argument) {
+    struct ps_region *region = argument;
+    ps_sys_normal_priority();
+    int rc = join(region);
+    region->join_result = rc;
+    set_state(region, rc ? PS_AGENT_NONE : PS_AGENT_RUNNING);
+    if (!rc) {
+        follow_for_ever(region);
+        leave(region);
+        set_state(region, PS_AGENT_LEFT);
+    }
+    return NULL; /* the private table closes with the thread: own, and with it the OFD lock */
+}
+
+static int spawn(struct ps_region *region) {
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int rc = pthread_create(&region->thread, &attributes, agent_main, region);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return -rc;
+}
+
+static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *outcome) {
+    outcome->generation = outcome->silent = 0;
+    if (rc != -ETIMEDOUT)
+        return rc;
+    outcome->pids[outcome->silent++] = region->blocker;
+    return PS_ETIMEOUT;
+}
+
+int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
+    if (seen != PS_AGENT_STARTING && seen != PS_AGENT_STOPPING) {
+        /* One of the threads that find it missing starts it; the others wait below. */
+        if (atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STARTING, memory_order_acq_rel,
+                                                    memory_order_acquire)) {
+            region->join_deadline = deadline;
+            int rc = spawn(region);
+            if (rc) {
+                set_state(region, PS_AGENT_NONE);
+                return rc;
+            }
+        }
+    }
+    /* The agent bounds itself by join_deadline. */
+    while ((seen = atomic_load_explicit(&region->agent, memory_order_acquire)) == PS_AGENT_STARTING)
+        ps_sys_wait((struct ps_watch){&region->agent, seen}, FUTEX_BITSET_MATCH_ANY, PS_NEVER);
+    return seen == PS_AGENT_RUNNING ? 0 : tell_blocker(region, region->join_result, outcome);
+}
+
+void ps_agent_stop(struct ps_region *region) {
+    uint32_t seen = PS_AGENT_RUNNING;
+    if (!atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STOPPING, memory_order_acq_rel,
+                                                 memory_order_acquire))
+        return; /* detached: there is nothing to leave */
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT) {
+        /* It may be about to sleep: wake again until it says that it has left. */
+        ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
+        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
+                    ps_sys_now() + PS_MS);
+    }
+}

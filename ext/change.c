@@ -1,0 +1,401 @@
+/* change.c - a change of protection, from the lock to the last acknowledgement.
+ *
+ * Lives here: the map (one byte a page), the record, and the state machine of
+ * the caller.  The steps bear the labels of ARCHITECTURE.md:
+ *
+ *   C1_lock      take the writer lock; finish an open record first
+ *   C2_save      old := cur in the range; arguments; kind := SET
+ *   C3_attempt   attempt := generation + 1: the record is open
+ *   C4_map       cur := protection in the range
+ *   C5_publish   ring entry; generation := attempt; wake
+ *   C6_await     follow it here; wait for every live slot
+ *   C7_complete  complete := attempt: closed; unlock
+ *   U1_kind      somebody cannot apply it: kind := UNDO
+ *   U2_map       cur := old in the range
+ *   U3_publish   ring entry; generation := attempt + 1; wake
+ *   U4_await     follow it here; wait for every live slot
+ *   U5_complete  complete := attempt + 1: closed; unlock
+ *
+ * Invariants
+ *  1. `old` in the range is frozen while the record is open, so C4 to C7 and
+ *     U2 to U5 may be executed any number of times, by anybody.
+ *  2. generation is attempt - 1, attempt, or (UNDO) attempt + 1 while open.
+ *  3. Whoever gives up waiting closes the record first: nobody ever waits
+ *     behind a silent participant twice.
+ *  4. No call of mmap or mprotect here, and no trust: indices from the record
+ *     and the ring are checked against the shape.
+ * Runs in: caller.  ps_change_author and ps_protection also in the fault handler.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "participant.h"
+#include "point.h"
+
+#define GRACE (20 * PS_MS) /* how long a change goes on after a signal before it is closed for the handler */
+#define SPIN 2000          /* looks at an acknowledgement before sleeping; about 10 µs */
+
+/* -- The map -------------------------------------------------------------------------------------------------- */
+
+#define PROT_MASK 7u
+#define WORD 8u /* pages in a 64-bit word of the map */
+#define HOLE 4096u /* pages whose bytes share a page of the memfd */
+
+static _Atomic uint8_t *map_of(const struct ps_region *region, enum ps_section_kind section) {
+    return ps_section(region, section);
+}
+
+/* relaxed everywhere: the generation (or the lock) orders the map; a byte cannot tear, and a reader that
+ * overtakes an open change sees what is going to be published. */
+static uint8_t map_byte(const struct ps_region *region, uint64_t page) {
+    return atomic_load_explicit(map_of(region, PS_SEC_CUR) + page, memory_order_relaxed);
+}
+
+static uint64_t map_word(const _Atomic uint8_t *byte) {
+    return atomic_load_explicit((const _Atomic uint64_t *)(const void *)byte, memory_order_relaxed);
+}
+
+static void map_fill(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot) {
+    _Atomic uint8_t *at = map_of(region, PS_SEC_CUR) + first, *end = at + count;
+    uint8_t byte = (uint8_t)(prot ^ region->shape.initial);
+    while (at < end)
+        if ((uintptr_t)at % WORD == 0 && end - at >= (ptrdiff_t)WORD) {
+            atomic_store_explicit((_Atomic uint64_t *)(void *)at, byte * UINT64_C(0x0101010101010101),
+                                  memory_order_relaxed);
+            at += WORD;
+        } else {
+            atomic_store_explicit(at++, byte, memory_order_relaxed);
+        }
+}
+
+static void map_copy(struct ps_region *region, enum ps_section_kind to, enum ps_section_kind from, uint64_t first,
+                     uint64_t count) {
+    _Atomic uint8_t *target = map_of(region, to) + first, *source = map_of(region, from) + first;
+    for (uint64_t i = 0; i < count;)
+        if ((uintptr_t)(target + i) % WORD == 0 && count - i >= WORD) {
+            atomic_store_explicit((_Atomic uint64_t *)(void *)(target + i), map_word(source + i),
+                                  memory_order_relaxed);
+            i += WORD;
+        } else {
+            atomic_store_explicit(target + i, atomic_load_explicit(source + i, memory_order_relaxed),
+                                  memory_order_relaxed);
+            i++;
+        }
+}
+
+uint32_t ps_protection(const struct ps_region *region, uint64_t page) {
+    return (map_byte(region, page) ^ region->shape.initial) & PROT_MASK;
+}
+
+/* The first page after `page` whose byte the memfd really holds: a hole of the map is read by nobody. */
+static uint64_t skip_hole(struct ps_region *region, uint64_t page) {
+    int fd = ps_query_fd(region);
+    uint64_t map = region->shape.offset[PS_SEC_CUR], pages = region->shape.pages;
+    off_t found = fd < 0 ? -1 : lseek(fd, (off_t)(map + page), SEEK_DATA);
+    if (found < 0)
+        return page;
+    return (uint64_t)found >= map + pages ? pages : (uint64_t)found - map;
+}
+
+uint64_t ps_run(struct ps_region *region, uint64_t page, uint32_t *prot) {
+    const _Atomic uint8_t *map = map_of(region, PS_SEC_CUR);
+    uint64_t at = page, pages = region->shape.pages;
+    uint8_t byte = map_byte(region, page);
+    *prot = (byte ^ region->shape.initial) & PROT_MASK;
+    while (++at < pages) {
+        if (!byte && at % HOLE == 0 && pages - at > HOLE)
+            at = skip_hole(region, at);
+        else if (at % WORD == 0)
+            while (pages - at >= WORD && at % HOLE && map_word(map + at) == byte * UINT64_C(0x0101010101010101))
+                at += WORD;
+        if (at >= pages || map_byte(region, at) != byte)
+            break;
+    }
+    return (at < pages ? at : pages) - page;
+}
+
+/* -- The ring ------------------------------------------------------------------------------------------------- */
+
+bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry) {
+    struct ps_shm_ring *at = ps_ring(region, generation);
+    if (atomic_load_explicit(&at->generation, memory_order_acquire) != generation)
+        return false;
+    uint64_t first = atomic_load_explicit(&at->first, memory_order_relaxed);
+    uint64_t count = atomic_load_explicit(&at->count, memory_order_relaxed);
+    atomic_store_explicit(&entry->first, first, memory_order_relaxed);
+    atomic_store_explicit(&entry->count, count, memory_order_relaxed);
+    atomic_store_explicit(&entry->time, atomic_load_explicit(&at->time, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&entry->author, atomic_load_explicit(&at->author, memory_order_relaxed),
+                          memory_order_relaxed);
+    atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed), memory_order_relaxed);
+    /* acquire fence: pairs with the fence in ring_write; the second look comes after the copy. */
+    atomic_thread_fence(memory_order_acquire);
+    return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation &&
+           first < region->shape.pages && count <= region->shape.pages - first;
+}
+
+static void ring_write(struct ps_region *region, uint64_t generation, enum ps_kind kind) {
+    struct ps_shm_ring *at = ps_ring(region, generation);
+    struct ps_shm_record *record = &ps_header(region)->record;
+    atomic_store_explicit(&at->generation, 0, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release); /* a reader of what follows sees the 0 */
+    atomic_store_explicit(&at->first, atomic_load_explicit(&record->first, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&at->count, atomic_load_explicit(&record->count, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&at->time, atomic_load_explicit(&record->time, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&at->author, atomic_load_explicit(&record->author, memory_order_relaxed),
+                          memory_order_relaxed);
+    atomic_store_explicit(&at->prot, atomic_load_explicit(&record->prot, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&at->kind, kind, memory_order_relaxed);
+    atomic_store_explicit(&at->generation, generation, memory_order_release);
+}
+
+/* Searches back through the ring; a change that was undone set nothing. */
+struct ps_author ps_change_author(const struct ps_region *region, uint64_t page) {
+    uint64_t last = ps_generation(region), oldest = last > PS_RING ? last - PS_RING : 0;
+    for (uint64_t generation = last; generation > oldest; generation--) {
+        struct ps_shm_ring entry;
+        if (!ps_change_read(region, generation, &entry))
+            return (struct ps_author){.known = false};
+        if (entry.kind == PS_UNDO)
+            generation--;
+        else if (page >= entry.first && page - entry.first < entry.count)
+            return (struct ps_author){true, generation, entry.author, entry.time};
+    }
+    if (oldest)
+        return (struct ps_author){.known = false};
+    return (struct ps_author){true, 0, region->shape.creator, region->shape.created};
+}
+
+bool ps_change_open(const struct ps_region *region) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    return atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
+}
+
+/* -- Waiting for acknowledgements ------------------------------------------------------------------------------ */
+
+struct waiting {
+    uint64_t generation;
+    int64_t deadline;
+    bool signalled; /* a signal came: the deadline is now the end of the grace */
+    struct ps_outcome *outcome;
+};
+
+static bool acknowledged(uint32_t ack, uint64_t generation) {
+    /* Modulo 2^31: at or past, by less than half the circle. */
+    return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
+}
+
+static void note_signal(struct waiting *waiting) {
+    int64_t grace = ps_sys_now() + GRACE;
+    if (!waiting->signalled && grace < waiting->deadline) {
+        waiting->signalled = true;
+        waiting->deadline = grace;
+    }
+}
+
+/* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
+static void sleep_on(struct ps_shm_slot *slot, uint32_t ack, int64_t now, struct waiting *waiting) {
+    uint32_t live = atomic_load_explicit(&slot->live, memory_order_acquire);
+    int64_t backstop = now + (live & FUTEX_OWNER_DIED ? PS_BACKSTOP / 8 : PS_BACKSTOP);
+    if (!(ack & PS_ACK_WAITING)) {
+        if (!atomic_compare_exchange_strong_explicit(&slot->ack, &ack, ack | PS_ACK_WAITING, memory_order_seq_cst,
+                                                     memory_order_relaxed))
+            return;
+        ack |= PS_ACK_WAITING;
+    }
+    if (ps_sys_wait_two((struct ps_watch){&slot->ack, ack}, (struct ps_watch){&slot->live, live},
+                        backstop < waiting->deadline ? backstop : waiting->deadline) == -EINTR)
+        note_signal(waiting);
+}
+
+static bool spin_for(struct ps_shm_slot *slot, uint64_t generation) {
+    for (int i = 0; i < SPIN; i++) {
+        if (acknowledged(atomic_load_explicit(&slot->ack, memory_order_acquire), generation))
+            return true;
+        __builtin_ia32_pause();
+    }
+    return false;
+}
+
+/* true: acknowledged, or nobody is there to do it; false: silent past the deadline. */
+static bool await_slot(struct ps_region *region, uint32_t index, struct waiting *waiting) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
+    if (ps_state_of(status) != PS_LIVE || spin_for(slot, waiting->generation))
+        return true;
+    for (bool slept = false;; slept = true) {
+        /* acquire: pairs with the agent's exchange: what it applied before is in force. */
+        uint32_t ack = atomic_load_explicit(&slot->ack, memory_order_acquire);
+        if (acknowledged(ack, waiting->generation))
+            return true;
+        if (atomic_load_explicit(&slot->status, memory_order_acquire) != status)
+            return true; /* left, died, or made room for one that joined under a later lock */
+        int64_t now = ps_sys_now();
+        if ((slept || now >= waiting->deadline) && ps_slot_dead(region, index, status))
+            return true;
+        if (now >= waiting->deadline)
+            return false;
+        sleep_on(slot, ack, now, waiting);
+    }
+}
+
+static int await_all(struct ps_region *region, struct waiting *waiting) {
+    struct ps_outcome *outcome = waiting->outcome;
+    outcome->silent = 0;
+    for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++)
+        if (!await_slot(region, index, waiting))
+            outcome->pids[outcome->silent++] =
+                atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
+    return !outcome->silent ? 0 : waiting->signalled ? PS_ESIGNAL : PS_ETIMEOUT;
+}
+
+int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome) {
+    outcome->generation = generation;
+    return await_all(region, &(struct waiting){.generation = generation, .deadline = deadline, .outcome = outcome});
+}
+
+/* After every acknowledgement: 0, or the errno of one that could not apply this generation. */
+static int find_error(struct ps_region *region, uint64_t generation, uint32_t *pid) {
+    for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++) {
+        struct ps_shm_slot *slot = ps_slot(region, index);
+        uint64_t error = atomic_load_explicit(&slot->error, memory_order_relaxed);
+        uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
+        if (ps_state_of(status) == PS_LIVE && (uint32_t)error && error >> 32 == (generation & PS_ACK_MASK)) {
+            *pid = atomic_load_explicit(&slot->pid, memory_order_relaxed);
+            return (uint32_t)error < 4096 ? (int)(uint32_t)error : EIO;
+        }
+    }
+    return 0;
+}
+
+/* -- The steps ------------------------------------------------------------------------------------------------- */
+
+static void wake_others(struct ps_region *region) {
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    uint32_t own = 1u << region->slot % 32;
+    ps_sys_wake(low, INT32_MAX, ~own); /* our own agent need not run: we follow it ourselves */
+    if (ps_slots_used(region) > 32)
+        ps_sys_wake(low, INT32_MAX, own);
+}
+
+/* Publishes `generation` unless a dead caller did, follows it here, and waits for the rest. */
+static void publish(struct ps_region *region, uint64_t generation, enum ps_kind kind) {
+    struct ps_shm_header *header = ps_header(region);
+    ring_write(region, generation, kind);
+    /* seq_cst: agents that read it (acquire) see the map and the ring entry; and FUTEX_WAIT cannot miss it. */
+    if (atomic_load_explicit(&header->generation, memory_order_relaxed) < generation)
+        atomic_store_explicit(&header->generation, generation, memory_order_seq_cst);
+    if (kind == PS_SET)
+        PS_POINT(C5_publish);
+    else
+        PS_POINT(U3_publish);
+    wake_others(region);
+    ps_agent_follow(region, generation);
+}
+
+static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count,
+                struct waiting *waiting) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
+    PS_POINT(U2_map);
+    map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first + count / 2, count - count / 2);
+    publish(region, attempt + 1, PS_UNDO);
+    PS_POINT(U4_await);
+    waiting->generation = attempt + 1;
+    int rc = await_all(region, waiting);
+    PS_POINT(U5_complete);
+    /* seq_cst: pairs with an agent that failed, which looks at `complete` after its acknowledgement. */
+    atomic_store_explicit(&record->complete, attempt + 1, memory_order_seq_cst);
+    return rc;
+}
+
+/* From C4 (SET) or U2 (UNDO) of the open record to its end.  0; PS_ETIMEOUT or PS_ESIGNAL: closed, somebody is
+ * silent; -errno: undone, because of outcome->failed_pid. */
+static int settle(struct ps_region *region, struct waiting *waiting) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_relaxed);
+    uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
+    uint64_t count = atomic_load_explicit(&record->count, memory_order_relaxed);
+    int error = 0, rc;
+    if (!count || first >= region->shape.pages || count > region->shape.pages - first)
+        return ps_corrupt(region, "record");
+    if (atomic_load_explicit(&record->kind, memory_order_relaxed) == PS_SET) {
+        uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
+        map_fill(region, first, count / 2, prot);
+        PS_POINT(C4_map);
+        map_fill(region, first + count / 2, count - count / 2, prot);
+        publish(region, attempt, PS_SET);
+        PS_POINT(C6_await);
+        waiting->generation = waiting->outcome->generation = attempt;
+        rc = await_all(region, waiting);
+        if (!rc)
+            error = find_error(region, attempt, &waiting->outcome->failed_pid);
+        if (!error) {
+            PS_POINT(C7_complete);
+            atomic_store_explicit(&record->complete, attempt, memory_order_seq_cst); /* as in undo */
+            return rc;
+        }
+        PS_POINT(U1_kind);
+        atomic_store_explicit(&record->kind, PS_UNDO, memory_order_release);
+    }
+    waiting->outcome->generation = attempt + 1;
+    rc = undo(region, attempt, first, count, waiting);
+    return rc ? rc : error ? -error : 0;
+}
+
+static void begin(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot) {
+    struct ps_shm_header *header = ps_header(region);
+    struct ps_shm_record *record = &header->record;
+    map_copy(region, PS_SEC_OLD, PS_SEC_CUR, first, count);
+    PS_POINT(C2_save);
+    atomic_store_explicit(&record->kind, PS_SET, memory_order_relaxed);
+    atomic_store_explicit(&record->prot, prot, memory_order_relaxed);
+    atomic_store_explicit(&record->first, first, memory_order_relaxed);
+    atomic_store_explicit(&record->count, count, memory_order_relaxed);
+    atomic_store_explicit(&record->author, (uint32_t)getpid(), memory_order_relaxed);
+    atomic_store_explicit(&record->time, ps_sys_boottime(), memory_order_relaxed);
+    /* release: whoever finds the record open finds these arguments and a frozen `old`. */
+    atomic_store_explicit(&record->attempt, atomic_load_explicit(&header->generation, memory_order_relaxed) + 1,
+                          memory_order_release);
+    PS_POINT(C3_attempt);
+}
+
+static int locked_change(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot,
+                         struct waiting *waiting) {
+    PS_POINT(C1_lock);
+    if (ps_change_open(region)) {
+        int rc = settle(region, waiting);
+        if (rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT) {
+            waiting->outcome->generation = 0; /* ours was not begun */
+            return rc;
+        }
+    }
+    begin(region, first, count, prot);
+    int rc = settle(region, waiting);
+    ps_agent_settle(region);
+    return rc;
+}
+
+int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
+              struct ps_outcome *outcome) {
+    uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
+    uint32_t blocker;
+    outcome->generation = outcome->silent = outcome->failed_pid = 0;
+    ps_fault_install();
+    int rc = ps_lock(region, deadline, &blocker);
+    if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
+        outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
+        return rc == PS_ESIGNAL ? rc : PS_ETIMEOUT;
+    }
+    if (rc)
+        return rc;
+    rc = locked_change(region, first, count, prot,
+                       &(struct waiting){.deadline = deadline, .outcome = outcome});
+    ps_unlock(region);
+    return rc;
+}

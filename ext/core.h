@@ -1,0 +1,100 @@
+/* core.h - the one interface that the binding uses.
+ *
+ * Lives here: the opaque participant handle and what can be done with it.
+ * Results are 0 or more, -errno, or one of PS_E*.  Deadlines are absolute
+ * CLOCK_MONOTONIC nanoseconds, PS_NEVER for none.  Offsets and lengths are
+ * bytes; whoever calls has checked them against ps_size.
+ * Not here: struct ps_region (participant.h), the shared structs (layout.h).
+ */
+#ifndef PS_CORE_H
+#define PS_CORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "layout.h"
+
+struct ps_region;
+
+/* Results that are no errno. */
+enum {
+    PS_ECORRUPT = -5001,  /* the control segment is not, or no longer, one of ours: ps_corrupt_field, or `field` of ps_attach */
+    PS_EFULL = -5002,     /* every slot is taken */
+    PS_ECLOSED = -5003,   /* closed, or a child made by a raw clone() */
+    PS_EREFUSED = -5004,  /* the protection forbids it: struct ps_refusal */
+    PS_ETIMEOUT = -5005,  /* struct ps_outcome tells who is silent */
+    PS_ESIGNAL = -5006,   /* a signal came; as after a timeout, but the caller may go on with ps_await */
+    PS_EREGIONS = -5007,  /* this process has PS_REGIONS_MAX regions open */
+    PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
+};
+
+#define PS_REGIONS_MAX 1024
+#define PS_JOIN_TIMEOUT (INT64_C(5000) * 1000000) /* ns; of a forked child or a restarted agent */
+
+/* What became of a change. */
+struct ps_outcome {
+    uint64_t generation; /* 0: nothing was published */
+    uint32_t failed_pid; /* with -errno: the participant that could not apply it; 0: the caller's own call */
+    uint32_t silent;     /* how many of pids are set */
+    uint32_t pids[PS_SLOTS_MAX + 1];
+};
+
+/* Which change made a page what it is. */
+struct ps_author {
+    bool known; /* false: older than the PS_RING latest changes */
+    uint64_t generation;
+    uint32_t pid;
+    uint64_t time; /* CLOCK_BOOTTIME ns */
+};
+
+struct ps_refusal {
+    uint64_t page;
+    uint32_t actual, required; /* protections */
+    struct ps_author author;
+};
+
+struct ps_participant {
+    uint32_t pid, tid, capabilities, flags;
+    uint64_t applied;
+    bool alive;
+};
+
+/* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1. */
+int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd);
+int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **region, struct ps_outcome *outcome,
+              const char **field);
+int ps_close(struct ps_region *region);    /* access ends; the address range stays reserved */
+void ps_release(struct ps_region *region); /* ... until here; the handle is void */
+/* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
+int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
+const char *ps_corrupt_field(const struct ps_region *region);
+
+/* What it is. */
+void *ps_address(const struct ps_region *region);
+uint64_t ps_size(const struct ps_region *region);
+uint64_t ps_generation(const struct ps_region *region);
+uint32_t ps_max_participants(const struct ps_region *region);
+const char *ps_name(const struct ps_region *region);
+int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */
+
+/* Protection. */
+int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
+              struct ps_outcome *outcome);
+int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome);
+uint32_t ps_protection(const struct ps_region *region, uint64_t page);
+uint64_t ps_run(struct ps_region *region, uint64_t page, uint32_t *prot); /* pages alike from `page` on */
+int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participant *participant); /* 0: none there */
+
+/* Data, by accessors that cannot crash. */
+int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
+int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length,
+             struct ps_refusal *refusal);
+
+/* Names: the entry's format is names.c's; the directory is _names.py's. */
+int ps_name_format(int name_fd, int region_fd);
+int ps_name_find(int name_fd, int *region_fd);
+int ps_name_leads_to(int name_fd, int region_fd);                       /* 1, 0 or an error */
+int ps_name_of(int region_fd, char name[PS_NAME_MAX + 8], const char **field); /* "" for none */
+
+#endif

@@ -1,0 +1,205 @@
+/* layout.h - the control segment: everything that participants share.
+ *
+ * Lives here: the structs that lie in the memfd before the data, their sizes,
+ * and the contract of every field.  No functions.
+ *
+ * Invariants
+ *  1. Fixed width, no pointers, no glibc objects: a peer that scribbles here
+ *     can lie to us, it cannot aim a store of ours.
+ *  2. Words that different parties write in a hurry lie on lines of their own.
+ *  3. A section that no page has touched is a hole of the memfd: all zero
+ *     means "as created", and costs nothing.
+ *
+ * How to read a contract
+ *  W: who writes, under which lock, with which order.
+ *  R: who reads, with which order, and the store it pairs with.
+ *  Crash: what a reader may find after the writer was killed.
+ * "Owner" is the participant that holds the OFD lock on its slot's byte.
+ * "Caller" is the participant that holds the writer lock.  "Creator" writes
+ * before the fd is known to anybody else, so without order.
+ */
+#ifndef PS_LAYOUT_H
+#define PS_LAYOUT_H
+
+#include <assert.h>
+#include <stdint.h>
+
+#define PS_MAGIC 0x0065726168737970u /* "pyshare\0", little endian */
+#define PS_VERSION 1u
+
+#define PS_NAME_MAX 200   /* characters of a region's name */
+#define PS_SLOTS_MAX 2047 /* slot + 1 fits 11 bits of an owner word */
+#define PS_RING 1024      /* latest changes; a power of two */
+#define PS_SECTIONS 16
+#define PS_LINE 64
+
+/* An owner word names a participant for ever (until its slot's epoch wraps,
+ * after 2^20 joins of one slot): WAITING | epoch | slot + 1.  0: nobody. */
+#define PS_OWNER_WAITING 0x80000000u
+#define PS_OWNER_SLOT_BITS 11
+#define PS_OWNER_SLOT_MASK ((1u << PS_OWNER_SLOT_BITS) - 1)
+#define PS_EPOCH_BITS 20
+#define PS_EPOCH_MASK ((1u << PS_EPOCH_BITS) - 1)
+
+/* A status word: epoch | state, so that one load tells both. */
+enum ps_state {
+    PS_FREE = 0,    /* nobody, or left */
+    PS_JOINING = 1, /* claimed; has no access yet, nobody waits for it */
+    PS_LIVE = 2,    /* a participant: every change waits for it */
+    PS_DEAD = 3,    /* found dead by somebody; nobody waits for it any more */
+};
+#define PS_STATE_BITS 4
+#define PS_STATE_MASK ((1u << PS_STATE_BITS) - 1)
+
+/* An acknowledgement word: WAITING | the low 31 bits of a generation. */
+#define PS_ACK_WAITING 0x80000000u
+#define PS_ACK_MASK 0x7fffffffu
+
+enum ps_kind { PS_SET = 0, PS_UNDO = 1 };
+
+/* What a participant can do; tells callers which way a change may go. */
+#define PS_CAN_UFFD 0x1u /* its mapping can be changed through its userfaultfd */
+#define PS_CAN_RWP 0x2u  /* ... including no-access (Linux 7.2) */
+
+#define PS_SLOT_FENCED 0x1u /* its whole mapping is no-access until it re-syncs */
+
+enum ps_section_kind {
+    PS_SEC_END = 0,
+    PS_SEC_SLOTS = 1, /* ps_shm_slot[slots] */
+    PS_SEC_RING = 2,  /* ps_shm_ring[PS_RING] */
+    PS_SEC_CUR = 3,   /* one byte a page: protection ^ initial protection */
+    PS_SEC_OLD = 4,   /* the same, frozen while the record is open */
+    PS_SEC_LEASE = 5, /* one 64-bit lease word a page: closer half, holder half */
+};
+
+struct ps_shm_section {
+    uint32_t kind;   /* W: creator.  R: once, at attach.  enum ps_section_kind */
+    uint32_t pad;    /* W: nobody.  R: nobody */
+    uint64_t offset; /* W: creator.  R: once, at attach; checked against the control segment */
+    uint64_t length; /* W: creator.  R: once, at attach; checked against pages and slots */
+};
+
+/* The record: the one open change, written so that anybody can finish it.
+ * Open means complete < attempt.  `attempt` is stored last when a change
+ * begins, so whoever sees it open (acquire) sees its arguments (release). */
+struct ps_shm_record {
+    /* W: caller at C3, release.  R: caller, acquire (pairs with C3 of a dead caller); agents and
+     * fault handlers, acquire, as a hint.  Crash: names a change whose arguments are whole. */
+    _Atomic uint64_t attempt;
+    /* W: caller at C7 (:= attempt) or U5 (:= attempt + 1), seq_cst.  R: caller, acquire; an agent that
+     * failed, seq_cst after its acknowledgement (pairs with C7 of a caller that gave up on it).
+     * Crash: below attempt, so the next caller re-executes. */
+    _Atomic uint64_t complete;
+    /* W: caller at C2 (relaxed, published by C3) and U1 (release).  R: caller, acquire.
+     * Crash: either kind is right: both re-executions are idempotent because `old` is frozen. */
+    _Atomic uint32_t kind;
+    _Atomic uint32_t prot;   /* W: caller at C2, relaxed, published by C3.  R: caller that finishes it */
+    _Atomic uint64_t first;  /* W: as prot.  R: as prot; checked against pages */
+    _Atomic uint64_t count;  /* W: as prot.  R: as prot; checked against pages */
+    _Atomic uint32_t author; /* W: as prot; pid of the author, in its pid namespace.  R: as prot */
+    uint32_t pad0;           /* W: nobody.  R: nobody */
+    _Atomic uint64_t time;   /* W: as prot; CLOCK_BOOTTIME ns at which the author began.  R: as prot */
+    uint64_t pad1;           /* W: nobody.  R: nobody */
+};
+
+/* Which change set what, for agents that catch up and for error messages.
+ * Entry g lies at g % PS_RING.  The writer zeroes `generation`, writes the
+ * rest, stores `generation` (release): a reader that finds g before (acquire)
+ * and after its copy has a whole entry, else it takes the whole map. */
+struct ps_shm_ring {
+    _Atomic uint64_t generation; /* W: caller at C5 / U3, release.  R: anybody, acquire, twice */
+    _Atomic uint64_t first;      /* W: caller at C5 / U3, relaxed.  R: anybody; checked against pages */
+    _Atomic uint64_t count;      /* W: as first.  R: as first */
+    _Atomic uint64_t time;       /* W: as first; CLOCK_BOOTTIME ns.  R: anybody */
+    _Atomic uint32_t prot;       /* W: as first; for UNDO the protection that was refused.  R: anybody */
+    _Atomic uint32_t author;     /* W: as first; pid of the author.  R: anybody */
+    _Atomic uint32_t kind;       /* W: as first.  R: anybody; an agent that fails at UNDO fences itself */
+    uint32_t pad[5];             /* W: nobody.  R: nobody */
+};
+
+struct ps_shm_slot {
+    /* Line 0: the acknowledgement, exchanged by the owner, watched by the caller. */
+    /* W: owner, seq_cst exchange after its apply (clears WAITING); caller sets WAITING by CAS.
+     * R: caller, acquire (pairs with the exchange: what was applied before it, is).
+     * One word on purpose: with the flag in a second word wake-ups are lost without full fences.
+     * Crash: stale; the caller finds the owner dead. */
+    _Atomic uint32_t ack;
+    uint32_t pad0[3]; /* W: nobody.  R: nobody */
+    /* W: owner at A3, before its acknowledgement: low 31 bits of the generation << 32 | errno; 0 after a
+     * success.  R: caller after the acknowledgement (acquire on ack orders it).  Crash: ignored. */
+    _Atomic uint64_t error;
+    _Atomic uint64_t applied; /* W: owner, relaxed, before ack.  R: anybody, for information */
+    uint64_t pad1[4];         /* W: nobody.  R: nobody */
+
+    /* Line 1: is the owner alive? */
+    /* W: owner's agent: TID | FUTEX_WAITERS, release, before it takes any lock; the kernel ORs OWNER_DIED in
+     * when that thread ends, and wakes one waiter.  R: anybody, acquire.
+     * OWNER_DIED only wakes: death is decided by ps_slot_dead. */
+    _Atomic uint32_t live;
+    /* W: owner at J1, J4 and L2, release; anybody who found the owner dead, by CAS to PS_DEAD (the epoch in
+     * the word makes that safe against a new owner).  R: anybody, acquire.  epoch << 4 | state.
+     * Crash: JOINING or LIVE with a free OFD byte: dead. */
+    _Atomic uint32_t status;
+    /* Who may change this participant's page tables for a generation; claimed by CAS by its agent or a
+     * remote caller.  W: owner at J1 (0).  R: nobody yet: a participant without PS_CAN_UFFD is changed by
+     * itself alone, under its process-private apply lock. */
+    _Atomic uint64_t claim;
+    uint64_t pad2[6]; /* W: nobody.  R: nobody */
+
+    /* Line 2: who it is.  W: owner at J1 unless said otherwise, published by J4.  R: anybody, relaxed;
+     * compared with what the kernel says before it means anything. */
+    _Atomic uint32_t pid;          /* W: owner, in its own pid namespace.  R: anybody */
+    _Atomic uint32_t tid;          /* W: owner's agent, same namespace.  R: anybody */
+    _Atomic uint64_t start;        /* W: owner: start time, clock ticks, 0 unknown.  R: anybody */
+    _Atomic uint64_t pidns;        /* W: owner: inode of its pid namespace, 0 unknown.  R: anybody */
+    _Atomic uint32_t capabilities; /* W: owner: PS_CAN_*.  R: anybody */
+    _Atomic uint32_t flags;        /* W: owner's agent: PS_SLOT_*, release.  R: anybody */
+    uint64_t pad3[4];              /* W: nobody.  R: nobody */
+};
+
+struct ps_shm_header {
+    /* Lines 0 to 11: written by the creator, immutable afterwards.  Read once, at attach, into private
+     * memory (struct ps_shape); a later change of them by anybody has no effect on who is attached. */
+    uint64_t magic;        /* W: creator, last.  R: at attach: PS_MAGIC */
+    uint32_t version;      /* W: creator.  R: at attach: PS_VERSION */
+    uint32_t page_size;    /* W: creator.  R: at attach: the machine's page size */
+    uint64_t control_size; /* W: creator.  R: at attach; bytes before the data, whole pages */
+    uint64_t size;         /* W: creator.  R: at attach; bytes asked for */
+    uint64_t pages;        /* W: creator.  R: at attach; data pages, size rounded up */
+    uint32_t slots;        /* W: creator.  R: at attach; 1 to PS_SLOTS_MAX */
+    uint32_t initial;      /* W: creator.  R: at attach; the protection that a zero map byte means */
+    uint64_t nonce[2];     /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
+    uint64_t created;      /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
+    uint32_t creator;      /* W: creator.  R: at attach; its pid, the author of generation 0 */
+    uint32_t pad0;         /* W: nobody.  R: nobody */
+    char name[PS_NAME_MAX + 8];                /* W: creator.  R: at attach; NUL terminated, may be "" */
+    struct ps_shm_section section[PS_SECTIONS]; /* W: creator.  R: at attach; ends at PS_SEC_END */
+
+    /* Line 12: the writer lock. */
+    /* W: by CAS 0 -> owner word, owner word -> owner word + WAITING, dead owner's word -> own word; released by
+     * exchange with 0.  R: anybody, acquire.  Crash: names a dead owner; the next one takes over. */
+    _Alignas(PS_LINE) _Atomic uint32_t lock;
+
+    /* Line 13: the generation; its low half is the futex word on which agents sleep. */
+    /* W: caller at C5 and U3, seq_cst.  R: agents, acquire (pairs with C5: the map and the ring entry
+     * are visible).  Crash: at, or one below, attempt. */
+    _Alignas(PS_LINE) _Atomic uint64_t generation;
+
+    /* Line 14: how many slots were ever claimed; bounds every scan of the table. */
+    /* W: joiner by CAS, only upwards.  R: anybody, acquire; clipped to `slots`.  Crash: too high is harmless */
+    _Alignas(PS_LINE) _Atomic uint32_t slots_used;
+
+    /* Line 15: the record. */
+    _Alignas(PS_LINE) struct ps_shm_record record;
+};
+
+static_assert(sizeof(struct ps_shm_section) == 24, "section");
+static_assert(sizeof(struct ps_shm_record) == 64, "record: one line");
+static_assert(sizeof(struct ps_shm_ring) == 64, "ring entry: one line");
+static_assert(sizeof(struct ps_shm_slot) == 3 * PS_LINE, "slot: three lines");
+static_assert(sizeof(struct ps_shm_header) <= 4096, "header: one page");
+static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "atomics are plain words");
+static_assert((PS_RING & (PS_RING - 1)) == 0, "ring: a power of two");
+static_assert(1 + PS_EPOCH_BITS + PS_OWNER_SLOT_BITS == 32, "owner word");
+
+#endif

@@ -1,0 +1,147 @@
+/* names.c - the content of a name's entry: which processes hold the region.
+ *
+ * Lives here: writing and reading the rows.  The directory of entries, its
+ * permissions and the removal of stale ones are _names.py's.
+ *
+ * An entry is a header and one row per slot.  A row belongs to the owner of
+ * that slot, who writes it when it joins and clears it when it leaves; a row
+ * whose owner was killed stays, so a reader believes nothing: it opens what
+ * the row points at and compares inode and nonce.
+ * Invariants
+ *  1. Whoever has a row holds flock(LOCK_SH) on the entry from its agent's
+ *     table: the entry is stale exactly when LOCK_EX can be had.
+ *  2. Rows are written by one pwrite, so a reader that finds half a row finds
+ *     one that leads nowhere.
+ * Runs in: caller, agent, fork child's agent.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "participant.h"
+
+#define ENTRY_MAGIC 0x00656d616e737970u /* "pysname\0", little endian */
+
+struct entry_header {
+    uint64_t magic, device, inode, nonce[2];
+    uint32_t slots, pad[5];
+};
+
+struct entry_row {
+    uint32_t pid, tid, fd, epoch; /* fd: a number in the table of thread tid */
+    uint64_t start, pidns;
+    uint64_t pad[4];
+};
+
+static_assert(sizeof(struct entry_header) == 64 && sizeof(struct entry_row) == 64, "one line each");
+
+static off_t row_offset(uint32_t slot) {
+    return (off_t)(sizeof(struct entry_header) + slot * sizeof(struct entry_row));
+}
+
+int ps_name_format(int name_fd, int region_fd) {
+    struct ps_shape shape;
+    struct stat file;
+    const char *field;
+    int rc = ps_region_validate(region_fd, &shape, &field);
+    if (!rc && fstat(region_fd, &file))
+        rc = -errno;
+    if (rc)
+        return rc;
+    struct entry_header header = {.magic = ENTRY_MAGIC,
+                                  .device = file.st_dev,
+                                  .inode = file.st_ino,
+                                  .nonce = {shape.nonce[0], shape.nonce[1]},
+                                  .slots = shape.slots};
+    if (ftruncate(name_fd, row_offset(shape.slots)))
+        return -errno;
+    return pwrite(name_fd, &header, sizeof header, 0) == (ssize_t)sizeof header ? 0 : -EIO;
+}
+
+void ps_name_write_row(struct ps_region *region, bool present) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    struct entry_row row = {0};
+    if (region->own_entry < 0)
+        return;
+    if (present)
+        row = (struct entry_row){
+            .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
+            .tid = (uint32_t)region->tid,
+            .fd = (uint32_t)region->own,
+            .epoch = region->epoch,
+            .start = atomic_load_explicit(&slot->start, memory_order_relaxed),
+            .pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed),
+        };
+    /* A row that could not be written makes this participant unreachable by name, and harms nobody. */
+    if (pwrite(region->own_entry, &row, sizeof row, row_offset(region->slot)) < 0)
+        return;
+}
+
+static int read_header(int name_fd, struct entry_header *header) {
+    if (pread(name_fd, header, sizeof *header, 0) != (ssize_t)sizeof *header || header->magic != ENTRY_MAGIC ||
+        header->slots > PS_SLOTS_MAX)
+        return PS_ECORRUPT;
+    return 0;
+}
+
+int ps_name_leads_to(int name_fd, int region_fd) {
+    struct entry_header header;
+    struct ps_shape shape;
+    const char *field;
+    int rc = read_header(name_fd, &header);
+    if (!rc)
+        rc = ps_region_validate(region_fd, &shape, &field);
+    return rc ? rc : !memcmp(header.nonce, shape.nonce, sizeof header.nonce);
+}
+
+int ps_name_of(int region_fd, char name[PS_NAME_MAX + 8], const char **field) {
+    struct ps_shape shape;
+    int rc = ps_region_validate(region_fd, &shape, field);
+    if (!rc)
+        memcpy(name, shape.name, sizeof shape.name);
+    return rc;
+}
+
+/* What the row points at, if it is the region that the header means. */
+static int follow_row(const struct entry_header *header, const struct entry_row *row) {
+    struct ps_cached region = {.fd = -1, .device = header->device, .inode = header->inode};
+    struct ps_shape shape;
+    const char *field;
+    if (!row->pid)
+        return -ENOENT;
+    if (row->pidns != ps_sys_pid_namespace())
+        return -EACCES; /* its numbers mean nothing here */
+    int fd = ps_sys_reopen_of((int)row->pid, (int)row->tid, (int)row->fd);
+    if (fd < 0)
+        return fd;
+    if (ps_cached_leads(fd, &region) && !ps_region_validate(fd, &shape, &field) &&
+        !memcmp(shape.nonce, header->nonce, sizeof shape.nonce))
+        return fd;
+    close(fd);
+    return -ENOENT;
+}
+
+/* 0 and a descriptor; -EACCES: somebody holds it whom we may not reach; -ENOENT: no row leads to it. */
+int ps_name_find(int name_fd, int *region_fd) {
+    struct entry_header header;
+    struct entry_row row;
+    int rc = read_header(name_fd, &header), result = -ENOENT;
+    if (rc)
+        return rc;
+    for (uint32_t slot = 0; slot < header.slots; slot++) {
+        if (pread(name_fd, &row, sizeof row, row_offset(slot)) != (ssize_t)sizeof row)
+            break;
+        int fd = follow_row(&header, &row);
+        if (fd >= 0) {
+            *region_fd = fd;
+            return 0;
+        }
+        if (fd == -EMFILE || fd == -ENFILE)
+            return fd;
+        if (fd == -EACCES || fd == -EPERM)
+            result = -EACCES;
+    }
+    return result;
+}

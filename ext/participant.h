@@ -1,0 +1,190 @@
+/* participant.h - the participant handle, and what the rooms of the core offer each other.
+ *
+ * Lives here: struct ps_region, which is private memory of this process, and
+ * the prototypes that cross files.  What is read from shared memory through
+ * it is untrusted; what is in it has been checked.
+ * Invariants
+ *  1. Handles lie in the static table of process.c and are never freed: a
+ *     signal handler may look at one at any time.
+ *  2. `page_lock` is held over changes of our own page tables only, never over
+ *     a wait for another process.  Lock order: the shared writer lock, then it.
+ *  3. Shared memory is mapped exactly while `agent` is RUNNING or STOPPING;
+ *     in every other state the address range is reserved, no-access.
+ */
+#ifndef PS_PARTICIPANT_H
+#define PS_PARTICIPANT_H
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+
+#include "core.h"
+#include "sys.h"
+
+#define PS_PAGE 4096u
+#define PS_GUARD (64u * 1024u) /* no-access, on both sides of the data */
+#define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
+
+/* What the header said at attach. */
+struct ps_shape {
+    uint64_t control_size, size, pages;
+    uint32_t slots, initial;
+    uint64_t nonce[2], created;
+    uint32_t creator;
+    char name[PS_NAME_MAX + 8];
+    uint64_t offset[PS_SECTIONS]; /* by enum ps_section_kind */
+};
+
+/* A descriptor in the program's table that leads to an inode: a cache, checked before each use. */
+struct ps_cached {
+    int fd; /* -1: none */
+    uint64_t device, inode;
+};
+
+enum ps_use { /* of a place in the table */
+    PS_UNUSED = 0,
+    PS_OPENING = 1, /* a thread is filling it */
+    PS_OPEN = 2,
+    PS_SHUT = 3, /* closed; the address range stays reserved until ps_release */
+};
+
+enum ps_agent_state {
+    PS_AGENT_NONE = 0,     /* detached: no slot, no access */
+    PS_AGENT_STARTING = 1, /* some thread is starting it */
+    PS_AGENT_RUNNING = 2,
+    PS_AGENT_STOPPING = 3, /* asked to leave */
+    PS_AGENT_LEFT = 4,
+};
+
+struct ps_region {
+    _Atomic uint32_t use;   /* enum ps_use */
+    _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard; 0: none */
+    uint64_t span;          /* its bytes */
+    struct ps_shape shape;
+    struct ps_cached memory, entry; /* the memfd; the name's entry */
+
+    _Atomic uint32_t agent; /* enum ps_agent_state, and the futex on which its starter waits */
+    int join_result;        /* agent's, before it leaves STARTING */
+    int64_t join_deadline;  /* starter's, before STARTING */
+    uint32_t blocker;       /* owner word that a join waited for in vain */
+    pthread_t thread;
+    int tid, own, own_entry; /* the agent's thread, and numbers in the agent's table */
+    struct ps_robust robust;
+
+    uint32_t slot, epoch; /* epoch 0: no slot */
+
+    _Atomic uint32_t page_lock;  /* 0 free, 1 held, 2 held and waited for */
+    _Atomic uint64_t applied;    /* under page_lock: the last generation that our page tables follow */
+    _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
+
+    _Atomic(const char *) corrupt; /* the field that made PS_ECORRUPT */
+};
+
+/* region.c: the memfd and the address range */
+int ps_region_validate(int fd, struct ps_shape *shape, const char **field);
+int ps_region_place(struct ps_region *region);
+int ps_region_reserve(struct ps_region *region);
+int ps_region_map_control(struct ps_region *region, int own);
+int ps_region_map_data(struct ps_region *region, int own);
+int ps_region_unmap_data(struct ps_region *region);
+int ps_cached_get(struct ps_region *region, struct ps_cached *cached, int agents);
+bool ps_cached_leads(int fd, const struct ps_cached *cached);
+int ps_query_fd(struct ps_region *region);
+int ps_corrupt(struct ps_region *region, const char *field);
+
+static inline uint64_t ps_data_offset(const struct ps_shape *shape) {
+    return shape->control_size + PS_GUARD;
+}
+static inline struct ps_shm_header *ps_header(const struct ps_region *region) {
+    return (struct ps_shm_header *)atomic_load_explicit(&region->base, memory_order_relaxed);
+}
+static inline void *ps_section(const struct ps_region *region, enum ps_section_kind kind) {
+    return (char *)ps_header(region) + region->shape.offset[kind];
+}
+static inline struct ps_shm_slot *ps_slot(const struct ps_region *region, uint32_t slot) {
+    return (struct ps_shm_slot *)ps_section(region, PS_SEC_SLOTS) + slot;
+}
+static inline struct ps_shm_ring *ps_ring(const struct ps_region *region, uint64_t generation) {
+    return (struct ps_shm_ring *)ps_section(region, PS_SEC_RING) + generation % PS_RING;
+}
+static inline bool ps_running(const struct ps_region *region) {
+    return atomic_load_explicit(&region->agent, memory_order_acquire) == PS_AGENT_RUNNING;
+}
+
+/* slot.c: claim, live, leave; who is dead */
+int ps_slot_claim(struct ps_region *region, int own);
+void ps_slot_live(struct ps_region *region);
+void ps_slot_leave(struct ps_region *region);
+bool ps_slot_lost(const struct ps_region *region);
+bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
+uint32_t ps_slots_used(const struct ps_region *region);
+
+static inline uint32_t ps_status(uint32_t epoch, enum ps_state state) {
+    return epoch << PS_STATE_BITS | (uint32_t)state;
+}
+static inline enum ps_state ps_state_of(uint32_t status) {
+    return (enum ps_state)(status & PS_STATE_MASK);
+}
+
+/* lock.c: words owned by (slot, epoch) */
+int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
+void ps_unlock(struct ps_region *region);
+uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
+void ps_page_lock(struct ps_region *region);
+void ps_page_unlock(struct ps_region *region);
+
+/* change.c: the record and the map */
+bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
+struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
+bool ps_change_open(const struct ps_region *region);
+
+/* engine.c: page tables */
+int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count);
+void ps_engine_fence(struct ps_region *region);
+
+/* agent.c: following the map */
+int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+void ps_agent_stop(struct ps_region *region);
+void ps_agent_follow(struct ps_region *region, uint64_t generation);
+void ps_agent_settle(struct ps_region *region);
+
+/* names.c */
+void ps_name_write_row(struct ps_region *region, bool present);
+
+/* fault.c: a copy that survives faults; the signal handlers */
+struct ps_copied {
+    size_t left;     /* bytes not copied */
+    uintptr_t where; /* the address that could not be reached; 0 if all were copied */
+};
+struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
+void ps_fault_install(void);
+void ps_fault_stack(void);
+
+/* process.c: this process's table and its other mutable state */
+#define PS_CHAIN 8 /* handlers below ours that are remembered, for one signal */
+
+/* Handlers found when ours was installed, oldest first.  Two copies: one is read, the other written. */
+struct ps_chain {
+    _Atomic uint32_t busy, active;
+    struct ps_handlers {
+        uint32_t count;
+        struct sigaction handler[PS_CHAIN];
+    } copy[2];
+    _Atomic uint64_t last;    /* the fault that was passed on last: thread, instruction, address, mixed */
+    _Atomic uint32_t level;   /* handlers of it that have not been called */
+    _Atomic uint32_t repeats; /* how often it came again unmended */
+};
+
+struct ps_told {
+    _Atomic uint64_t line, retried; /* faults: told on stderr; let run again */
+    _Atomic uint32_t retries;
+};
+
+int ps_process_start(void);
+bool ps_process_known(void); /* false in a child made by a raw clone() */
+struct ps_region *ps_process_claim(void);
+struct ps_region *ps_process_find(uintptr_t address);
+struct ps_chain *ps_process_chain(int signal);
+struct ps_told *ps_process_told(void);
+
+#endif

@@ -1,0 +1,181 @@
+/* process.c - what this process has: its regions, and the fork handlers.
+ *
+ * Lives here: all mutable state at file scope - the table of handles, the
+ * signal chains' memory, the flag that tells a known process from a raw
+ * child - and what happens at fork().
+ * Invariants
+ *  1. A handle is found by whoever looks, without a lock: `use` and `base` are
+ *     atomic, and its memory is never given back.
+ *  2. In a forked child every range is reserved before anything else runs
+ *     that may ask for memory; then each open region joins anew, with a
+ *     deadline, and is detached (no access) where it cannot.
+ *  3. Nothing is held across fork(): private locks are reset in the child,
+ *     where only the forking thread is left and the mapping that they guard
+ *     is gone (DONTFORK).
+ * Runs in: caller, fork child; the look-ups also in the signal handler.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "participant.h"
+#include "point.h"
+
+static struct ps_region regions[PS_REGIONS_MAX];
+static _Atomic uint32_t regions_used; /* places ever used; scans end there */
+static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
+static struct ps_told told;
+static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int start_result;
+
+struct ps_chain *ps_process_chain(int signal) {
+    return &chains[signal == SIGBUS];
+}
+
+struct ps_told *ps_process_told(void) {
+    return &told;
+}
+
+static uint32_t use_of(const struct ps_region *region) {
+    return atomic_load_explicit(&region->use, memory_order_acquire);
+}
+
+struct ps_region *ps_process_find(uintptr_t address) {
+    for (uint32_t i = 0, used = atomic_load_explicit(&regions_used, memory_order_acquire); i < used; i++) {
+        uintptr_t base = atomic_load_explicit(&regions[i].base, memory_order_acquire);
+        if (base && use_of(&regions[i]) != PS_UNUSED && address - base < regions[i].span)
+            return &regions[i];
+    }
+    return NULL;
+}
+
+/* As in a process that has just been forked: no agent, no slot, no lock held. */
+static void forget_participation(struct ps_region *region) {
+    region->agent = PS_AGENT_NONE;
+    region->page_lock = 0;
+    region->applied = 0;
+    region->failed = region->fenced = false;
+    region->epoch = region->slot = 0;
+    region->tid = 0;
+    region->own = region->own_entry = -1;
+}
+
+struct ps_region *ps_process_claim(void) {
+    for (uint32_t i = 0; i < PS_REGIONS_MAX; i++) {
+        uint32_t unused = PS_UNUSED, used = i;
+        if (!atomic_compare_exchange_strong_explicit(&regions[i].use, &unused, PS_OPENING, memory_order_acq_rel,
+                                                     memory_order_relaxed))
+            continue;
+        forget_participation(&regions[i]);
+        regions[i].memory.fd = regions[i].entry.fd = -1;
+        regions[i].corrupt = NULL;
+        /* Fails where another thread has raised it past i already. */
+        while (used <= i && !atomic_compare_exchange_weak_explicit(&regions_used, &used, i + 1, memory_order_acq_rel,
+                                                                   memory_order_acquire))
+            ;
+        return &regions[i];
+    }
+    return NULL;
+}
+
+/* -- Fork ------------------------------------------------------------------------------------------------------ */
+
+bool ps_process_known(void) {
+    _Atomic uint32_t *flag = atomic_load_explicit(&known, memory_order_acquire);
+    return flag && atomic_load_explicit(flag, memory_order_relaxed);
+}
+
+/* The child inherits the program's table, so what the program lost is fetched while the agent still has it. */
+static void before_fork(void) {
+    for (uint32_t i = 0; i < regions_used; i++)
+        if (use_of(&regions[i]) == PS_OPEN && ps_process_known()) {
+            ps_cached_get(&regions[i], &regions[i].memory, regions[i].own);
+            if (regions[i].entry.fd >= 0)
+                ps_cached_get(&regions[i], &regions[i].entry, regions[i].own_entry);
+        }
+}
+
+static void reserve_all(void) {
+    for (uint32_t i = 0; i < regions_used; i++) {
+        struct ps_region *region = &regions[i];
+        if (use_of(region) == PS_UNUSED || !region->base)
+            continue;
+        if (ps_region_reserve(region)) /* then nothing is mapped there, and it must not become a participant */
+            atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+    }
+}
+
+static void in_child(void) {
+    bool parent_known = atomic_load_explicit(&known, memory_order_acquire) != NULL;
+    struct ps_outcome outcome;
+    reserve_all();
+    if (!parent_known)
+        return;
+    atomic_store_explicit(known, 1, memory_order_release);
+    PS_POINT_RELOAD();
+    int64_t deadline = ps_sys_now() + PS_JOIN_TIMEOUT;
+    for (uint32_t i = 0; i < regions_used; i++) {
+        uint32_t use = use_of(&regions[i]);
+        if (use != PS_UNUSED)
+            forget_participation(&regions[i]);
+        if (use == PS_OPEN)
+            ps_agent_start(&regions[i], deadline, &outcome); /* or detached: ps_ready tries again */
+        else if (use == PS_OPENING) /* by a thread that is not here */
+            ps_release(&regions[i]);
+    }
+    chains[0].busy = chains[1].busy = 0;
+}
+
+static void start(void) {
+    void *page = mmap(NULL, PS_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED || madvise(page, PS_PAGE, MADV_WIPEONFORK)) {
+        start_result = -errno;
+        return;
+    }
+    start_result = -pthread_atfork(before_fork, NULL, in_child);
+    PS_POINT_RELOAD();
+    atomic_store_explicit((_Atomic uint32_t *)page, 1, memory_order_relaxed);
+    atomic_store_explicit(&known, page, memory_order_release);
+}
+
+int ps_process_start(void) {
+    pthread_once(&once, start);
+    return start_result ? start_result : ps_process_known() ? 0 : PS_ECLOSED;
+}
+
+/* -- Crash points (point.h) ------------------------------------------------------------------------------------ */
+
+#ifdef PS_POINTS
+static struct {
+    char label[24];
+    char action; /* first letter; 0: none */
+    _Atomic int32_t left;
+} point;
+
+void ps_point_reload(void) {
+    const char *text = getenv("PYSHARE_POINT"), *equals = text ? strchr(text, '=') : NULL;
+    point.action = 0;
+    if (!equals || equals - text >= (ptrdiff_t)sizeof point.label)
+        return;
+    memcpy(point.label, text, (size_t)(equals - text));
+    point.label[equals - text] = 0;
+    const char *times = strchr(equals, '@');
+    point.left = times ? atoi(times + 1) : 1;
+    point.action = equals[1];
+}
+
+void ps_point_hit(const char *label) {
+    if (!point.action || strcmp(label, point.label) || atomic_fetch_sub(&point.left, 1) != 1)
+        return;
+    if (point.action == 'k')
+        kill(getpid(), SIGKILL);
+    else if (point.action == 's')
+        kill(getpid(), SIGSTOP);
+    else
+        ps_sys_exit_thread();
+}
+#endif

@@ -1,0 +1,382 @@
+/* region.c - the memfd and the address range.
+ *
+ * Lives here: making and sealing a region, checking one that somebody hands
+ * us, reserving and filling the address range.  The only place where foreign
+ * bytes become trusted: after ps_region_validate nothing of the header's first
+ * lines is read again.
+ * Invariants
+ *  1. The range is reserved, no-access, from ps_region_place to ps_release: no
+ *     other mapping can ever slip under a pointer into the data.
+ *  2. Shared memory is mapped through the agent's own description (`own`),
+ *     which holds the OFD lock of the slot.  A mapping keeps its description
+ *     alive, so that byte is free only when no thread can reach the memory any
+ *     more, whatever became of descriptors.
+ *  3. Every shared mapping is DONTFORK and DONTDUMP.
+ * Runs in: caller, agent, fork child.
+ * Not here: who may use the pages (change.c, engine.c).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "participant.h"
+
+#define SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
+
+/* Far from where the kernel looks for room (mmap_base, downwards) and from the heap: the range that a raw
+ * child loses by DONTFORK is not handed out again there.  A build with a sanitizer moves it. */
+#ifndef PS_FAR_BASE
+#define PS_FAR_BASE 0x100000000000u
+#define PS_FAR_SIZE 0x400000000000u
+#endif
+#define CHUNK (2u << 20) /* data begins on a page-table boundary */
+
+static uint64_t whole_pages(uint64_t bytes) {
+    return (bytes + PS_PAGE - 1) / PS_PAGE * PS_PAGE;
+}
+
+static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32_t slots) {
+    switch (kind) {
+    case PS_SEC_SLOTS:
+        return slots * sizeof(struct ps_shm_slot);
+    case PS_SEC_RING:
+        return PS_RING * sizeof(struct ps_shm_ring);
+    case PS_SEC_CUR:
+    case PS_SEC_OLD:
+        return pages;
+    case PS_SEC_LEASE:
+        return pages * sizeof(uint64_t);
+    default:
+        return 0;
+    }
+}
+
+static void lay_out(struct ps_shm_header *header) {
+    uint64_t at = PS_PAGE;
+    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LEASE; kind++) {
+        uint64_t length = section_length((enum ps_section_kind)kind, header->pages, header->slots);
+        header->section[kind - 1] = (struct ps_shm_section){.kind = kind, .offset = at, .length = length};
+        at = whole_pages(at + length);
+    }
+    header->control_size = at;
+}
+
+static int fill(int fd, const struct ps_shm_header *header, uint32_t mode) {
+    if (ftruncate(fd, (off_t)(header->control_size + header->pages * PS_PAGE)) || fchmod(fd, mode))
+        return -errno;
+    ssize_t wrote = pwrite(fd, header, sizeof *header, 0);
+    if (wrote != (ssize_t)sizeof *header)
+        return wrote < 0 ? -errno : -EIO;
+    return fcntl(fd, F_ADD_SEALS, SEALS) ? -errno : 0;
+}
+
+int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd) {
+    struct ps_shm_header header = {
+        .magic = PS_MAGIC,
+        .version = PS_VERSION,
+        .page_size = PS_PAGE,
+        .size = size,
+        .pages = (size + PS_PAGE - 1) / PS_PAGE,
+        .slots = slots,
+        .initial = prot,
+        .created = ps_sys_boottime(),
+        .creator = (uint32_t)getpid(),
+    };
+    strncpy(header.name, name, PS_NAME_MAX);
+    lay_out(&header);
+    int rc = ps_sys_random(header.nonce, sizeof header.nonce);
+    if (rc)
+        return rc;
+    *fd = ps_sys_memfd("pyshare");
+    if (*fd < 0)
+        return *fd;
+    rc = fill(*fd, &header, mode);
+    if (rc)
+        close(*fd);
+    return rc;
+}
+
+static const char *check_sections(const struct ps_shm_header *header, struct ps_shape *shape) {
+    for (uint32_t i = 0; i < PS_SECTIONS && header->section[i].kind != PS_SEC_END; i++) {
+        const struct ps_shm_section *section = &header->section[i];
+        if (section->kind >= PS_SECTIONS)
+            continue; /* of a later version that says we may ignore it */
+        uint64_t end = header->control_size;
+        if (section->offset % PS_PAGE || section->offset < PS_PAGE || section->offset > end ||
+            section->length > end - section->offset)
+            return "section";
+        if (section->length < section_length((enum ps_section_kind)section->kind, header->pages, header->slots))
+            return "section length";
+        shape->offset[section->kind] = section->offset;
+    }
+    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LEASE; kind++)
+        if (!shape->offset[kind])
+            return "section table";
+    return NULL;
+}
+
+/* As _names.py has it, or "". */
+static bool is_name(const char *name, size_t size) {
+    size_t length = strnlen(name, size);
+    return length <= PS_NAME_MAX && name[0] != '.' &&
+           strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") >= length;
+}
+
+static const char *check_header(const struct ps_shm_header *header, uint64_t file_size) {
+    if (header->magic != PS_MAGIC)
+        return "magic";
+    if (header->version != PS_VERSION)
+        return "version";
+    if (header->page_size != PS_PAGE)
+        return "page_size";
+    if (!header->slots || header->slots > PS_SLOTS_MAX)
+        return "slots";
+    if (header->initial > 7)
+        return "initial";
+    if (!header->size || header->size > file_size || header->pages != (header->size + PS_PAGE - 1) / PS_PAGE)
+        return "size";
+    if (header->control_size % PS_PAGE || header->control_size > file_size ||
+        file_size - header->control_size != header->pages * PS_PAGE)
+        return "control_size";
+    return is_name(header->name, sizeof header->name) ? NULL : "name";
+}
+
+int ps_region_validate(int fd, struct ps_shape *shape, const char **field) {
+    struct ps_shm_header header;
+    struct stat file;
+    if (fstat(fd, &file))
+        return -errno;
+    *field = "seals";
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || (seals & SEALS) != SEALS)
+        return PS_ECORRUPT;
+    *field = "length";
+    if (pread(fd, &header, sizeof header, 0) != (ssize_t)sizeof header)
+        return PS_ECORRUPT;
+    memset(shape, 0, sizeof *shape);
+    *field = check_header(&header, (uint64_t)file.st_size);
+    if (!*field)
+        *field = check_sections(&header, shape);
+    if (*field)
+        return PS_ECORRUPT;
+    shape->control_size = header.control_size;
+    shape->size = header.size;
+    shape->pages = header.pages;
+    shape->slots = header.slots;
+    shape->initial = header.initial;
+    shape->created = header.created;
+    shape->creator = header.creator;
+    memcpy(shape->nonce, header.nonce, sizeof shape->nonce);
+    memcpy(shape->name, header.name, sizeof shape->name);
+    return 0;
+}
+
+int ps_corrupt(struct ps_region *region, const char *field) {
+    atomic_store_explicit(&region->corrupt, field, memory_order_relaxed);
+    return PS_ECORRUPT;
+}
+
+/* -- The address range --------------------------------------------------------------------------------------- */
+
+static int map_at(uintptr_t address, uint64_t length, int prot, int flags, int fd, off_t offset) {
+    void *got = mmap((void *)address, length, prot, flags, fd, offset);
+    if (got == MAP_FAILED)
+        return -errno;
+    if (got == (void *)address)
+        return 0;
+    munmap(got, length); /* a kernel before 4.17 takes FIXED_NOREPLACE for a hint */
+    return -EEXIST;
+}
+
+#define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+int ps_region_place(struct ps_region *region) {
+    uint64_t data = ps_data_offset(&region->shape);
+    region->span = data + region->shape.pages * PS_PAGE + PS_GUARD;
+    if (region->span > PS_FAR_SIZE / 2)
+        return -ENOMEM;
+    uint64_t room = (PS_FAR_SIZE - region->span) / CHUNK - data / CHUNK - 1;
+    uint64_t step = region->span / CHUNK + 1, at = region->shape.nonce[0] % room;
+    for (int tries = 0; tries < 4096; tries++, at = (at + step) % room) {
+        uintptr_t base = PS_FAR_BASE + (data / CHUNK + 1 + at) * CHUNK - data;
+        int rc = map_at(base, region->span, PROT_NONE, RESERVED | MAP_FIXED_NOREPLACE, -1, 0);
+        if (!rc)
+            atomic_store_explicit(&region->base, base, memory_order_release); /* pairs with the fault handler */
+        if (rc != -EEXIST)
+            return rc;
+    }
+    return -ENOMEM;
+}
+
+/* MAP_FIXED: what lies there is our reservation, our own mapping, the hole that DONTFORK left of it in a
+ * child, or (forked between mmap and madvise) a copy of it. */
+int ps_region_reserve(struct ps_region *region) {
+    return map_at((uintptr_t)ps_header(region), region->span, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
+}
+
+static int map_shared(uintptr_t at, uint64_t length, int prot, int own, uint64_t offset) {
+    int rc = map_at(at, length, prot, MAP_SHARED | MAP_FIXED, own, (off_t)offset);
+    if (!rc && (madvise((void *)at, length, MADV_DONTFORK) || madvise((void *)at, length, MADV_DONTDUMP)))
+        rc = -errno;
+    return rc;
+}
+
+int ps_region_map_control(struct ps_region *region, int own) {
+    return map_shared((uintptr_t)ps_header(region), region->shape.control_size, PROT_READ | PROT_WRITE, own, 0);
+}
+
+int ps_region_map_data(struct ps_region *region, int own) {
+    return map_shared((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, own,
+                      region->shape.control_size);
+}
+
+int ps_region_unmap_data(struct ps_region *region) {
+    return map_at((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1,
+                  0);
+}
+
+/* -- Descriptors --------------------------------------------------------------------------------------------- */
+
+bool ps_cached_leads(int fd, const struct ps_cached *cached) {
+    struct stat file;
+    return fd >= 0 && !fstat(fd, &file) && file.st_ino == cached->inode && file.st_dev == cached->device;
+}
+
+/* The program may close anything, and its numbers come back as other files: check, and fetch again from the
+ * agent's table. */
+int ps_cached_get(struct ps_region *region, struct ps_cached *cached, int agents) {
+    if (ps_cached_leads(cached->fd, cached))
+        return cached->fd;
+    if (agents < 0 || !ps_running(region))
+        return -EBADF;
+    int fd = ps_sys_reopen_of(getpid(), region->tid, agents);
+    if (fd >= 0 && !ps_cached_leads(fd, cached)) {
+        close(fd);
+        fd = -EBADF;
+    }
+    if (fd >= 0)
+        cached->fd = fd;
+    return fd;
+}
+
+int ps_fd(struct ps_region *region) {
+    return ps_cached_get(region, &region->memory, region->own);
+}
+
+int ps_query_fd(struct ps_region *region) {
+    return ps_sys_gettid() == region->tid ? region->own : ps_fd(region);
+}
+
+/* -- What it is ---------------------------------------------------------------------------------------------- */
+
+void *ps_address(const struct ps_region *region) {
+    return (char *)ps_header(region) + ps_data_offset(&region->shape);
+}
+
+uint64_t ps_size(const struct ps_region *region) {
+    return region->shape.size;
+}
+
+uint64_t ps_generation(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->generation, memory_order_acquire);
+}
+
+uint32_t ps_max_participants(const struct ps_region *region) {
+    return region->shape.slots;
+}
+
+const char *ps_name(const struct ps_region *region) {
+    return region->shape.name;
+}
+
+const char *ps_corrupt_field(const struct ps_region *region) {
+    return atomic_load_explicit(&region->corrupt, memory_order_relaxed);
+}
+
+/* -- Attach, close ------------------------------------------------------------------------------------------- */
+
+static int cache(struct ps_cached *cached, int fd) {
+    struct stat file;
+    *cached = (struct ps_cached){.fd = -1};
+    if (fd < 0)
+        return 0;
+    if (fstat(fd, &file))
+        return -errno;
+    cached->device = file.st_dev;
+    cached->inode = file.st_ino;
+    cached->fd = ps_sys_reopen(fd);
+    return cached->fd < 0 ? cached->fd : 0;
+}
+
+static void forget(struct ps_cached *cached) {
+    if (ps_cached_leads(cached->fd, cached))
+        close(cached->fd);
+    cached->fd = -1;
+}
+
+int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, struct ps_outcome *outcome,
+              const char **field) {
+    struct ps_shape shape;
+    outcome->silent = 0;
+    int rc = ps_region_validate(fd, &shape, field);
+    if (!rc)
+        rc = ps_process_start();
+    if (rc)
+        return rc;
+    struct ps_region *region = ps_process_claim();
+    if (!region)
+        return PS_EREGIONS;
+    region->shape = shape;
+    rc = cache(&region->memory, fd);
+    if (!rc)
+        rc = cache(&region->entry, name_fd);
+    if (!rc)
+        rc = ps_region_place(region);
+    if (!rc)
+        rc = ps_agent_start(region, deadline, outcome);
+    if (rc) {
+        *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
+        atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+        forget(&region->memory);
+        forget(&region->entry);
+        ps_release(region);
+        return rc;
+    }
+    atomic_store_explicit(&region->use, PS_OPEN, memory_order_release);
+    ps_fault_stack();
+    ps_fault_install();
+    *out = region;
+    return 0;
+}
+
+int ps_close(struct ps_region *region) {
+    if (!ps_process_known() || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
+        return PS_ECLOSED;
+    forget(&region->memory);
+    ps_agent_stop(region);
+    atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+    forget(&region->entry);
+    return 0;
+}
+
+void ps_release(struct ps_region *region) {
+    if (!ps_process_known())
+        return;
+    uintptr_t base = atomic_exchange_explicit(&region->base, 0, memory_order_acq_rel);
+    if (base)
+        munmap((void *)base, region->span);
+    atomic_store_explicit(&region->use, PS_UNUSED, memory_order_release);
+}
+
+int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
+    outcome->silent = 0;
+    if (!ps_process_known() || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
+        return PS_ECLOSED;
+    if (ps_running(region) && !ps_slot_lost(region))
+        return 0;
+    return ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
+}

@@ -1,0 +1,143 @@
+/* slot.c - who takes part, who is alive.
+ *
+ * Lives here: claiming, opening and leaving a slot; the signs of death.
+ * Invariants
+ *  1. A slot belongs to whoever holds the OFD lock on byte `slot` of the memfd
+ *     through the description that its mapping uses.  So a claim that succeeds
+ *     proves that no thread of an earlier owner can reach the memory.
+ *  2. OWNER_DIED in the liveness word wakes, it does not prove death: other
+ *     threads of the process may still store inside system calls.
+ *  3. (slot, epoch) is never reused within 2^20 joins of a slot.
+ * Runs in: caller, agent, fork child.
+ * Not here: page protection.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <unistd.h>
+
+#include "participant.h"
+#include "point.h"
+
+static void publish_use(struct ps_region *region, uint32_t used) {
+    _Atomic uint32_t *mark = &ps_header(region)->slots_used;
+    uint32_t seen = atomic_load_explicit(mark, memory_order_relaxed);
+    /* release: whoever reads the mark (acquire) scans a slot whose words are set. */
+    while (seen < used && !atomic_compare_exchange_weak_explicit(mark, &seen, used, memory_order_release,
+                                                                 memory_order_relaxed))
+        ;
+}
+
+uint32_t ps_slots_used(const struct ps_region *region) {
+    uint32_t used = atomic_load_explicit(&ps_header(region)->slots_used, memory_order_acquire);
+    return used < region->shape.slots ? used : region->shape.slots;
+}
+
+static void take(struct ps_region *region, uint32_t index) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    uint32_t before = atomic_load_explicit(&slot->status, memory_order_relaxed) >> PS_STATE_BITS;
+    region->slot = index;
+    region->epoch = (before + 1) & PS_EPOCH_MASK;
+    if (!region->epoch) /* 0 is private: no slot */
+        region->epoch = 1;
+    /* release: whoever sees JOINING of the new epoch no longer trusts anything it read under the old one. */
+    atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_JOINING), memory_order_release);
+    atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->claim, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->flags, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->capabilities, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->pid, (uint32_t)getpid(), memory_order_relaxed);
+    atomic_store_explicit(&slot->tid, (uint32_t)region->tid, memory_order_relaxed);
+    atomic_store_explicit(&slot->start, ps_sys_start_time(getpid()), memory_order_relaxed);
+    atomic_store_explicit(&slot->pidns, ps_sys_pid_namespace(), memory_order_relaxed);
+    publish_use(region, index + 1);
+}
+
+int ps_slot_claim(struct ps_region *region, int own) {
+    for (uint32_t index = 0; index < region->shape.slots; index++) {
+        int rc = ps_sys_ofd_take(own, index);
+        if (rc == -EAGAIN)
+            continue;
+        if (rc)
+            return rc;
+        take(region, index);
+        PS_POINT(J1_claim);
+        return 0;
+    }
+    return PS_EFULL;
+}
+
+void ps_slot_live(struct ps_region *region) {
+    /* release: a caller that sees LIVE (acquire) sees the acknowledgement that goes with it. */
+    atomic_store_explicit(&ps_slot(region, region->slot)->status, ps_status(region->epoch, PS_LIVE),
+                          memory_order_release);
+}
+
+/* The mapping of the data is gone when this is called: nobody need wait for us any more. */
+void ps_slot_leave(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_FREE), memory_order_release);
+    PS_POINT(L2_leave);
+    /* A caller may sleep on the acknowledgement: change the word, so that it looks at the status. */
+    uint32_t ack = atomic_load_explicit(&slot->ack, memory_order_relaxed);
+    atomic_exchange_explicit(&slot->ack, (ack + 1) & PS_ACK_MASK, memory_order_seq_cst);
+    ps_sys_wake(&slot->ack, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    region->epoch = 0;
+}
+
+/* Our own agent ended, though nobody asked it to (a seccomp filter can do that). */
+bool ps_slot_lost(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_slot(region, region->slot)->live, memory_order_acquire) & FUTEX_OWNER_DIED;
+}
+
+/* 1, 0, or 0 where it cannot be asked. Looks at the descriptor after the answer too: the program may have
+ * given its number to another file in between. */
+static bool byte_free(struct ps_region *region, uint32_t index) {
+    int fd = ps_query_fd(region);
+    return fd >= 0 && ps_sys_ofd_free(fd, index) == 1 && ps_cached_leads(fd, &region->memory);
+}
+
+static bool process_gone(const struct ps_shm_slot *slot) {
+    int pid = (int)atomic_load_explicit(&slot->pid, memory_order_relaxed);
+    uint64_t start = atomic_load_explicit(&slot->start, memory_order_relaxed);
+    uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
+    return pidns && pidns == ps_sys_pid_namespace() && pid != getpid() && ps_sys_process_gone(pid, start);
+}
+
+/* Is the participant that had `status` gone for good? True only if none of its threads can store any more:
+ * its OFD byte is free (the mapping went with it), or the kernel says of its process that no thread has memory
+ * left, which on a process with much memory comes sooner.  The second question costs more, so it is asked once
+ * the kernel has marked the agent. */
+bool ps_slot_dead(struct ps_region *region, uint32_t index, uint32_t status) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    uint32_t now = atomic_load_explicit(&slot->status, memory_order_acquire);
+    if (now != status) /* from JOINING to LIVE is no death */
+        return now >> PS_STATE_BITS != status >> PS_STATE_BITS || ps_state_of(now) == PS_FREE ||
+               ps_state_of(now) == PS_DEAD;
+    bool marked = atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
+    if (!byte_free(region, index) && !(marked && process_gone(slot)))
+        return false;
+    /* Fails if the slot has a new owner by now; the old one is dead all the same. */
+    if (ps_state_of(status) == PS_LIVE)
+        atomic_compare_exchange_strong_explicit(&slot->status, &now, ps_status(status >> PS_STATE_BITS, PS_DEAD),
+                                                memory_order_acq_rel, memory_order_relaxed);
+    /* The kernel woke one of those who sleep on this word; pass it on. */
+    ps_sys_wake(&slot->live, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    return true;
+}
+
+int ps_participant(struct ps_region *region, uint32_t index, struct ps_participant *out) {
+    if (index >= ps_slots_used(region))
+        return -ENOENT;
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
+    if (ps_state_of(status) != PS_LIVE)
+        return 0;
+    out->pid = atomic_load_explicit(&slot->pid, memory_order_relaxed);
+    out->tid = atomic_load_explicit(&slot->tid, memory_order_relaxed);
+    out->capabilities = atomic_load_explicit(&slot->capabilities, memory_order_relaxed);
+    out->flags = atomic_load_explicit(&slot->flags, memory_order_acquire);
+    out->applied = atomic_load_explicit(&slot->applied, memory_order_relaxed);
+    out->alive = index == region->slot || !ps_slot_dead(region, index, status);
+    return 1;
+}

@@ -1,0 +1,304 @@
+/* sys.c - see sys.h.  Runs in: caller, agent, signal handler, fork child. */
+#define _GNU_SOURCE
+#include "sys.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Newer than the headers of the oldest distributions that we build on. */
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef MFD_EXEC
+#define MFD_EXEC 0x0010U
+#endif
+#ifndef CLOSE_RANGE_UNSHARE
+#define CLOSE_RANGE_UNSHARE (1U << 1)
+#endif
+#define WAITV_32 2 /* FUTEX2_SIZE_U32, not private */
+
+struct waitv {
+    uint64_t value, address;
+    uint32_t flags, reserved;
+};
+
+struct dirent64 {
+    uint64_t inode;
+    int64_t offset;
+    unsigned short length;
+    unsigned char type;
+    char name[];
+};
+
+static int result(long returned) {
+    return returned < 0 ? -errno : (int)returned;
+}
+
+static struct timespec timespec_of(int64_t ns) {
+    return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+}
+
+static uint64_t clock_ns(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+int64_t ps_sys_now(void) {
+    return (int64_t)clock_ns(CLOCK_MONOTONIC);
+}
+
+uint64_t ps_sys_boottime(void) {
+    return clock_ns(CLOCK_BOOTTIME);
+}
+
+int ps_sys_gettid(void) {
+    return (int)syscall(SYS_gettid);
+}
+
+void ps_sys_exit_thread(void) {
+    for (;;)
+        syscall(SYS_exit, 0);
+}
+
+int ps_sys_random(void *to, size_t length) {
+    ssize_t got = getrandom(to, length, 0);
+    return got == (ssize_t)length ? 0 : got < 0 ? -errno : -EIO;
+}
+
+int ps_sys_wait(struct ps_watch watch, uint32_t bitset, int64_t deadline) {
+    struct timespec at = timespec_of(deadline);
+    return result(syscall(SYS_futex, watch.word, FUTEX_WAIT_BITSET, watch.value, deadline == PS_NEVER ? NULL : &at,
+                          NULL, bitset));
+}
+
+int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadline) {
+    struct waitv both[2] = {
+        {.value = first.value, .address = (uintptr_t)first.word, .flags = WAITV_32},
+        {.value = second.value, .address = (uintptr_t)second.word, .flags = WAITV_32},
+    };
+    struct timespec at = timespec_of(deadline);
+    int rc = result(
+        syscall(SYS_futex_waitv, both, 2, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
+    if (rc >= 0 || rc == -EAGAIN || rc == -EINTR || rc == -ETIMEDOUT)
+        return rc < 0 ? rc : 0;
+    int64_t slice = ps_sys_now() + PS_MS;
+    return ps_sys_wait(first, FUTEX_BITSET_MATCH_ANY, slice < deadline ? slice : deadline);
+}
+
+int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset) {
+    return result(syscall(SYS_futex, word, FUTEX_WAKE_BITSET, count, NULL, NULL, bitset));
+}
+
+int ps_sys_memfd(const char *name) {
+    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+    int fd = result(syscall(SYS_memfd_create, name, flags | MFD_EXEC));
+    return fd == -EINVAL ? result(syscall(SYS_memfd_create, name, flags)) : fd; /* MFD_EXEC is Linux 6.3 */
+}
+
+/* Appends text or a decimal number at *end and keeps it terminated; paths here are short. */
+static void put_text(char **end, const char *text) {
+    while (*text)
+        *(*end)++ = *text++;
+    **end = 0;
+}
+
+static void put_number(char **end, unsigned long number) {
+    char digits[20];
+    int count = 0;
+    do
+        digits[count++] = (char)('0' + number % 10);
+    while (number /= 10);
+    while (count)
+        *(*end)++ = digits[--count];
+    **end = 0;
+}
+
+int ps_sys_reopen(int fd) {
+    char path[64], *end = path;
+    put_text(&end, "/proc/thread-self/fd/");
+    put_number(&end, (unsigned long)fd);
+    return result(open(path, O_RDWR | O_CLOEXEC));
+}
+
+int ps_sys_reopen_of(int pid, int tid, int fd) {
+    char path[96], *end = path;
+    put_text(&end, "/proc/");
+    put_number(&end, (unsigned long)pid);
+    put_text(&end, "/task/");
+    put_number(&end, (unsigned long)tid);
+    put_text(&end, "/fd/");
+    put_number(&end, (unsigned long)fd);
+    return result(open(path, O_RDWR | O_CLOEXEC));
+}
+
+static int close_from_to(unsigned first, unsigned last, unsigned flags) {
+    return first > last ? 0 : result(syscall(SYS_close_range, first, last, flags));
+}
+
+int ps_sys_private_table(const int keep[2]) {
+    unsigned low = (unsigned)(keep[0] < keep[1] ? keep[0] : keep[1]);
+    unsigned high = (unsigned)(keep[0] < keep[1] ? keep[1] : keep[0]);
+    if (keep[0] < 0 || keep[1] < 0) /* one of them only: high is it, low is "none" */
+        low = high = (unsigned)(keep[0] < 0 ? keep[1] : keep[0]);
+    /* The first call unshares by copying all that it does not close; start with the largest part. */
+    int rc = close_from_to(high + 1, UINT_MAX, CLOSE_RANGE_UNSHARE);
+    if (!rc && low)
+        rc = close_from_to(0, low - 1, 0);
+    if (!rc && low != high)
+        rc = close_from_to(low + 1, high - 1, 0);
+    return rc;
+}
+
+void ps_sys_normal_priority(void) {
+    struct sched_param none = {0};
+    if (sched_getscheduler(0) == SCHED_IDLE || sched_getscheduler(0) == SCHED_BATCH)
+        sched_setscheduler(0, SCHED_OTHER, &none);
+    if (getpriority(PRIO_PROCESS, 0) > 0)
+        setpriority(PRIO_PROCESS, 0, 0);
+}
+
+int ps_sys_mark_death(struct ps_robust *robust, _Atomic uint32_t *word) {
+    struct robust_list_head *head = (struct robust_list_head *)robust->head;
+    static_assert(sizeof robust->head == sizeof *head, "robust list head");
+    robust->node = &head->list;
+    head->list.next = (struct robust_list *)&robust->node;
+    head->futex_offset = (long)((char *)word - (char *)&robust->node);
+    head->list_op_pending = NULL;
+    return result(syscall(SYS_set_robust_list, head, sizeof *head));
+}
+
+int ps_sys_mark_nothing(struct ps_robust *robust) {
+    struct robust_list_head *head = (struct robust_list_head *)robust->head;
+    head->list.next = &head->list;
+    return result(syscall(SYS_set_robust_list, head, sizeof *head));
+}
+
+static struct flock ofd_byte(uint32_t byte) {
+    return (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+}
+
+int ps_sys_ofd_take(int fd, uint32_t byte) {
+    struct flock lock = ofd_byte(byte);
+    int rc = result(fcntl(fd, F_OFD_SETLK, &lock));
+    return rc == -EACCES ? -EAGAIN : rc;
+}
+
+int ps_sys_ofd_free(int fd, uint32_t byte) {
+    struct flock lock = ofd_byte(byte);
+    int rc = result(fcntl(fd, F_OFD_GETLK, &lock));
+    return rc < 0 ? rc : lock.l_type == F_UNLCK;
+}
+
+/* Reads a small file of /proc; the length, or -errno. */
+static int read_file(const char *path, char *to, size_t size) {
+    int fd = result(open(path, O_RDONLY | O_CLOEXEC));
+    if (fd < 0)
+        return fd;
+    int length = result(read(fd, to, size - 1));
+    close(fd);
+    to[length < 0 ? 0 : length] = 0;
+    return length;
+}
+
+uint64_t ps_sys_start_time(int pid) {
+    char path[48], text[1024], *end = path;
+    put_text(&end, "/proc/");
+    put_number(&end, (unsigned long)pid);
+    put_text(&end, "/stat");
+    if (read_file(path, text, sizeof text) <= 0)
+        return 0;
+    char *at = strrchr(text, ')'); /* the command may hold spaces and parentheses */
+    for (int field = 2; at && field < 22; field++)
+        at = strchr(at + 1, ' ');
+    uint64_t start = 0;
+    for (at = at ? at + 1 : text; *at >= '0' && *at <= '9'; at++)
+        start = start * 10 + (uint64_t)(*at - '0');
+    return start;
+}
+
+uint64_t ps_sys_pid_namespace(void) {
+    struct stat ns;
+    return stat("/proc/thread-self/ns/pid", &ns) ? 0 : (uint64_t)ns.st_ino;
+}
+
+/* A /proc of another pid namespace (a container's) speaks of other processes under our numbers. */
+static bool proc_is_ours(void) {
+    char text[24], mine[24], *end = mine;
+    ssize_t length = readlink("/proc/self", text, sizeof text - 1);
+    put_number(&end, (unsigned long)getpid());
+    return length > 0 && (size_t)length == strlen(mine) && !memcmp(text, mine, (size_t)length);
+}
+
+/* 1: every thread has given up its memory; 0: one has not; -errno: cannot tell. */
+static int threads_without_memory(int pid) {
+    char path[64], buffer[2048] __attribute__((aligned(8))), *tasks = path;
+    put_text(&tasks, "/proc/");
+    put_number(&tasks, (unsigned long)pid);
+    put_text(&tasks, "/task");
+    int dir = result(open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)), length, seen = 0, held = 0;
+    if (dir < 0)
+        return dir;
+    while (!held && (length = result(syscall(SYS_getdents64, dir, buffer, sizeof buffer))) > 0)
+        for (int at = 0; at < length && !held; at += ((struct dirent64 *)(buffer + at))->length) {
+            const char *name = ((struct dirent64 *)(buffer + at))->name;
+            char statm[64], *end = tasks;
+            if (name[0] == '.' || strlen(name) > 10)
+                continue;
+            seen++;
+            put_text(&end, "/");
+            put_text(&end, name);
+            put_text(&end, "/statm");
+            int got = read_file(path, statm, sizeof statm);
+            held = got > 0 && memcmp(statm, "0 ", 2) != 0; /* an error: that thread is gone altogether */
+        }
+    close(dir);
+    return held ? 0 : seen ? 1 : -ESRCH;
+}
+
+static bool pidfd_says_gone(int pid) {
+    int fd = result(syscall(SYS_pidfd_open, pid, 0));
+    if (fd < 0)
+        return fd == -ESRCH;
+    struct pollfd poller = {.fd = fd, .events = POLLIN};
+    bool gone = poll(&poller, 1, 0) == 1;
+    close(fd);
+    return gone;
+}
+
+bool ps_sys_process_gone(int pid, uint64_t start) {
+    if (pid <= 0)
+        return false;
+    if (kill(pid, 0) && errno == ESRCH)
+        return true;
+    if (!proc_is_ours())
+        return pidfd_says_gone(pid);
+    uint64_t now = ps_sys_start_time(pid);
+    if (start && now && now != start)
+        return true; /* the number was given to somebody else */
+    /* Twice: a directory that is read while threads come and go may miss one. */
+    if (threads_without_memory(pid) == 1 && threads_without_memory(pid) == 1)
+        return true;
+    return pidfd_says_gone(pid);
+}

@@ -1,0 +1,70 @@
+/* sys.h - the kernel, without policy.
+ *
+ * Lives here: thin wrappers of system calls, returning a result or -errno,
+ * and the few lines of /proc that the core reads.  sys.c is the only file
+ * that calls syscall().
+ * Invariants
+ *  1. No malloc, no stdio, no lock: everything here may be called in an
+ *     agent, in a signal handler and between fork and join.
+ *  2. No retry on EINTR: whoever waits decides what a signal means.
+ * Not here: what any of it is used for.
+ */
+#ifndef PS_SYS_H
+#define PS_SYS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PS_NEVER INT64_MAX /* a deadline that does not come */
+#define PS_MS INT64_C(1000000)
+
+/* A futex word, with the value it is expected to hold. */
+struct ps_watch {
+    _Atomic uint32_t *word;
+    uint32_t value;
+};
+
+int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
+uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
+int ps_sys_gettid(void);
+_Noreturn void ps_sys_exit_thread(void); /* this thread alone, at once */
+int ps_sys_random(void *to, size_t length);
+
+/* Sleep until woken, until the word differs (-EAGAIN), a signal (-EINTR) or the deadline (-ETIMEDOUT). */
+int ps_sys_wait(struct ps_watch watch, uint32_t bitset, int64_t deadline);
+/* The same on two words.  Where FUTEX_WAITV is missing (before Linux 5.16, or refused by seccomp) it sleeps on
+ * the first word alone, at most 1 ms: the caller looks at the second again. */
+int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadline);
+int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset);
+
+int ps_sys_memfd(const char *name);
+/* Opens what `fd` of the calling thread's table refers to anew: a description of our own. */
+int ps_sys_reopen(int fd);
+/* The same through another thread of this process, which may have a table of its own. */
+int ps_sys_reopen_of(int pid, int tid, int fd);
+/* A private table for the calling thread that holds `keep` descriptors only (at most 2, others -1). */
+int ps_sys_private_table(const int keep[2]);
+
+/* Away from nice and SCHED_IDLE, which the starter may have, where that is permitted. */
+void ps_sys_normal_priority(void);
+
+/* The kernel marks *word when this thread ends (set_robust_list); `node` is private memory that outlives it. */
+struct ps_robust {
+    void *head[3]; /* struct robust_list_head */
+    void *node;    /* struct robust_list */
+};
+int ps_sys_mark_death(struct ps_robust *robust, _Atomic uint32_t *word);
+int ps_sys_mark_nothing(struct ps_robust *robust);
+
+/* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has it); free? */
+int ps_sys_ofd_take(int fd, uint32_t byte);
+int ps_sys_ofd_free(int fd, uint32_t byte); /* 1, 0 or -errno */
+
+/* Who a process is, beyond its pid. 0 where /proc does not say. */
+uint64_t ps_sys_start_time(int pid);
+uint64_t ps_sys_pid_namespace(void);
+/* Can no thread of that process of our own pid namespace store any more? Unknown counts as no. */
+bool ps_sys_process_gone(int pid, uint64_t start);
+
+#endif

@@ -1,0 +1,47 @@
+"""pyshare: shared memory whose protection changes in every process at once.
+
+The public names; no code.  Regions are in _region.py, names in _names.py,
+errors in _errors.py, everything that touches memory in _core (ext/).
+"""
+
+from pyshare._errors import (
+    CorruptRegion,
+    ParticipantLimit,
+    PropagationTimeout,
+    ProtectionError,
+    RegionClosed,
+    RegionExists,
+    RegionNotFound,
+    ShareError,
+)
+from pyshare._names import names, unlink
+from pyshare._region import DEFAULT, Participant, Prot, Region, attach, create, set_default_timeout
+
+NONE, READ, WRITE, READ_WRITE, EXEC = Prot.NONE, Prot.READ, Prot.WRITE, Prot.READ_WRITE, Prot.EXEC
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT",
+    "EXEC",
+    "NONE",
+    "READ",
+    "READ_WRITE",
+    "WRITE",
+    "CorruptRegion",
+    "Participant",
+    "ParticipantLimit",
+    "PropagationTimeout",
+    "Prot",
+    "ProtectionError",
+    "Region",
+    "RegionClosed",
+    "RegionExists",
+    "RegionNotFound",
+    "ShareError",
+    "attach",
+    "create",
+    "names",
+    "set_default_timeout",
+    "unlink",
+]

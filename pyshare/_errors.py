@@ -1,0 +1,144 @@
+"""The errors of pyshare, and nothing else.
+
+ShareError(Exception)
+├ ProtectionError(PermissionError)    .offset .required .actual .generation .author
+├ PropagationTimeout(TimeoutError)    .pids .generation
+├ RegionExists(FileExistsError)
+├ RegionNotFound(FileNotFoundError)
+├ RegionClosed(ValueError)
+├ ParticipantLimit
+└ CorruptRegion                       .field
+
+What the kernel refuses stays an OSError with its errno.  Every message says
+what was given, what was expected, and what to do.  All of them pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+_NAMES = {0: "NONE", 1: "READ", 2: "WRITE", 3: "READ_WRITE", 4: "EXEC"}
+
+
+class ShareError(Exception):
+    """The base of all errors that pyshare itself raises."""
+
+    def __reduce__(self) -> Any:
+        return _restore, (type(self), self.args, dict(self.__dict__))
+
+
+def _restore(cls: type[ShareError], args: tuple[Any, ...], state: dict[str, Any]) -> ShareError:
+    error = cls(*args)
+    error.__dict__.update(state)
+    return error
+
+
+class ProtectionError(ShareError, PermissionError):
+    """An access that the region's protection forbids; raised by ``read`` and ``write``.
+
+    Attributes:
+        offset: where the page begins, in bytes from the start of the region.
+        required: the protection that the access needs.
+        actual: the protection of the page.
+        generation: the change that set it; 0 is the creation; None if it is older than the latest 1,024 changes.
+        author: the pid that made this change, as that process sees it; None with ``generation``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        offset: int = 0,
+        required: int = 0,
+        actual: int = 0,
+        generation: int | None = None,
+        author: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.errno = errno.EACCES
+        self.offset = offset
+        self.required = required
+        self.actual = actual
+        self.generation = generation
+        self.author = author
+
+    @classmethod
+    def _of(
+        cls,
+        doing: str,
+        name: str | None,
+        offset: int,
+        required: int,
+        actual: int,
+        generation: int | None,
+        author: int | None,
+    ) -> ProtectionError:
+        since = (
+            f"since change {generation} by pid {author}"
+            if generation
+            else "since a change older than the latest 1,024"
+            if generation is None
+            else f"since it was created by pid {author} (change 0)"
+        )
+        return cls(
+            f"{doing}: page {offset // 4096} (offset {offset}) of {f'region {name!r}' if name else 'the region'} is "
+            f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed",
+            offset=offset,
+            required=required,
+            actual=actual,
+            generation=generation,
+            author=author,
+        )
+
+
+class PropagationTimeout(ShareError, TimeoutError):
+    """Somebody was silent, or held a lock, for longer than the timeout.
+
+    Attributes:
+        pids: who, each once, as those processes see their own pids.
+        generation: the change that is made all the same, and that they apply before anything else they acknowledge;
+            None if the time ran out before anything was changed.
+    """
+
+    def __init__(self, message: str, *, pids: list[int] | None = None, generation: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno.ETIMEDOUT
+        self.pids = pids or []
+        self.generation = generation
+
+
+class RegionExists(ShareError, FileExistsError):
+    """The name leads to a live region."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EEXIST
+
+
+class RegionNotFound(ShareError, FileNotFoundError):
+    """The name leads nowhere: never made, unlinked, or its last holder is gone."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOENT
+
+
+class RegionClosed(ShareError, ValueError):
+    """The region is closed in this process."""
+
+
+class ParticipantLimit(ShareError):
+    """Every slot of the region is taken (``max_participants`` of ``create``)."""
+
+
+class CorruptRegion(ShareError):
+    """The memory behind a descriptor or a name is no region, or a damaged one.
+
+    Attributes:
+        field: the part of the control segment that cannot be right.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field

@@ -1,0 +1,433 @@
+"""Regions: what a program does with them.
+
+Lives here: Prot, Participant, Region, create, attach, the default timeout, and
+the checks of arguments.  Not here: names (_names.py), errors (_errors.py), the
+protocol and the memory (_core, which is ext/).
+Invariant: a wrong argument raises before anything is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import errno
+import mmap
+import operator
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from multiprocessing import reduction
+from types import TracebackType
+from typing import Any, Final, SupportsIndex
+
+from pyshare import _core, _names
+from pyshare._errors import RegionClosed, RegionExists
+
+
+class Prot(enum.IntFlag):
+    """Protections, equal to ``mmap.PROT_*``; plain ints are taken wherever one is expected.
+
+    On x86-64 a page that is WRITE alone can be read as well (mprotect(2)).
+    """
+
+    NONE = 0
+    READ = mmap.PROT_READ
+    WRITE = mmap.PROT_WRITE
+    READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+    EXEC = mmap.PROT_EXEC
+
+
+class _Default(enum.Enum):
+    DEFAULT = "DEFAULT"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+DEFAULT: Final = _Default.DEFAULT
+Timeout = float | None | _Default
+
+_default_timeout: float | None = 5.0
+
+
+def set_default_timeout(seconds: float | None) -> None:
+    """What ``timeout=DEFAULT`` means from now on in this process: seconds, or None to wait for ever. 5.0 at first."""
+    global _default_timeout
+    _core.deadline_of(seconds)
+    _default_timeout = seconds
+
+
+def _deadline(timeout: Timeout) -> int:
+    return _core.deadline_of(_default_timeout if isinstance(timeout, _Default) else timeout)
+
+
+def _integer(value: SupportsIndex, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer number of bytes, not {value!r}") from None
+
+
+def _protection(prot: int) -> int:
+    try:
+        bits = operator.index(prot)
+    except TypeError:
+        raise TypeError(f"prot must be a Prot or an int of mmap.PROT_* bits, not {prot!r}") from None
+    if bits & ~0b111 or bits < 0:
+        raise ValueError(f"prot {prot!r} has unknown bits; expected a combination of READ, WRITE and EXEC, or NONE")
+    return bits
+
+
+def _check_engine(engine: str) -> None:
+    if engine == "uffd":
+        raise OSError(errno.EOPNOTSUPP, "engine 'uffd' is not in this version; use 'auto' or 'mprotect'")
+    if engine not in ("auto", "mprotect"):
+        raise ValueError(f"engine must be 'auto', 'mprotect' or 'uffd', not {engine!r}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Participant:
+    """A process that has a region mapped, as of the moment it was looked at.
+
+    Attributes:
+        pid: its process, as that process sees itself (in its own pid namespace).
+        applied: the last generation that its page tables follow.
+        alive: False once it is known to be gone; its slot is free for the next one.
+        engine: how its mapping is changed: "mprotect".
+        fenced: True while its whole mapping is no-access, because it could not apply a change.
+        tid: the thread id of its agent.
+    """
+
+    pid: int
+    applied: int
+    alive: bool
+    engine: str
+    fenced: bool
+    tid: int
+
+
+class Region(_core.Handle):
+    """Memory that this process shares with others, whose protection changes in all of them at once.
+
+    Made by :func:`pyshare.create` and :func:`pyshare.attach` only.  A context manager; exports a writable buffer of
+    exactly ``size`` bytes (a store to a page that is READ is a violation, not a TypeError); pickles to other processes
+    of :mod:`multiprocessing`, where it attaches (each pickle can be loaded once).
+
+    After ``os.fork()`` the child is a participant of its own, at the same address, before any of its Python code runs;
+    where it cannot be (every slot taken, or 5 s passed) it has no access, and every call tries again.  A participant
+    that is killed leaves nothing behind that others wait for.
+    """
+
+    _name: str | None
+    _size: int
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
+
+    # -- What it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        """The name it was created with, or None. It stays when the name is unlinked or moved."""
+        return self._name
+
+    @property
+    def size(self) -> int:
+        """Bytes, exactly as asked for."""
+        return self._size
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page: the unit of protection."""
+        return int(_core.PAGE_SIZE)
+
+    @property
+    def address(self) -> int:
+        """Where the data begins in this process; the same in a forked child."""
+        return int(self._facts()[2])
+
+    @property
+    def generation(self) -> int:
+        """The latest change of protection: 0 after creation."""
+        return int(self._facts()[3])
+
+    @property
+    def engine(self) -> str:
+        """How this process's mapping is changed: "mprotect"."""
+        return "mprotect"
+
+    @property
+    def closed(self) -> bool:
+        """True once ``close`` has succeeded in this process."""
+        return not self._is_open()
+
+    @property
+    def buf(self) -> memoryview:
+        """One memoryview of the data, the same at each look; ``close`` releases it."""
+        return self._view()
+
+    def fileno(self) -> int:
+        """A descriptor that is the whole region: pass it on, and whoever gets it can attach.
+
+        It belongs to the region and goes with ``close``; if the program closes it, the next call gives another.
+        """
+        return int(self._fileno())
+
+    def __repr__(self) -> str:
+        what = f"{self._name!r}, {self._size} bytes" if self._name else f"{self._size} bytes"
+        if self.closed:
+            return f"<pyshare.Region {what}, closed>"
+        try:
+            return f"<pyshare.Region {what}, generation {self.generation}, {len(self.participants())} participants>"
+        except Exception as error:
+            return f"<pyshare.Region {what}, detached: {error}>"
+
+    # -- Life ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """This process no longer participates; the memory goes with its last holder, and the name too.
+
+        Raises:
+            BufferError: memoryviews or arrays of it still exist, or another thread is inside a call of it. Nothing
+                has changed then.
+        """
+        if self.closed:
+            return
+        self._close()
+        if self._name is not None:
+            _names.clear(self._name)
+
+    def __enter__(self) -> Region:
+        if self.closed:
+            raise RegionClosed("the region is closed in this process; attach it again by its name or a descriptor")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if error is None:
+                raise
+
+    def __del__(self) -> None:
+        if getattr(self, "_size", None) is None or self.closed or sys.is_finalizing():
+            return
+        warnings.warn(f"unclosed region {self!r}", ResourceWarning, source=self, stacklevel=2)
+        with contextlib.suppress(BufferError):
+            self.close()
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (reduction.DupFd(self.fileno()),)
+
+    # -- Protection ------------------------------------------------------------------------------------------------
+
+    def _pages(self, offset: int, length: int) -> tuple[int, int]:
+        offset, length = _integer(offset, "offset"), _integer(length, "length")
+        if offset < 0 or offset % self.page_size:
+            raise ValueError(f"offset must be a multiple of the page size {self.page_size}, not {offset}")
+        if length <= 0:
+            raise ValueError(f"length must be more than 0 bytes, not {length}")
+        end = offset + length
+        if end > self._size and end > -(-self._size // self.page_size) * self.page_size:
+            raise ValueError(f"the range {offset} to {end} ends behind the region's {self._size} bytes")
+        if end % self.page_size and end != self._size:
+            raise ValueError(
+                f"a range ends at a multiple of the page size {self.page_size} or at the region's size {self._size}; "
+                f"{offset} + {length} = {end} is neither"
+            )
+        return offset, length
+
+    def mprotect(self, offset: int, length: int, prot: int, *, timeout: Timeout = DEFAULT) -> int:
+        """Every participant has the new protection of these pages when this returns; the change's generation.
+
+        offset and length are bytes, page aligned; a range may end at ``size``.  Blocks, with other Python threads
+        running, until every participant has acknowledged.
+
+        Raises:
+            ValueError: a range that is not page aligned or not inside; length 0; unknown bits in prot.
+            PropagationTimeout: somebody was silent for ``timeout`` seconds. With a ``generation`` the change is made,
+                and who was silent applies it before it acknowledges anything else; without, nothing was changed.
+            OSError: a participant could not apply it (ENOMEM: its limit of mappings, vm.max_map_count); it was undone
+                everywhere.
+            KeyboardInterrupt: after Ctrl-C; if the change was published it is made, as after a timeout.
+            RegionClosed, CorruptRegion, ParticipantLimit.
+        """
+        offset, length = self._pages(offset, length)
+        return int(self._change(offset, length, _protection(prot), _deadline(timeout)))
+
+    def protection(self, offset: int) -> Prot:
+        """The protection of the page that holds this byte, as it was asked for."""
+        offset = _integer(offset, "offset")
+        if not 0 <= offset < self._size:
+            raise ValueError(f"offset must be in 0 to {self._size - 1}, not {offset}")
+        return Prot(self._protection(offset // self.page_size))
+
+    def protections(self) -> list[tuple[int, int, Prot]]:
+        """Runs of (offset, length, protection), ascending, that cover the region; bytes."""
+        page, pages = self.page_size, -(-self._size // self.page_size)
+        return [
+            (first * page, min(count * page, self._size - first * page), Prot(prot))
+            for first, count, prot in self._runs(pages)
+        ]
+
+    def participants(self) -> list[Participant]:
+        """Who has the region mapped now; dead ones that nobody has noticed yet have ``alive`` False."""
+        return [
+            Participant(pid=pid, applied=applied, alive=alive, engine="mprotect", fenced=fenced, tid=tid)
+            for pid, tid, applied, alive, _capabilities, fenced in self._participants()
+        ]
+
+    # -- Data ------------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes from ``offset`` on, which need not be aligned. Never crashes.
+
+        Raises:
+            ProtectionError: a page of the range may not be read.
+            ValueError: a range outside the region.
+        """
+        offset, length = _integer(offset, "offset"), _integer(length, "length")
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ValueError(
+                f"the range of {length} bytes at offset {offset} is not inside the region's {self._size} bytes"
+            )
+        return bytes(self._read(offset, length))
+
+    def write(self, offset: int, data: Any) -> None:
+        """The bytes of ``data`` (any C-contiguous buffer) are at ``offset``, which need not be aligned. Never crashes.
+
+        Raises:
+            ProtectionError: a page of the range may not be written. Nothing was written, unless a change of protection
+                came between: then the pages before the one that the error names are.
+            ValueError: a range outside the region.
+        """
+        offset = _integer(offset, "offset")
+        if offset < 0:
+            raise ValueError(f"offset must be 0 or more, not {offset}")
+        self._write(offset, data, self._size)
+
+
+def _join(fd: int, entry: int, deadline: int) -> Region:
+    region: Region = _core.attach(Region, fd, entry, deadline)
+    region._name, region._size, _, _ = region._facts()
+    return region
+
+
+def _rebuild(dup: Any) -> Region:
+    fd = dup.detach()
+    try:
+        return attach(fd)
+    finally:
+        os.close(fd)
+
+
+def create(
+    name: str | None = None,
+    *,
+    size: int,
+    mode: int = 0o600,
+    prot: int = Prot.READ_WRITE,
+    max_participants: int = 1024,
+    engine: str = "auto",
+    replace: bool = False,
+) -> Region:
+    """A new region, all zero, in which this process participates; its memory is taken when it is first touched.
+
+    Args:
+        name: 1 to 200 characters of letters, digits, '.', '_' and '-', not beginning with '.'; None for no name.
+        size: bytes; need not be whole pages.
+        mode: permission bits of the memory and the name, less the umask; its owner's are needed to attach.
+        prot: the protection of every page at first.
+        max_participants: 1 to 2,047.
+        engine: "auto" or "mprotect".
+        replace: let the name move here from a live region of the same owner; whoever has that one keeps it.
+
+    Raises:
+        RegionExists: the name leads to a live region (a stale one is replaced).
+        PermissionError: with ``replace``, the name is not yours.
+        ValueError, TypeError: a wrong argument.
+        OSError: what the kernel refuses: EMFILE, ENOMEM, ENOSPC.
+    """
+    size, bits = _integer(size, "size"), _protection(prot)
+    if name is not None:
+        _names.check(name)
+    if not 0 < size <= 1 << 45:
+        raise ValueError(f"size must be 1 to 2**45 bytes, not {size}")
+    if not isinstance(mode, int) or mode & ~0o777 or mode & 0o600 != 0o600:
+        raise ValueError(f"mode must be permission bits that include 0o600, which participants need, not {mode!r}")
+    max_participants = _integer(max_participants, "max_participants")
+    if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
+        raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
+    _check_engine(engine)
+    if name is not None and not replace:
+        with contextlib.suppress(FileNotFoundError), _names.live(name):
+            raise RegionExists(
+                f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
+            )
+    mode = _names.masked(mode)
+    fd = _core.create(size, bits, max_participants, mode, name or "")
+    try:
+        return _join(fd, -1, _deadline(DEFAULT)) if name is None else _create_named(fd, name, mode, replace)
+    finally:
+        os.close(fd)
+
+
+def _create_named(fd: int, name: str, mode: int, replace: bool) -> Region:
+    entry = _names.NewEntry(fd)
+    try:
+        region = _join(fd, entry.fd, _deadline(DEFAULT))
+        try:
+            entry.publish(name, mode, replace)
+        except BaseException:
+            region._close()
+            raise
+        return region
+    finally:
+        entry.discard()
+
+
+@contextlib.contextmanager
+def _lead(name_or_fd: str | SupportsIndex) -> Iterator[tuple[int, int]]:
+    """(descriptor of the region, descriptor of its entry or -1), for the time of joining."""
+    if isinstance(name_or_fd, str):
+        with _names.live(_names.check(name_or_fd)) as entry:
+            fd = _names.find(entry, name_or_fd)
+            try:
+                yield fd, entry
+            finally:
+                os.close(fd)
+        return
+    fd = name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else _integer(name_or_fd, "a descriptor")
+    if fd < 0:
+        raise ValueError(f"a descriptor is 0 or more, not {fd}")
+    with _names.of_region(_core.name_of(fd), fd) as entry:
+        yield fd, entry
+
+
+def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Timeout = DEFAULT) -> Region:
+    """A region that exists, in which this process participates now.
+
+    Args:
+        name_or_fd: a name, or a descriptor, which is duplicated: the caller's own stays open and stays the caller's.
+        engine: "auto" or "mprotect".
+        timeout: seconds to wait for a change that is under way; None for ever.
+
+    Raises:
+        RegionNotFound: nothing has this name (at once).
+        PermissionError: it belongs to another user, or nobody who holds it can be reached; pass the descriptor.
+        CorruptRegion: the descriptor is no region, or a damaged one.
+        ParticipantLimit: every slot is taken.
+        PropagationTimeout: the lock was held for the whole timeout.
+        OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM.
+    """
+    _check_engine(engine)
+    deadline = _deadline(timeout)
+    with _lead(name_or_fd) as (fd, entry):
+        return _join(fd, entry, deadline)

@@ -1,0 +1,151 @@
+"""What every test shares: processes that are ended, and proof that nothing is left behind.
+
+Synchronisation is by pipes and signals' own waits, never by sleeping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import pyshare
+
+PATIENCE = 60.0  # seconds after which a test gives up on something that should have happened long ago
+
+
+class Child:
+    """A forked process that runs a function; ended and reaped with the test."""
+
+    def __init__(self, body: Callable[[Child], object], *, point: str | None = None) -> None:
+        to_child, self._send = os.pipe()
+        self._receive, to_parent = os.pipe()
+        if point is not None:
+            os.environ["PYSHARE_POINT"] = point
+        try:
+            self.pid = os.fork()
+        finally:
+            os.environ.pop("PYSHARE_POINT", None)
+        if self.pid == 0:
+            self._become(body, to_child, to_parent)
+        os.close(to_child)
+        os.close(to_parent)
+        self.status: int | None = None
+
+    def _become(self, body: Callable[[Child], object], to_child: int, to_parent: int) -> None:
+        code = 1
+        try:
+            os.close(self._send)
+            os.close(self._receive)
+            self._send, self._receive = to_parent, to_child
+            body(self)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    # Both sides speak bytes; each message is one line.
+
+    def say(self, word: str = "ok") -> None:
+        os.write(self._send, word.encode() + b"\n")
+
+    def hear(self) -> str:
+        """The next line from the other side; fails when that side is gone."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self._receive], [], [], PATIENCE)[0], "the other side is silent"
+            byte = os.read(self._receive, 1)
+            assert byte, f"the other side is gone, after {line!r}"
+            line += byte
+        return line[:-1].decode()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        self.kill(signal.SIGSTOP)
+        self.wait_stopped()
+
+    def wait_stopped(self) -> None:
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"not stopped but ended: {status}"
+
+    def resume(self) -> None:
+        self.kill(signal.SIGCONT)
+
+    def wait(self) -> int:
+        """The exit code; negative: the signal that ended it."""
+        if self.status is None:
+            pidfd = os.pidfd_open(self.pid)
+            ended = select.select([pidfd], [], [], PATIENCE)[0]
+            os.close(pidfd)
+            assert ended, f"process {self.pid} does not end"
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def end(self) -> None:
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.kill(signal.SIGCONT)
+                self.kill()
+            self.wait()
+        os.close(self._send)
+        os.close(self._receive)
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[..., Child]]:
+    """fork(body, point=None): a Child that runs body(child)."""
+    children: list[Child] = []
+
+    def start(body: Callable[[Child], object], *, point: str | None = None) -> Child:
+        children.append(Child(body, point=point))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.end()
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_python(source, *arguments, **environment): a fresh interpreter that ran it, with its output."""
+
+    def run(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(source)
+        return subprocess.run(
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+    return run
+
+
+def _left() -> tuple[set[int], set[str]]:
+    children = {p.pid for p in psutil.Process().children(recursive=True) if "resource_tracker" not in str(p.cmdline())}
+    return children, {name for name in os.listdir("/dev/shm") if name.startswith("pyshare")}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    children, entries = _left()
+    yield
+    pyshare.names()  # what a killed holder left is cleared away by the next who looks
+    children_now, entries_now = _left()
+    assert entries_now <= entries, "names left behind"
+    assert children_now <= children, "processes left behind"
