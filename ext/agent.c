@@ -86,8 +86,7 @@ static bool acknowledge(struct ps_region *region, uint64_t generation) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     atomic_store_explicit(&region->applied, generation, memory_order_relaxed);
     atomic_store_explicit(&slot->applied, generation, memory_order_relaxed);
-    uint32_t seen =
-        atomic_exchange_explicit(&slot->ack, (uint32_t)generation & PS_ACK_MASK, memory_order_seq_cst);
+    uint32_t seen = atomic_exchange_explicit(&slot->ack, (uint32_t)generation & PS_ACK_MASK, memory_order_seq_cst);
     return seen & PS_ACK_WAITING;
 }
 
@@ -327,7 +326,6 @@ void ps_agent_stop(struct ps_region *region) {
     while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT) {
         /* It may be about to sleep: wake again until it says that it has left. */
         ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
-        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
-                    ps_sys_now() + PS_MS);
+        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
     }
 }

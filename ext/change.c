@@ -42,7 +42,7 @@
 /* -- The map -------------------------------------------------------------------------------------------------- */
 
 #define PROT_MASK 7u
-#define WORD 8u /* pages in a 64-bit word of the map */
+#define WORD 8u    /* pages in a 64-bit word of the map */
 #define HOLE 4096u /* pages whose bytes share a page of the memfd */
 
 static _Atomic uint8_t *map_of(const struct ps_region *region, enum ps_section_kind section) {
@@ -77,8 +77,7 @@ static void map_copy(struct ps_region *region, enum ps_section_kind to, enum ps_
     _Atomic uint8_t *target = map_of(region, to) + first, *source = map_of(region, from) + first;
     for (uint64_t i = 0; i < count;)
         if ((uintptr_t)(target + i) % WORD == 0 && count - i >= WORD) {
-            atomic_store_explicit((_Atomic uint64_t *)(void *)(target + i), map_word(source + i),
-                                  memory_order_relaxed);
+            atomic_store_explicit((_Atomic uint64_t *)(void *)(target + i), map_word(source + i), memory_order_relaxed);
             i += WORD;
         } else {
             atomic_store_explicit(target + i, atomic_load_explicit(source + i, memory_order_relaxed),
@@ -134,8 +133,8 @@ bool ps_change_read(const struct ps_region *region, uint64_t generation, struct 
     atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed), memory_order_relaxed);
     /* acquire fence: pairs with the fence in ring_write; the second look comes after the copy. */
     atomic_thread_fence(memory_order_acquire);
-    return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation &&
-           first < region->shape.pages && count <= region->shape.pages - first;
+    return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation && first < region->shape.pages &&
+           count <= region->shape.pages - first;
 }
 
 static void ring_write(struct ps_region *region, uint64_t generation, enum ps_kind kind) {
@@ -249,8 +248,7 @@ static int await_all(struct ps_region *region, struct waiting *waiting) {
     outcome->silent = 0;
     for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++)
         if (!await_slot(region, index, waiting))
-            outcome->pids[outcome->silent++] =
-                atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
+            outcome->pids[outcome->silent++] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
     return !outcome->silent ? 0 : waiting->signalled ? PS_ESIGNAL : PS_ETIMEOUT;
 }
 
@@ -298,8 +296,7 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
     ps_agent_follow(region, generation);
 }
 
-static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count,
-                struct waiting *waiting) {
+static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {
     struct ps_shm_record *record = &ps_header(region)->record;
     map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
     PS_POINT(U2_map);
@@ -394,8 +391,7 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     }
     if (rc)
         return rc;
-    rc = locked_change(region, first, count, prot,
-                       &(struct waiting){.deadline = deadline, .outcome = outcome});
+    rc = locked_change(region, first, count, prot, &(struct waiting){.deadline = deadline, .outcome = outcome});
     ps_unlock(region);
     return rc;
 }

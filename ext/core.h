@@ -19,7 +19,8 @@ struct ps_region;
 
 /* Results that are no errno. */
 enum {
-    PS_ECORRUPT = -5001,  /* the control segment is not, or no longer, one of ours: ps_corrupt_field, or `field` of ps_attach */
+    PS_ECORRUPT =
+        -5001, /* the control segment is not, or no longer, one of ours: ps_corrupt_field, or `field` of ps_attach */
     PS_EFULL = -5002,     /* every slot is taken */
     PS_ECLOSED = -5003,   /* closed, or a child made by a raw clone() */
     PS_EREFUSED = -5004,  /* the protection forbids it: struct ps_refusal */
@@ -88,13 +89,12 @@ int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participan
 
 /* Data, by accessors that cannot crash. */
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
-int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length,
-             struct ps_refusal *refusal);
+int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
 
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);
 int ps_name_find(int name_fd, int *region_fd);
-int ps_name_leads_to(int name_fd, int region_fd);                       /* 1, 0 or an error */
+int ps_name_leads_to(int name_fd, int region_fd);                              /* 1, 0 or an error */
 int ps_name_of(int region_fd, char name[PS_NAME_MAX + 8], const char **field); /* "" for none */
 
 #endif

@@ -90,8 +90,8 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
         uint64_t page = allowed_up_to(region, offset / PS_PAGE, end, store, &prot);
         if (page < end)
             return refuse(region, page, prot, store, refusal);
-        struct ps_copied copied = store ? ps_copy_bytes(data + offset, other, length)
-                                        : ps_copy_bytes(other, data + offset, length);
+        struct ps_copied copied =
+            store ? ps_copy_bytes(data + offset, other, length) : ps_copy_bytes(other, data + offset, length);
         offset += length - copied.left;
         other += length - copied.left;
         length = copied.left;
@@ -114,8 +114,7 @@ int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length
 }
 
 /* The whole range is looked at first: a write that is refused by the map has changed nothing. */
-int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length,
-             struct ps_refusal *refusal) {
+int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal) {
     return copy(region, offset, (char *)from, length, true, refusal);
 }
 
@@ -286,7 +285,7 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     bool by_kernel = info->si_code > 0;
     int saved = errno;
     /* A handler below that raises again gives no address, but the registers still tell of a page fault. */
-    uintptr_t address = by_kernel                      ? (uintptr_t)info->si_addr
+    uintptr_t address = by_kernel                     ? (uintptr_t)info->si_addr
                         : registers[REG_TRAPNO] == 14 ? (uintptr_t)registers[REG_CR2]
                                                       : 0;
     if (by_kernel && registers[REG_RIP] == (greg_t)(uintptr_t)ps_copy_instruction) {

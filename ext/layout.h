@@ -160,19 +160,19 @@ struct ps_shm_slot {
 struct ps_shm_header {
     /* Lines 0 to 11: written by the creator, immutable afterwards.  Read once, at attach, into private
      * memory (struct ps_shape); a later change of them by anybody has no effect on who is attached. */
-    uint64_t magic;        /* W: creator, last.  R: at attach: PS_MAGIC */
-    uint32_t version;      /* W: creator.  R: at attach: PS_VERSION */
-    uint32_t page_size;    /* W: creator.  R: at attach: the machine's page size */
-    uint64_t control_size; /* W: creator.  R: at attach; bytes before the data, whole pages */
-    uint64_t size;         /* W: creator.  R: at attach; bytes asked for */
-    uint64_t pages;        /* W: creator.  R: at attach; data pages, size rounded up */
-    uint32_t slots;        /* W: creator.  R: at attach; 1 to PS_SLOTS_MAX */
-    uint32_t initial;      /* W: creator.  R: at attach; the protection that a zero map byte means */
-    uint64_t nonce[2];     /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
-    uint64_t created;      /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
-    uint32_t creator;      /* W: creator.  R: at attach; its pid, the author of generation 0 */
-    uint32_t pad0;         /* W: nobody.  R: nobody */
-    char name[PS_NAME_MAX + 8];                /* W: creator.  R: at attach; NUL terminated, may be "" */
+    uint64_t magic;             /* W: creator, last.  R: at attach: PS_MAGIC */
+    uint32_t version;           /* W: creator.  R: at attach: PS_VERSION */
+    uint32_t page_size;         /* W: creator.  R: at attach: the machine's page size */
+    uint64_t control_size;      /* W: creator.  R: at attach; bytes before the data, whole pages */
+    uint64_t size;              /* W: creator.  R: at attach; bytes asked for */
+    uint64_t pages;             /* W: creator.  R: at attach; data pages, size rounded up */
+    uint32_t slots;             /* W: creator.  R: at attach; 1 to PS_SLOTS_MAX */
+    uint32_t initial;           /* W: creator.  R: at attach; the protection that a zero map byte means */
+    uint64_t nonce[2];          /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
+    uint64_t created;           /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
+    uint32_t creator;           /* W: creator.  R: at attach; its pid, the author of generation 0 */
+    uint32_t pad0;              /* W: nobody.  R: nobody */
+    char name[PS_NAME_MAX + 8]; /* W: creator.  R: at attach; NUL terminated, may be "" */
     struct ps_shm_section section[PS_SECTIONS]; /* W: creator.  R: at attach; ends at PS_SEC_END */
 
     /* Line 12: the writer lock. */

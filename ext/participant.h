@@ -22,7 +22,7 @@
 #include "sys.h"
 
 #define PS_PAGE 4096u
-#define PS_GUARD (64u * 1024u) /* no-access, on both sides of the data */
+#define PS_GUARD (64u * 1024u)  /* no-access, on both sides of the data */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
 /* What the header said at attach. */
@@ -42,10 +42,10 @@ struct ps_cached {
 };
 
 enum ps_use { /* of a place in the table */
-    PS_UNUSED = 0,
-    PS_OPENING = 1, /* a thread is filling it */
-    PS_OPEN = 2,
-    PS_SHUT = 3, /* closed; the address range stays reserved until ps_release */
+              PS_UNUSED = 0,
+              PS_OPENING = 1, /* a thread is filling it */
+              PS_OPEN = 2,
+              PS_SHUT = 3, /* closed; the address range stays reserved until ps_release */
 };
 
 enum ps_agent_state {

@@ -124,7 +124,7 @@ static void in_child(void) {
             forget_participation(&regions[i]);
         if (use == PS_OPEN)
             ps_agent_start(&regions[i], deadline, &outcome); /* or detached: ps_ready tries again */
-        else if (use == PS_OPENING) /* by a thread that is not here */
+        else if (use == PS_OPENING)                          /* by a thread that is not here */
             ps_release(&regions[i]);
     }
     chains[0].busy = chains[1].busy = 0;

@@ -235,8 +235,7 @@ int ps_region_map_data(struct ps_region *region, int own) {
 }
 
 int ps_region_unmap_data(struct ps_region *region) {
-    return map_at((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1,
-                  0);
+    return map_at((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
 }
 
 /* -- Descriptors --------------------------------------------------------------------------------------------- */

@@ -23,8 +23,8 @@ static void publish_use(struct ps_region *region, uint32_t used) {
     _Atomic uint32_t *mark = &ps_header(region)->slots_used;
     uint32_t seen = atomic_load_explicit(mark, memory_order_relaxed);
     /* release: whoever reads the mark (acquire) scans a slot whose words are set. */
-    while (seen < used && !atomic_compare_exchange_weak_explicit(mark, &seen, used, memory_order_release,
-                                                                 memory_order_relaxed))
+    while (seen < used &&
+           !atomic_compare_exchange_weak_explicit(mark, &seen, used, memory_order_release, memory_order_relaxed))
         ;
 }
 

@@ -99,8 +99,7 @@ int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadl
         {.value = second.value, .address = (uintptr_t)second.word, .flags = WAITV_32},
     };
     struct timespec at = timespec_of(deadline);
-    int rc = result(
-        syscall(SYS_futex_waitv, both, 2, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
+    int rc = result(syscall(SYS_futex_waitv, both, 2, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
     if (rc >= 0 || rc == -EAGAIN || rc == -EINTR || rc == -ETIMEDOUT)
         return rc < 0 ? rc : 0;
     int64_t slice = ps_sys_now() + PS_MS;
