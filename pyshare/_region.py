@@ -123,7 +123,7 @@ class Region(_core.Handle):
     _name: str | None
     _size: int
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
 
     # -- What it is ------------------------------------------------------------------------------------------------
