@@ -82,6 +82,11 @@ void ps_sys_exit_thread(void) {
         syscall(SYS_exit, 0);
 }
 
+int ps_sys_cpus(void) {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+}
+
 int ps_sys_random(void *to, size_t length) {
     ssize_t got = getrandom(to, length, 0);
     return got == (ssize_t)length ? 0 : got < 0 ? -errno : -EIO;

@@ -29,6 +29,7 @@ int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
 int ps_sys_gettid(void);
 _Noreturn void ps_sys_exit_thread(void); /* this thread alone, at once */
+int ps_sys_cpus(void);                   /* on which the calling thread may run */
 int ps_sys_random(void *to, size_t length);
 
 /* Sleep until woken, until the word differs (-EAGAIN), a signal (-EINTR) or the deadline (-ETIMEDOUT). */
