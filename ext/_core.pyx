@@ -296,8 +296,10 @@ cdef class Handle:
             if rc == PS_ETIMEOUT:
                 raise_timeout(&outcome, "mprotect")
             if rc < 0 and outcome.failed_pid:
-                raise OSError(-rc, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it was undone "
+                error = OSError(-rc, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it was undone "
                                    f"everywhere: {os.strerror(-rc)}")
+                error.pid = outcome.failed_pid
+                raise error
             if rc:
                 raise_code(rc, "mprotect", self.corrupt_field())
             return outcome.generation

@@ -195,6 +195,8 @@ static int join_slot(struct ps_region *region) {
     return rc ? rc : join_locked(region);
 }
 
+/* Access ends, then the slot; `own` too, so that only the mapping of the control segment still keeps the slot's
+ * byte. Whoever called for it takes that away (ps_region_reserve). */
 static void leave(struct ps_region *region) {
     if (region->epoch) {
         ps_region_unmap_data(region);
@@ -203,8 +205,7 @@ static void leave(struct ps_region *region) {
         ps_slot_leave(region);
         ps_sys_mark_nothing(&region->robust);
     }
-    ps_region_reserve(region);
-    close(region->own); /* frees the slot's byte before anybody hears that we have left */
+    close(region->own);
     if (region->own_entry >= 0)
         close(region->own_entry);
 }
@@ -230,10 +231,10 @@ static int join(struct ps_region *region) {
         rc = ps_slot_claim(region, region->own);
     if (!rc)
         rc = join_slot(region);
-    if (!rc)
-        ps_name_write_row(region, true);
-    else
+    if (rc) {
         leave(region);
+        ps_region_reserve(region);
+    }
     return rc;
 }
 
@@ -265,6 +266,8 @@ static void *agent_main(void *argument) {
     struct ps_region *region = argument;
     ps_sys_normal_priority();
     int rc = join(region);
+    if (!rc)
+        ps_name_write_row(region, true);
     region->join_result = rc;
     set_state(region, rc ? PS_AGENT_NONE : PS_AGENT_RUNNING);
     if (!rc) {
@@ -318,14 +321,19 @@ int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome
 }
 
 void ps_agent_stop(struct ps_region *region) {
+    struct ps_outcome outcome;
+    if (ps_running(region) && ps_slot_lost(region))
+        ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, &outcome); /* so that there is one to leave */
     uint32_t seen = PS_AGENT_RUNNING;
-    if (!atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STOPPING, memory_order_acq_rel,
-                                                 memory_order_acquire))
-        return; /* detached: there is nothing to leave */
-    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-    while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT) {
-        /* It may be about to sleep: wake again until it says that it has left. */
-        ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
-        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+    if (atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STOPPING, memory_order_acq_rel,
+                                                memory_order_acquire)) {
+        _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+        while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT && !ps_slot_lost(region)) {
+            /* It may be about to sleep: wake again until it says that it has left. */
+            ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
+            ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
+                        ps_sys_now() + PS_MS);
+        }
     }
+    ps_region_reserve(region); /* without an agent to leave, this is the crash path: the byte is free, so we are dead */
 }

@@ -37,7 +37,8 @@ struct ps_shape {
 
 /* A descriptor in the program's table that leads to an inode: a cache, checked before each use. */
 struct ps_cached {
-    int fd; /* -1: none */
+    int fd;     /* -1: none */
+    bool entry; /* the name's entry, which is held by flock(LOCK_SH) */
     uint64_t device, inode;
 };
 
@@ -87,7 +88,7 @@ int ps_region_reserve(struct ps_region *region);
 int ps_region_map_control(struct ps_region *region, int own);
 int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
-int ps_cached_get(struct ps_region *region, struct ps_cached *cached, int agents);
+int ps_cached_get(struct ps_region *region, struct ps_cached *cached);
 bool ps_cached_leads(int fd, const struct ps_cached *cached);
 int ps_query_fd(struct ps_region *region);
 int ps_corrupt(struct ps_region *region, const char *field);

@@ -93,9 +93,8 @@ bool ps_process_known(void) {
 static void before_fork(void) {
     for (uint32_t i = 0; i < regions_used; i++)
         if (use_of(&regions[i]) == PS_OPEN && ps_process_known()) {
-            ps_cached_get(&regions[i], &regions[i].memory, regions[i].own);
-            if (regions[i].entry.fd >= 0)
-                ps_cached_get(&regions[i], &regions[i].entry, regions[i].own_entry);
+            ps_cached_get(&regions[i], &regions[i].memory);
+            ps_cached_get(&regions[i], &regions[i].entry);
         }
 }
 

@@ -19,6 +19,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -245,25 +246,30 @@ bool ps_cached_leads(int fd, const struct ps_cached *cached) {
     return fd >= 0 && !fstat(fd, &file) && file.st_ino == cached->inode && file.st_dev == cached->device;
 }
 
-/* The program may close anything, and its numbers come back as other files: check, and fetch again from the
- * agent's table. */
-int ps_cached_get(struct ps_region *region, struct ps_cached *cached, int agents) {
-    if (ps_cached_leads(cached->fd, cached))
-        return cached->fd;
-    if (agents < 0 || !ps_running(region))
-        return -EBADF;
-    int fd = ps_sys_reopen_of(getpid(), region->tid, agents);
-    if (fd >= 0 && !ps_cached_leads(fd, cached)) {
+/* flock(LOCK_SH) on a name's entry in the program's table too: a child that has been forked and has not joined yet
+ * inherits it, so the name does not look stale if the parent ends in between. */
+static int take_hold(struct ps_cached *cached, int fd) {
+    if (fd >= 0 && (!ps_cached_leads(fd, cached) || (cached->entry && flock(fd, LOCK_SH | LOCK_NB)))) {
         close(fd);
         fd = -EBADF;
     }
-    if (fd >= 0)
-        cached->fd = fd;
+    cached->fd = fd < 0 ? -1 : fd;
     return fd;
 }
 
+/* The program may close anything, and its numbers come back as other files: check, and fetch again from the
+ * agent's table. */
+int ps_cached_get(struct ps_region *region, struct ps_cached *cached) {
+    if (ps_cached_leads(cached->fd, cached))
+        return cached->fd;
+    int agents = cached->entry ? region->own_entry : region->own;
+    if (agents < 0 || !ps_running(region))
+        return -EBADF;
+    return take_hold(cached, ps_sys_reopen_of(getpid(), region->tid, agents));
+}
+
 int ps_fd(struct ps_region *region) {
-    return ps_cached_get(region, &region->memory, region->own);
+    return ps_cached_get(region, &region->memory);
 }
 
 int ps_query_fd(struct ps_region *region) {
@@ -298,17 +304,17 @@ const char *ps_corrupt_field(const struct ps_region *region) {
 
 /* -- Attach, close ------------------------------------------------------------------------------------------- */
 
-static int cache(struct ps_cached *cached, int fd) {
+static int cache(struct ps_cached *cached, int fd, bool entry) {
     struct stat file;
-    *cached = (struct ps_cached){.fd = -1};
+    *cached = (struct ps_cached){.fd = -1, .entry = entry};
     if (fd < 0)
         return 0;
     if (fstat(fd, &file))
         return -errno;
     cached->device = file.st_dev;
     cached->inode = file.st_ino;
-    cached->fd = ps_sys_reopen(fd);
-    return cached->fd < 0 ? cached->fd : 0;
+    int got = take_hold(cached, ps_sys_reopen(fd));
+    return got < 0 ? got : 0;
 }
 
 static void forget(struct ps_cached *cached) {
@@ -330,9 +336,9 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
     if (!region)
         return PS_EREGIONS;
     region->shape = shape;
-    rc = cache(&region->memory, fd);
+    rc = cache(&region->memory, fd, false);
     if (!rc)
-        rc = cache(&region->entry, name_fd);
+        rc = cache(&region->entry, name_fd, true);
     if (!rc)
         rc = ps_region_place(region);
     if (!rc)
