@@ -8,7 +8,7 @@ C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format sanitize spec bench clean
+.PHONY: help demo test everywhere lint format sanitize spec bench clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -18,6 +18,12 @@ demo: $(VENV)/installed  ## a multi-process database buffer, with a rogue and a 
 
 test: $(VENV)/tested  ## the whole test suite, below 10 minutes (ARGS='-k fork')
 	$(BIN)/python -m pytest $(ARGS)
+
+everywhere:     ## test with every supported Python that is installed
+	@for version in 3.11 3.12 3.13; do \
+	  python$$version -c '' 2>/dev/null || continue; \
+	  $(MAKE) test PYTHON=python$$version VENV=.venv$$version || exit 1; \
+	done
 
 lint: $(VENV)/linted  ## ruff, clang-format, mypy --strict, stubtest
 	$(BIN)/ruff check .
