@@ -81,7 +81,7 @@ cdef extern from "core.h" nogil:
                   ps_outcome *outcome)
     int ps_await(ps_region *region, uint64_t generation, int64_t deadline, ps_outcome *outcome)
     uint32_t ps_protection(const ps_region *region, uint64_t page)
-    uint64_t ps_run(ps_region *region, uint64_t page, uint32_t *prot)
+    uint64_t ps_run(ps_region *region, uint64_t page, uint64_t end, uint32_t *prot)
     int ps_read(ps_region *region, uint64_t offset, void *to, uint64_t length, ps_refusal *refusal)
     int ps_write(ps_region *region, uint64_t offset, const void *data, uint64_t length, ps_refusal *refusal)
     int ps_name_format(int name_fd, int region_fd)
@@ -322,7 +322,7 @@ cdef class Handle:
         try:
             while page < pages:
                 with nogil:
-                    run = ps_run(self.region, page, &prot)
+                    run = ps_run(self.region, page, pages, &prot)
                 if runs and runs[-1][2] == prot:
                     runs[-1] = (runs[-1][0], runs[-1][1] + run, prot)
                 else:

@@ -90,31 +90,31 @@ uint32_t ps_protection(const struct ps_region *region, uint64_t page) {
     return (map_byte(region, page) ^ region->shape.initial) & PROT_MASK;
 }
 
-/* The first page after `page` whose byte the memfd really holds: a hole of the map is read by nobody. */
-static uint64_t skip_hole(struct ps_region *region, uint64_t page) {
+/* The first page from `page` on whose byte the memfd really holds: a hole of the map is read by nobody. */
+static uint64_t skip_hole(struct ps_region *region, uint64_t page, uint64_t end) {
     int fd = ps_query_fd(region);
-    uint64_t map = region->shape.offset[PS_SEC_CUR], pages = region->shape.pages;
+    uint64_t map = region->shape.offset[PS_SEC_CUR];
     off_t found = fd < 0 ? -1 : lseek(fd, (off_t)(map + page), SEEK_DATA);
     if (found < 0)
         return page;
-    return (uint64_t)found >= map + pages ? pages : (uint64_t)found - map;
+    return (uint64_t)found < map + end ? (uint64_t)found - map : end;
 }
 
-uint64_t ps_run(struct ps_region *region, uint64_t page, uint32_t *prot) {
+uint64_t ps_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot) {
     const _Atomic uint8_t *map = map_of(region, PS_SEC_CUR);
-    uint64_t at = page, pages = region->shape.pages;
+    uint64_t at = page;
     uint8_t byte = map_byte(region, page);
     *prot = (byte ^ region->shape.initial) & PROT_MASK;
-    while (++at < pages) {
-        if (!byte && at % HOLE == 0 && pages - at > HOLE)
-            at = skip_hole(region, at);
+    while (++at < end) {
+        if (!byte && at % HOLE == 0 && end - at > HOLE)
+            at = skip_hole(region, at, end);
         else if (at % WORD == 0)
-            while (pages - at >= WORD && at % HOLE && map_word(map + at) == byte * UINT64_C(0x0101010101010101))
+            while (end - at >= WORD && at % HOLE && map_word(map + at) == byte * UINT64_C(0x0101010101010101))
                 at += WORD;
-        if (at >= pages || map_byte(region, at) != byte)
+        if (at >= end || map_byte(region, at) != byte)
             break;
     }
-    return (at < pages ? at : pages) - page;
+    return (at < end ? at : end) - page;
 }
 
 /* -- The ring ------------------------------------------------------------------------------------------------- */

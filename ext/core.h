@@ -84,7 +84,8 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
               struct ps_outcome *outcome);
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome);
 uint32_t ps_protection(const struct ps_region *region, uint64_t page);
-uint64_t ps_run(struct ps_region *region, uint64_t page, uint32_t *prot); /* pages alike from `page` on */
+/* How many pages from `page` on, before `end`, have the protection that it has. */
+uint64_t ps_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot);
 int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participant *participant); /* 0: none there */
 
 /* Data, by accessors that cannot crash. */

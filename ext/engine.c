@@ -19,9 +19,7 @@ int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
     char *data = ps_address(region);
     for (uint64_t page = first, end = first + count, run; page < end; page += run) {
         uint32_t prot;
-        run = ps_run(region, page, &prot);
-        if (run > end - page)
-            run = end - page;
+        run = ps_run(region, page, end, &prot);
         if (mprotect(data + page * PS_PAGE, run * PS_PAGE, (int)prot))
             return -errno;
     }

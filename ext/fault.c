@@ -57,7 +57,7 @@ static bool allows(uint32_t prot, bool store) {
 /* The first page of a range whose protection forbids the access, or the page past it. */
 static uint64_t allowed_up_to(struct ps_region *region, uint64_t page, uint64_t end, bool store, uint32_t *prot) {
     while (page < end) {
-        uint64_t run = ps_run(region, page, prot);
+        uint64_t run = ps_run(region, page, end, prot);
         if (!allows(*prot, store))
             return page;
         page += run;
