@@ -164,7 +164,10 @@ static void put_reason(struct text *text, struct ps_region *region, uint64_t pag
         return;
     }
     if (!ps_running(region)) {
-        put(text, ": this process is detached (it could not join after fork)");
+        put(text, ": this process is detached, it could not join after fork (");
+        put(text, region->join_result == PS_EFULL     ? "every slot is taken)"
+                  : region->join_result == -ETIMEDOUT ? "the region's lock was held)"
+                                                      : "a system call failed)");
         return;
     }
     if (region->fenced)
