@@ -158,7 +158,7 @@ struct ps_shm_slot {
 };
 
 struct ps_shm_header {
-    /* Lines 0 to 11: written by the creator, immutable afterwards.  Read once, at attach, into private
+    /* Lines 0 to 10: written by the creator, immutable afterwards.  Read once, at attach, into private
      * memory (struct ps_shape); a later change of them by anybody has no effect on who is attached. */
     uint64_t magic;             /* W: creator, last.  R: at attach: PS_MAGIC */
     uint32_t version;           /* W: creator.  R: at attach: PS_VERSION */
@@ -175,21 +175,21 @@ struct ps_shm_header {
     char name[PS_NAME_MAX + 8]; /* W: creator.  R: at attach; NUL terminated, may be "" */
     struct ps_shm_section section[PS_SECTIONS]; /* W: creator.  R: at attach; ends at PS_SEC_END */
 
-    /* Line 12: the writer lock. */
+    /* Line 11: the writer lock. */
     /* W: by CAS 0 -> owner word, owner word -> owner word + WAITING, dead owner's word -> own word; released by
      * exchange with 0.  R: anybody, acquire.  Crash: names a dead owner; the next one takes over. */
     _Alignas(PS_LINE) _Atomic uint32_t lock;
 
-    /* Line 13: the generation; its low half is the futex word on which agents sleep. */
+    /* Line 12: the generation; its low half is the futex word on which agents sleep. */
     /* W: caller at C5 and U3, seq_cst.  R: agents, acquire (pairs with C5: the map and the ring entry
      * are visible).  Crash: at, or one below, attempt. */
     _Alignas(PS_LINE) _Atomic uint64_t generation;
 
-    /* Line 14: how many slots were ever claimed; bounds every scan of the table. */
+    /* Line 13: how many slots were ever claimed; bounds every scan of the table. */
     /* W: joiner by CAS, only upwards.  R: anybody, acquire; clipped to `slots`.  Crash: too high is harmless */
     _Alignas(PS_LINE) _Atomic uint32_t slots_used;
 
-    /* Line 15: the record. */
+    /* Line 14: the record. */
     _Alignas(PS_LINE) struct ps_shm_record record;
 };
 
