@@ -173,7 +173,7 @@ void ps_point_hit(const char *label) {
     if (point.action == 'k')
         kill(getpid(), SIGKILL);
     else if (point.action == 's')
-        kill(getpid(), SIGSTOP);
+        pthread_kill(pthread_self(), SIGSTOP); /* sent to the process, it would let this thread go on for a while */
     else
         ps_sys_exit_thread();
 }
