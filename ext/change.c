@@ -96,7 +96,7 @@ static uint64_t skip_hole(struct ps_region *region, uint64_t page, uint64_t end)
     uint64_t map = region->shape.offset[PS_SEC_CUR];
     off_t found = fd < 0 ? -1 : lseek(fd, (off_t)(map + page), SEEK_DATA);
     if (found < 0)
-        return page;
+        return fd >= 0 && errno == ENXIO ? end : page; /* no data from here to the end of the file */
     return (uint64_t)found < map + end ? (uint64_t)found - map : end;
 }
 
