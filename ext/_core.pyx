@@ -46,6 +46,7 @@ cdef extern from "core.h" nogil:
     struct ps_outcome:
         uint64_t generation
         uint32_t failed_pid
+        uint32_t error
         uint32_t silent
         uint32_t *pids
     struct ps_author:
@@ -293,13 +294,15 @@ cdef class Handle:
                         rc = ps_await(self.region, outcome.generation, deadline, &outcome)
                     else:
                         rc = ps_change(self.region, offset, length, prot, deadline, &outcome)
-            if rc == PS_ETIMEOUT:
-                raise_timeout(&outcome, "mprotect")
-            if rc < 0 and outcome.failed_pid:
-                error = OSError(-rc, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it was undone "
-                                   f"everywhere: {os.strerror(-rc)}")
+            if outcome.error:
+                late = ", ".join(map(str, pids_of(&outcome)))
+                error = OSError(outcome.error, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it "
+                                f"was undone everywhere: {os.strerror(outcome.error)}"
+                                + (f"; pid {late} has not acknowledged that in time" if late else ""))
                 error.pid = outcome.failed_pid
                 raise error
+            if rc == PS_ETIMEOUT:
+                raise_timeout(&outcome, "mprotect")
             if rc:
                 raise_code(rc, "mprotect", self.corrupt_field())
             return outcome.generation

@@ -315,7 +315,7 @@ static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint
 }
 
 /* From C4 (SET) or U2 (UNDO) of the open record to its end.  0; PS_ETIMEOUT or PS_ESIGNAL: closed, somebody is
- * silent; -errno: undone, because of outcome->failed_pid. */
+ * silent; -errno: undone, because of outcome->failed_pid (PS_ESIGNAL with outcome->error: so too). */
 static int settle(struct ps_region *region, struct waiting *waiting) {
     struct ps_shm_record *record = &ps_header(region)->record;
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_relaxed);
@@ -345,7 +345,8 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
     }
     waiting->outcome->generation = attempt + 1;
     rc = undo(region, attempt, first, count, waiting);
-    return rc ? rc : error ? -error : 0;
+    waiting->outcome->error = (uint32_t)error;
+    return rc == PS_ESIGNAL || !error ? rc : -error; /* undone, whoever is late for that */
 }
 
 static void begin(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot) {
@@ -375,6 +376,7 @@ static int locked_change(struct ps_region *region, uint64_t first, uint64_t coun
             return rc;
         }
     }
+    waiting->outcome->failed_pid = waiting->outcome->error = 0; /* of another's change */
     begin(region, first, count, prot);
     int rc = settle(region, waiting);
     ps_agent_settle(region);
@@ -385,7 +387,7 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
               struct ps_outcome *outcome) {
     uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
     uint32_t blocker;
-    outcome->generation = outcome->silent = outcome->failed_pid = 0;
+    outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
     ps_fault_install();
     int rc = ps_lock(region, deadline, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {

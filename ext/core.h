@@ -36,7 +36,8 @@ enum {
 /* What became of a change. */
 struct ps_outcome {
     uint64_t generation; /* 0: nothing was published */
-    uint32_t failed_pid; /* with -errno: the participant that could not apply it; 0: the caller's own call */
+    uint32_t failed_pid; /* the participant that could not apply it, so that it was undone; 0: none */
+    uint32_t error;      /* its errno; with PS_ESIGNAL it is the undo that ps_await waits for */
     uint32_t silent;     /* how many of pids are set */
     uint32_t pids[PS_SLOTS_MAX + 1];
 };
