@@ -106,11 +106,13 @@ uint64_t ps_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t 
     uint8_t byte = map_byte(region, page);
     *prot = (byte ^ region->shape.initial) & PROT_MASK;
     while (++at < end) {
-        if (!byte && at % HOLE == 0 && end - at > HOLE)
-            at = skip_hole(region, at, end);
-        else if (at % WORD == 0)
-            while (end - at >= WORD && at % HOLE && map_word(map + at) == byte * UINT64_C(0x0101010101010101))
-                at += WORD;
+        while (at % WORD == 0 && end - at >= WORD) {
+            if (!byte && at % HOLE == 0 && end - at > HOLE)
+                at = skip_hole(region, at, end);
+            if (at >= end || map_word(map + at) != byte * UINT64_C(0x0101010101010101))
+                break;
+            at += WORD;
+        }
         if (at >= end || map_byte(region, at) != byte)
             break;
     }
