@@ -22,7 +22,7 @@ import re
 import secrets
 from collections.abc import Iterator
 
-import posix_ipc
+import posix_ipc  # type: ignore[import-not-found,unused-ignore]
 
 from pyshare import _core
 from pyshare._errors import RegionExists, RegionNotFound
