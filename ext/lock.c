@@ -1,6 +1,7 @@
-/* lock.c - words owned by (slot, epoch), and one that is private.
+/* lock.c - words owned by (slot, epoch), and two that are private.
  *
- * Lives here: the writer lock and its take-over from the dead; the page lock.
+ * Lives here: the writer lock and its take-over from the dead; the
+ * locks of one process.
  *
  * The writer lock word (see PS_OWNER_*) and its transitions:
  *   0              -> me               CAS, acquire; with WAITING if we have slept: others may sleep still
@@ -102,18 +103,25 @@ void ps_unlock(struct ps_region *region) {
         ps_sys_wake(word, 1, FUTEX_BITSET_MATCH_ANY);
 }
 
-/* -- The page lock: private to the process, reset in a forked child ------------------------------------------- */
+/* -- Locks private to the process, reset in a forked child ---------------------------------------------------- */
+
+void ps_private_lock(_Atomic uint32_t *word) {
+    uint32_t seen = 0;
+    if (atomic_compare_exchange_strong_explicit(word, &seen, 1, memory_order_acquire, memory_order_relaxed))
+        return;
+    while (atomic_exchange_explicit(word, 2, memory_order_acquire))
+        ps_sys_wait((struct ps_watch){word, 2}, FUTEX_BITSET_MATCH_ANY, PS_NEVER);
+}
+
+void ps_private_unlock(_Atomic uint32_t *word) {
+    if (atomic_exchange_explicit(word, 0, memory_order_release) == 2)
+        ps_sys_wake(word, 1, FUTEX_BITSET_MATCH_ANY);
+}
 
 void ps_page_lock(struct ps_region *region) {
-    uint32_t seen = 0;
-    if (atomic_compare_exchange_strong_explicit(&region->page_lock, &seen, 1, memory_order_acquire,
-                                                memory_order_relaxed))
-        return;
-    while (atomic_exchange_explicit(&region->page_lock, 2, memory_order_acquire))
-        ps_sys_wait((struct ps_watch){&region->page_lock, 2}, FUTEX_BITSET_MATCH_ANY, PS_NEVER);
+    ps_private_lock(&region->page_lock);
 }
 
 void ps_page_unlock(struct ps_region *region) {
-    if (atomic_exchange_explicit(&region->page_lock, 0, memory_order_release) == 2)
-        ps_sys_wake(&region->page_lock, 1, FUTEX_BITSET_MATCH_ANY);
+    ps_private_unlock(&region->page_lock);
 }

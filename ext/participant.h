@@ -7,7 +7,9 @@
  *  1. Handles lie in the static table of process.c and are never freed: a
  *     signal handler may look at one at any time.
  *  2. `page_lock` is held over changes of our own page tables only, never over
- *     a wait for another process.  Lock order: the shared writer lock, then it.
+ *     a wait for another process.  `descriptor_lock` is held while the cached
+ *     descriptors are looked at, fetched or forgotten: fork looks at them from
+ *     any thread.  Lock order: the shared writer lock, page_lock, descriptor_lock.
  *  3. Shared memory is mapped exactly while `agent` is RUNNING or STOPPING;
  *     in every other state the address range is reserved, no-access.
  */
@@ -46,7 +48,8 @@ enum ps_use { /* of a place in the table */
               PS_UNUSED = 0,
               PS_OPENING = 1, /* a thread is filling it */
               PS_OPEN = 2,
-              PS_SHUT = 3, /* closed; the address range stays reserved until ps_release */
+              PS_SHUT = 3,    /* closed; the address range stays reserved until ps_release */
+              PS_CLOSING = 4, /* a thread is closing it */
 };
 
 enum ps_agent_state {
@@ -62,7 +65,8 @@ struct ps_region {
     _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard; 0: none */
     uint64_t span;          /* its bytes */
     struct ps_shape shape;
-    struct ps_cached memory, entry; /* the memfd; the name's entry */
+    _Atomic uint32_t descriptor_lock; /* 0 free, 1 held, 2 held and waited for */
+    struct ps_cached memory, entry;   /* under descriptor_lock: the memfd; the name's entry */
 
     _Atomic uint32_t agent; /* enum ps_agent_state, and the futex on which its starter waits */
     int join_result;        /* agent's, before it leaves STARTING */
@@ -88,6 +92,7 @@ int ps_region_reserve(struct ps_region *region);
 int ps_region_map_control(struct ps_region *region, int own);
 int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
+void ps_region_discard(struct ps_region *region);
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached);
 bool ps_cached_leads(int fd, const struct ps_cached *cached);
 int ps_query_fd(struct ps_region *region);
@@ -131,6 +136,8 @@ static inline enum ps_state ps_state_of(uint32_t status) {
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
+void ps_private_lock(_Atomic uint32_t *word);
+void ps_private_unlock(_Atomic uint32_t *word);
 void ps_page_lock(struct ps_region *region);
 void ps_page_unlock(struct ps_region *region);
 

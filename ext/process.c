@@ -56,7 +56,7 @@ struct ps_region *ps_process_find(uintptr_t address) {
 /* As in a process that has just been forked: no agent, no slot, no lock held. */
 static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
-    region->page_lock = 0;
+    region->page_lock = region->descriptor_lock = 0;
     region->applied = 0;
     region->failed = region->fenced = false;
     region->epoch = region->slot = 0;
@@ -123,8 +123,8 @@ static void in_child(void) {
             forget_participation(&regions[i]);
         if (use == PS_OPEN)
             ps_agent_start(&regions[i], deadline, &outcome); /* or detached: ps_ready tries again */
-        else if (use == PS_OPENING)                          /* by a thread that is not here */
-            ps_release(&regions[i]);
+        else if (use == PS_OPENING || use == PS_CLOSING)     /* by a thread that is not here */
+            ps_region_discard(&regions[i]);
     }
     chains[0].busy = chains[1].busy = 0;
 }

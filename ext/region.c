@@ -259,13 +259,18 @@ static int take_hold(struct ps_cached *cached, int fd) {
 
 /* The program may close anything, and its numbers come back as other files: check, and fetch again from the
  * agent's table. */
-int ps_cached_get(struct ps_region *region, struct ps_cached *cached) {
-    if (ps_cached_leads(cached->fd, cached))
-        return cached->fd;
+static int fetch(struct ps_region *region, struct ps_cached *cached) {
     int agents = cached->entry ? region->own_entry : region->own;
-    if (agents < 0 || !ps_running(region))
+    if (agents < 0 || !ps_running(region) || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
         return -EBADF;
     return take_hold(cached, ps_sys_reopen_of(getpid(), region->tid, agents));
+}
+
+int ps_cached_get(struct ps_region *region, struct ps_cached *cached) {
+    ps_private_lock(&region->descriptor_lock);
+    int fd = ps_cached_leads(cached->fd, cached) ? cached->fd : fetch(region, cached);
+    ps_private_unlock(&region->descriptor_lock);
+    return fd;
 }
 
 int ps_fd(struct ps_region *region) {
@@ -317,10 +322,20 @@ static int cache(struct ps_cached *cached, int fd, bool entry) {
     return got < 0 ? got : 0;
 }
 
-static void forget(struct ps_cached *cached) {
+static void forget(struct ps_region *region, struct ps_cached *cached) {
+    ps_private_lock(&region->descriptor_lock);
     if (ps_cached_leads(cached->fd, cached))
         close(cached->fd);
     cached->fd = -1;
+    ps_private_unlock(&region->descriptor_lock);
+}
+
+/* Of a region that did not open, or whose opening or closing thread did not come along in a fork. */
+void ps_region_discard(struct ps_region *region) {
+    atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+    forget(region, &region->memory);
+    forget(region, &region->entry);
+    ps_release(region);
 }
 
 int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, struct ps_outcome *outcome,
@@ -345,10 +360,7 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
         rc = ps_agent_start(region, deadline, outcome);
     if (rc) {
         *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
-        atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
-        forget(&region->memory);
-        forget(&region->entry);
-        ps_release(region);
+        ps_region_discard(region);
         return rc;
     }
     atomic_store_explicit(&region->use, PS_OPEN, memory_order_release);
@@ -359,12 +371,14 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
 }
 
 int ps_close(struct ps_region *region) {
-    if (!ps_process_known() || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
+    uint32_t open = PS_OPEN;
+    if (!ps_process_known() || !atomic_compare_exchange_strong_explicit(&region->use, &open, PS_CLOSING,
+                                                                        memory_order_acq_rel, memory_order_relaxed))
         return PS_ECLOSED;
-    forget(&region->memory);
     ps_agent_stop(region);
+    forget(region, &region->memory);
+    forget(region, &region->entry);
     atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
-    forget(&region->entry);
     return 0;
 }
 
