@@ -29,6 +29,7 @@
 
 #define ALTERNATE_STACK (64u * 1024u)
 #define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change */
+#define FAULTS 100000           /* of one copy: a page whose protection changes all the time is refused at last */
 #define REPEATS 64              /* a handler that returns this often without mending has had its turn */
 
 /* -- The copy -------------------------------------------------------------------------------------------------- */
@@ -84,8 +85,8 @@ static int mend(struct ps_region *region, uint64_t page) {
 static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
                 struct ps_refusal *refusal) {
     char *data = ps_address(region);
-    uint64_t end = (offset + length + PS_PAGE - 1) / PS_PAGE, stuck = UINT64_MAX;
-    while (length) {
+    uint64_t end = (offset + length + PS_PAGE - 1) / PS_PAGE;
+    for (uint32_t faults = 0; length; faults++) {
         uint32_t prot;
         uint64_t page = allowed_up_to(region, offset / PS_PAGE, end, store, &prot);
         if (page < end)
@@ -97,14 +98,13 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
         length = copied.left;
         if (!length)
             return 0;
-        uint64_t at = copied.where - (uintptr_t)data;
+        uint64_t at = (copied.where & ~PS_COPY_NO_PAGE) - (uintptr_t)data;
         if (at / PS_PAGE != offset / PS_PAGE)
             return -EFAULT; /* the caller's own buffer */
-        if (at / PS_PAGE == stuck)
-            return -ENOMEM; /* mended, and still not reachable: the kernel has no page for it */
-        stuck = at / PS_PAGE;
-        if (mend(region, stuck))
-            return refuse(region, stuck, PROT_NONE, store, refusal);
+        if (copied.where & PS_COPY_NO_PAGE)
+            return -ENOMEM;
+        if (faults == FAULTS || mend(region, at / PS_PAGE))
+            return refuse(region, at / PS_PAGE, PROT_NONE, store, refusal);
     }
     return 0;
 }
@@ -292,7 +292,7 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
                         : registers[REG_TRAPNO] == 14 ? (uintptr_t)registers[REG_CR2]
                                                       : 0;
     if (by_kernel && registers[REG_RIP] == (greg_t)(uintptr_t)ps_copy_instruction) {
-        registers[REG_RDX] = (greg_t)address;
+        registers[REG_RDX] = (greg_t)(address | (signal == SIGBUS ? PS_COPY_NO_PAGE : 0));
         registers[REG_RIP] = (greg_t)(uintptr_t)ps_copy_end;
         return;
     }

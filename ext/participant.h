@@ -160,9 +160,10 @@ void ps_agent_settle(struct ps_region *region);
 void ps_name_write_row(struct ps_region *region, bool present);
 
 /* fault.c: a copy that survives faults; the signal handlers */
+#define PS_COPY_NO_PAGE (UINT64_C(1) << 63) /* SIGBUS: allowed, but the kernel has no page for it */
 struct ps_copied {
     size_t left;     /* bytes not copied */
-    uintptr_t where; /* the address that could not be reached; 0 if all were copied */
+    uintptr_t where; /* the address that could not be reached, with PS_COPY_NO_PAGE; 0 if all were copied */
 };
 struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
 void ps_fault_install(void);

@@ -23,6 +23,16 @@ import pyshare
 PATIENCE = 60.0  # seconds after which a test gives up on something that should have happened long ago
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stress", action="store_true", help="run tests/test_sanitize.py for minutes, not seconds")
+
+
+@pytest.fixture
+def stress(request: pytest.FixtureRequest) -> bool:
+    """Is there time for a long run?"""
+    return bool(request.config.getoption("--stress"))
+
+
 class Child:
     """A forked process that runs a function; ended and reaped with the test."""
 
