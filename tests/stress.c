@@ -1,0 +1,320 @@
+/* stress.c - the core without Python, driven from many sides at once, for the sanitizers.
+ *
+ *   stress SECONDS SEED
+ *
+ * Participants of one region:
+ *   - the crowd: HOLDERS participants in one process, each with two callers, an accessor and its agent; joiners,
+ *     which attach, work and leave again and again; and forks of it all, which rejoin in the child handler,
+ *     change, and are killed;
+ *   - strays: processes that attach, change at random, and are killed in the middle of it.
+ * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
+ * do (promises 1 and 2), by the copy that survives faults.  The shared pages everybody changes; at the end, when
+ * all is quiet, every holder's page tables must be those of the map.
+ *
+ * ThreadSanitizer knows memory by address, and each participant has a mapping of its own: it sees the order
+ * between the threads of one participant.  Words that participants share are atomic; the notes below are plain on
+ * purpose: a release or acquire that is missing between one caller and the next is a data race on them.
+ * What fails ends the program with a line on stderr and a status that is not 0.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "participant.h"
+
+/* Options of the sanitizers, which look for these functions: every finding ends the program.  Descriptors have
+ * numbers of their own in each agent's table, which ThreadSanitizer takes for one: open() and close() race with
+ * nothing. */
+const char *__tsan_default_options(void);
+const char *__tsan_default_suppressions(void);
+const char *__asan_default_options(void);
+
+const char *__tsan_default_options(void) {
+    return "halt_on_error=1:die_after_fork=0:io_sync=0";
+}
+const char *__tsan_default_suppressions(void) {
+    return "race:^open$\nrace:^__interceptor_open$\nrace:^close$\nrace:^__interceptor_close$\n";
+}
+const char *__asan_default_options(void) {
+    return "detect_leaks=0:detect_stack_use_after_return=1"; /* the core allocates nothing */
+}
+
+enum { HOLDERS = 3, CALLERS = 2 * HOLDERS, JOINERS = 2, OWN = 8, SHARED = 200, NOTES = 1 << 16 };
+#define OTHERS_FIRST ((uint64_t)CALLERS * OWN)
+#define PAGES (OTHERS_FIRST + SHARED)
+#define TIMEOUT (60000 * PS_MS) /* nobody here is stopped, so nothing may ever take so long */
+
+#define CHECK(condition, ...)                                                                                          \
+    do                                                                                                                 \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "stress.c:%d: not %s: ", __LINE__, #condition);                                            \
+            fprintf(stderr, __VA_ARGS__);                                                                              \
+            fputc('\n', stderr);                                                                                       \
+            _exit(2);                                                                                                  \
+        }                                                                                                              \
+    while (0)
+
+struct caller {
+    uint32_t note[NOTES];   /* plain: each written once, before a change */
+    _Atomic uint64_t done;  /* relaxed: notes written << 40 | generation of the change after the last */
+    _Atomic uint64_t turns; /* for the summary */
+};
+
+static int memory; /* the region's descriptor */
+static int64_t end;
+static struct ps_region *holder[HOLDERS];
+static struct caller caller[CALLERS];
+static _Atomic uint64_t joins, accesses, forks;
+/* Between fork() and exec() a sanitizer's allocator may be locked by a thread that is not there: whoever makes
+ * threads (the core allocates nothing else) holds this for reading, whoever forks for writing. */
+static pthread_rwlock_t making_threads = PTHREAD_RWLOCK_INITIALIZER;
+
+static uint64_t below(uint64_t *state, uint64_t limit) {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state % limit;
+}
+
+static bool over(void) {
+    return ps_sys_now() >= end;
+}
+
+static void count(_Atomic uint64_t *counter) {
+    atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+}
+
+static struct ps_region *attach(void) {
+    struct ps_outcome outcome;
+    struct ps_region *region = NULL;
+    const char *field = "";
+    int rc = ps_attach(memory, -1, ps_sys_now() + TIMEOUT, &region, &outcome, &field);
+    CHECK(!rc, "ps_attach: %d %s", rc, field);
+    return region;
+}
+
+static void leave(struct ps_region *region) {
+    int rc = ps_close(region);
+    CHECK(!rc, "ps_close: %d", rc);
+    ps_release(region);
+}
+
+/* As the binding does before each call: a lost agent is started again. */
+static void be_ready(struct ps_region *region) {
+    struct ps_outcome outcome;
+    int rc = ps_ready(region, &outcome);
+    CHECK(!rc, "ps_ready: %d", rc);
+}
+
+static uint64_t change(struct ps_region *region, uint64_t first, uint64_t pages, uint32_t prot) {
+    struct ps_outcome outcome;
+    be_ready(region);
+    int rc = ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, ps_sys_now() + TIMEOUT, &outcome);
+    CHECK(!rc, "ps_change: %d, change %lu, silent %u: pid %u", rc, outcome.generation, outcome.silent,
+          outcome.silent ? outcome.pids[0] : 0);
+    return outcome.generation;
+}
+
+static uint64_t change_others(struct ps_region *region, uint64_t *state) {
+    uint64_t first = below(state, SHARED), pages = 1 + below(state, SHARED - first);
+    return change(region, OTHERS_FIRST + first, pages, (uint32_t)below(state, 4));
+}
+
+static void use_data(struct ps_region *region, uint64_t *state) {
+    char bytes[3 * PS_PAGE];
+    struct ps_refusal refusal;
+    uint64_t length = 1 + below(state, sizeof bytes), offset = below(state, PAGES * PS_PAGE - length);
+    int rc = ps_read(region, offset, bytes, length, &refusal);
+    CHECK(!rc || rc == PS_EREFUSED, "ps_read: %d", rc);
+    if (!rc)
+        rc = ps_write(region, offset, bytes, length, &refusal);
+    CHECK(!rc || rc == PS_EREFUSED, "ps_write: %d", rc);
+    CHECK(!rc || refusal.page < PAGES, "refused page %lu", refusal.page);
+}
+
+/* What the page tables of that participant really allow. */
+static void look(struct ps_region *region, uint64_t page, uint32_t prot) {
+    char byte = 0, *at = (char *)ps_address(region) + page * PS_PAGE + 77;
+    bool loads = !ps_copy_bytes(&byte, at, 1).left, stores = !ps_copy_bytes(at, &byte, 1).left;
+    CHECK(loads == (prot != PROT_NONE) && stores == !!(prot & PROT_WRITE), "page %lu is %u: loads %d, stores %d", page,
+          prot, loads, stores);
+}
+
+/* -- The crowd ------------------------------------------------------------------------------------------------- */
+
+/* What came before a change that came before `generation`, on the same handle. */
+static void read_note(const struct caller *other, uint64_t generation) {
+    uint64_t done = atomic_load_explicit(&other->done, memory_order_relaxed), notes = done >> 40;
+    if (notes && (done & ((UINT64_C(1) << 40) - 1)) < generation)
+        CHECK(other->note[notes - 1] == notes, "note %lu is %u", notes, other->note[notes - 1]);
+}
+
+static void *call(void *argument) {
+    struct caller *me = argument;
+    uint64_t index = (uint64_t)(me - caller), state = index + 1;
+    struct ps_region *region = holder[index / 2];
+    for (uint32_t note = 0; !over(); count(&me->turns)) {
+        uint64_t at = below(&state, OWN), pages = 1 + below(&state, OWN - at), first = index * OWN + at;
+        uint32_t prot = (uint32_t)below(&state, 4);
+        if (note < NOTES)
+            me->note[note] = note + 1;
+        uint64_t generation = change(region, first, pages, prot);
+        if (note < NOTES)
+            atomic_store_explicit(&me->done, (uint64_t)++note << 40 | generation, memory_order_relaxed);
+        for (int i = 0; i < HOLDERS; i++)
+            look(holder[i], first + below(&state, pages), prot);
+        read_note(&caller[index ^ 1], change_others(region, &state));
+    }
+    return NULL;
+}
+
+static void *use(void *argument) {
+    struct ps_region **mine = argument, *region = *mine;
+    struct ps_participant participant;
+    uint64_t index = (uint64_t)(mine - holder), state = 100 + index;
+    for (; !over(); count(&accesses)) {
+        use_data(region, &state);
+        uint64_t generation = ps_generation(region);
+        read_note(&caller[2 * index], generation + 1);
+        read_note(&caller[2 * index + 1], generation + 1);
+        uint32_t prot;
+        for (uint64_t page = 0; page < PAGES; page += ps_run(region, page, PAGES, &prot))
+            ;
+        for (uint32_t slot = 0; ps_participant(region, slot, &participant) >= 0; slot++)
+            ;
+    }
+    return NULL;
+}
+
+static void *join_and_leave(void *argument) {
+    uint64_t state = 200 + *(uint64_t *)argument;
+    for (; !over(); count(&joins)) {
+        pthread_rwlock_rdlock(&making_threads);
+        struct ps_region *region = attach();
+        pthread_rwlock_unlock(&making_threads);
+        for (uint64_t i = below(&state, 4); i; i--) {
+            change_others(region, &state);
+            use_data(region, &state);
+        }
+        leave(region);
+    }
+    return NULL;
+}
+
+/* Changes until it is killed, and tells of each change by a byte. */
+static _Noreturn void change_until_killed(struct ps_region *region, int tell[2], uint64_t seed) {
+    close(tell[0]); /* so that we end by SIGPIPE, should the other side be gone */
+    for (uint64_t state = seed;;) {
+        change_others(region, &state);
+        use_data(region, &state);
+        if (write(tell[1], "", 1) != 1)
+            _exit(0);
+    }
+}
+
+/* Lets the process make a few changes, and kills it in the next one. */
+static void kill_at_work(pid_t pid, int heard, uint64_t *state) {
+    char byte;
+    int status;
+    bool told = true;
+    for (uint64_t i = 1 + below(state, 8); told && i; i--)
+        told = read(heard, &byte, 1) == 1;
+    kill(pid, SIGKILL);
+    close(heard);
+    CHECK(waitpid(pid, &status, 0) == pid && told && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+          "a killed process ended by itself, with status %x", status);
+}
+
+static void *fork_and_kill(void *argument) {
+    uint64_t state = 300 + *(uint64_t *)argument;
+    for (; !over(); count(&forks)) {
+        int ends[2];
+        CHECK(!pipe(ends), "%d", errno);
+        pthread_rwlock_wrlock(&making_threads);
+        pid_t pid = fork();
+        if (!pid)
+            change_until_killed(holder[0], ends, state);
+        pthread_rwlock_unlock(&making_threads);
+        CHECK(pid > 0, "%d", errno);
+        close(ends[1]);
+        kill_at_work(pid, ends[0], &state);
+    }
+    return NULL;
+}
+
+static void settle_and_compare(void) {
+    for (int i = 0; i < HOLDERS; i++)
+        change(holder[i], 0, 1, PROT_READ);
+    for (int i = 0; i < HOLDERS; i++)
+        for (uint64_t page = 0; page < PAGES; page++)
+            look(holder[i], page, ps_protection(holder[0], page));
+}
+
+static void crowd(void) {
+    pthread_t thread[CALLERS + HOLDERS + JOINERS + 1];
+    uint64_t number[JOINERS + 1], turns = 0;
+    int made = 0;
+    for (int i = 0; i < HOLDERS; i++)
+        holder[i] = attach();
+    for (int i = 0; i < CALLERS; i++)
+        pthread_create(&thread[made++], NULL, call, &caller[i]);
+    for (int i = 0; i < HOLDERS; i++)
+        pthread_create(&thread[made++], NULL, use, &holder[i]);
+    for (int i = 0; i <= JOINERS; i++) {
+        number[i] = (uint64_t)i;
+        pthread_create(&thread[made++], NULL, i < JOINERS ? join_and_leave : fork_and_kill, &number[i]);
+    }
+    while (made)
+        pthread_join(thread[--made], NULL);
+    settle_and_compare();
+    for (int i = 0; i < CALLERS; i++) {
+        CHECK(caller[i].turns, "caller %d never came to its turn", i);
+        turns += caller[i].turns;
+    }
+    CHECK(joins && accesses && forks, "joins %lu, accesses %lu, forks %lu", joins, accesses, forks);
+    printf("generation %lu, turns %lu, accesses %lu, joins %lu, forks killed %lu", ps_generation(holder[0]), turns,
+           accesses, joins, forks);
+    for (int i = 0; i < HOLDERS; i++)
+        leave(holder[i]);
+}
+
+/* -- The strays ------------------------------------------------------------------------------------------------ */
+
+static uint64_t strays(uint64_t seed) {
+    uint64_t killed = 0;
+    for (uint64_t state = seed; !over(); killed++) {
+        int ends[2];
+        CHECK(!pipe(ends), "%d", errno);
+        pid_t pid = fork();
+        if (!pid)
+            change_until_killed(attach(), ends, below(&state, UINT32_MAX) + 1);
+        CHECK(pid > 0, "%d", errno);
+        close(ends[1]);
+        kill_at_work(pid, ends[0], &state);
+    }
+    return killed;
+}
+
+int main(int argc, char **argv) {
+    int status;
+    CHECK(argc == 3, "usage: stress SECONDS SEED");
+    end = ps_sys_now() + (int64_t)(atof(argv[1]) * 1000) * PS_MS;
+    int rc = ps_create(PAGES * PS_PAGE, PROT_READ | PROT_WRITE, 64, 0600, "", &memory);
+    CHECK(!rc, "ps_create: %d", rc);
+    pid_t pid = fork();
+    if (!pid) {
+        crowd();
+        return 0;
+    }
+    uint64_t killed = strays(strtoull(argv[2], NULL, 0) + 1);
+    CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && !WEXITSTATUS(status), "the crowd ended with %x",
+          status);
+    printf(", strays killed %lu\n", killed);
+    return 0;
+}
