@@ -19,7 +19,6 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 import errno
 import math
 import os
-import sys
 
 from pyshare import _errors
 
@@ -90,7 +89,7 @@ cdef extern from "core.h" nogil:
     int ps_name_leads_to(int name_fd, int region_fd)
     int ps_name_of(int region_fd, char *name, const char **field)
 
-# Two things that Cython's own declarations hide from us.
+# What Cython's own declarations hide from us.
 cdef extern from *:
     """
     #include "core.h"
@@ -103,15 +102,18 @@ cdef extern from *:
         PyMemoryViewObject *self = (PyMemoryViewObject *)view;
         return self->exports + self->mbuf->exports - 1;
     }
+    #if PY_VERSION_HEX < 0x030D0000
+    #define Py_IsFinalizing _Py_IsFinalizing
+    #endif
     """
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
     Py_ssize_t others_on_view(object view)
+    bint Py_IsFinalizing()
 
 PAGE_SIZE = 4096
 MAX_PARTICIPANTS = PS_SLOTS_MAX
 NAME_MAX = PS_NAME_MAX
 LARGE = 1 << 16  # bytes from which a copy lets other threads run
-_is_finalizing = sys.is_finalizing
 
 
 def deadline_of(timeout):
@@ -224,8 +226,9 @@ cdef class Handle:
             ps_release(region)
 
     def __dealloc__(self):
-        # At interpreter exit daemon threads may still store: the kernel cleans up after all of them.
-        if self.region is not NULL and not _is_finalizing():
+        # At interpreter exit daemon threads may still store: the kernel cleans up after all of them.  No global of
+        # this module can be relied on by then.
+        if self.region is not NULL and not Py_IsFinalizing():
             ps_close(self.region)
             ps_release(self.region)
 
@@ -233,6 +236,10 @@ cdef class Handle:
 
     def _is_open(self):
         return self.region is not NULL
+
+    def _is_forsaken(self):
+        """Open, though nobody can close it any more; asked when the object goes."""
+        return self.region is not NULL and not Py_IsFinalizing()
 
     def _view(self):
         if self.view is None:

@@ -15,7 +15,6 @@ import errno
 import mmap
 import operator
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from multiprocessing import reduction
@@ -120,8 +119,8 @@ class Region(_core.Handle):
     that is killed leaves nothing behind that others wait for.
     """
 
-    _name: str | None
-    _size: int
+    _name: str | None = None
+    _size: int = 0
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
@@ -217,7 +216,7 @@ class Region(_core.Handle):
                 raise
 
     def __del__(self) -> None:
-        if getattr(self, "_size", None) is None or self.closed or sys.is_finalizing():
+        if not self._is_forsaken():
             return
         warnings.warn(f"unclosed region {self!r}", ResourceWarning, source=self, stacklevel=2)
         with contextlib.suppress(BufferError):
