@@ -5,15 +5,21 @@
 Lives here: the extern block, the handle class with its buffer protocol, and
 the one table from result codes to exceptions.  Not here: protocol (ext/*.c),
 checks of arguments that need no C (pyshare/_region.py).
-Invariants: nothing of Python is held while the core waits; what the core did
-is over, and its lock released, before the GIL is taken again.
+Invariants
+ 1. Nothing of Python is held while the core waits; what the core did is over,
+    and its lock released, before the GIL is taken again.
+ 2. Whoever uses the memory has a reference to the handle's Memory, and nobody
+    else has: their number says whether it may be closed.
 """
+
+cimport cython
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import errno
@@ -97,17 +103,18 @@ cdef extern from *:
     static int look_at_slot(struct ps_region *region, uint32_t slot, struct ps_participant *out) {
         return ps_participant(region, slot, out);
     }
-    /* Who else uses a memoryview: exports of it, and other views that share its buffer. */
-    static Py_ssize_t others_on_view(PyObject *view) {
+    /* Who uses a memoryview: exports of it, and all views that share its buffer; 0 once it is released. */
+    static Py_ssize_t users_of_view(PyObject *view) {
         PyMemoryViewObject *self = (PyMemoryViewObject *)view;
-        return self->exports + self->mbuf->exports - 1;
+        return self->flags & _Py_MEMORYVIEW_RELEASED ? 0 : self->exports + self->mbuf->exports;
     }
     #if PY_VERSION_HEX < 0x030D0000
     #define Py_IsFinalizing _Py_IsFinalizing
     #endif
     """
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
-    Py_ssize_t others_on_view(object view)
+    Py_ssize_t users_of_view(object view)
+    Py_ssize_t Py_REFCNT(PyObject *object)
     bint Py_IsFinalizing()
 
 PAGE_SIZE = 4096
@@ -161,11 +168,34 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
     raise _errors.PropagationTimeout(message, pids=pids, generation=outcome.generation or None)
 
 
+@cython.final
+@cython.no_gc_clear  # __dealloc__ needs the handle; the cycle with .buf is broken at the handle's end
+cdef class Memory:
+    """What buffers of a Handle name as their object: as long as it lives, somebody uses the memory.
+
+    A buffer has a reference to it, and so has an array that numpy makes over a memoryview: it lets go of the buffer
+    and keeps the buffer's object (PyArray_BufferConverter).
+    """
+
+    cdef Handle handle
+
+    def __cinit__(self, Handle handle not None):
+        self.handle = handle
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.handle.fill(buffer, flags)
+
+    def __dealloc__(self):
+        if self.handle is not None and self.handle.memory is <PyObject *>self:
+            self.handle.memory = NULL
+
+
 cdef class Handle:
     """One participation of this process in one region; the base of Region."""
 
     cdef ps_region *region
-    cdef Py_ssize_t exports  # buffers that others hold
+    cdef ps_region *left     # closed: the address range stays reserved until we die
+    cdef PyObject *memory    # the Memory, borrowed, while there is one
     cdef Py_ssize_t calls    # threads inside the core
     cdef object view         # the cached memoryview of .buf
     cdef object __weakref__
@@ -191,24 +221,31 @@ cdef class Handle:
 
     # -- Buffer protocol --
 
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
+    cdef fill(self, Py_buffer *buffer, int flags):
         self.enter("buffer")
         try:
-            PyBuffer_FillInfo(buffer, self, ps_address(self.region), <Py_ssize_t>ps_size(self.region), 0, flags)
-            self.exports += 1
+            if self.memory is NULL:
+                made = Memory.__new__(Memory, self)
+                if self.memory is NULL:  # still: a finaliser may have run
+                    self.memory = <PyObject *>made
+            PyBuffer_FillInfo(buffer, <object>self.memory, ps_address(self.region),
+                              <Py_ssize_t>ps_size(self.region), 0, flags)
         finally:
             self.calls -= 1
 
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.fill(buffer, flags)
+
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
+        """Never called, since buffers are the Memory's; but without it numpy.frombuffer would keep us and no buffer."""
 
     # -- Life --
 
     def _exported(self):
-        """Is anybody but the cached view using the memory?"""
-        if self.view is None:
-            return self.exports > 0 or self.calls > 0
-        return self.exports > 1 or self.calls > 0 or others_on_view(self.view) > 0
+        """Is anybody but the cached view using the memory, or a thread inside a call?"""
+        cdef Py_ssize_t cached = 0 if self.view is None else users_of_view(self.view)
+        cdef Py_ssize_t users = 0 if self.memory is NULL else Py_REFCNT(self.memory)
+        return self.calls > 0 or cached > 1 or users > (cached > 0)
 
     def _close(self):
         if self._exported():
@@ -218,19 +255,20 @@ cdef class Handle:
         if self.view is not None:
             self.view.release()
             self.view = None
-        cdef ps_region *region = self.region
-        cdef int rc
-        self.region = NULL
+        self.left, self.region = self.region, NULL
         with nogil:
-            rc = ps_close(region)
-            ps_release(region)
+            ps_close(self.left)
 
     def __dealloc__(self):
         # At interpreter exit daemon threads may still store: the kernel cleans up after all of them.  No global of
         # this module can be relied on by then.
-        if self.region is not NULL and not Py_IsFinalizing():
-            ps_close(self.region)
-            ps_release(self.region)
+        if Py_IsFinalizing():
+            return
+        if self.region is not NULL:
+            self.left = self.region
+            ps_close(self.left)
+        if self.left is not NULL:
+            ps_release(self.left)
 
     # -- What it is --
 
@@ -242,7 +280,7 @@ cdef class Handle:
         return self.region is not NULL and not Py_IsFinalizing()
 
     def _view(self):
-        if self.view is None:
+        if self.view is None or not users_of_view(self.view):  # released by the program
             self.view = memoryview(self)
         return self.view
 
