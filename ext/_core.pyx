@@ -2,8 +2,9 @@
 # cython: auto_pickle=False, autotestdict=False
 """_core: the binding.
 
-Lives here: the extern block, the handle class with its buffer protocol, and
-the one table from result codes to exceptions.  Not here: protocol (ext/*.c),
+Lives here: the extern block, the handle class with its buffer protocol, what
+makes numpy's arrays count as users of it, and the one table from result codes
+to exceptions.  Not here: protocol (ext/*.c),
 checks of arguments that need no C (pyshare/_region.py).
 Invariants
  1. Nothing of Python is held while the core waits; what the core did is over,
@@ -19,12 +20,13 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import errno
 import math
 import os
+import sys
 
 from pyshare import _errors
 
@@ -234,6 +236,7 @@ cdef class Handle:
             self.calls -= 1
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
+        hold_arrays()
         self.fill(buffer, flags)
 
     def __releasebuffer__(self, Py_buffer *buffer):
@@ -432,6 +435,39 @@ cdef class Handle:
             PyBuffer_Release(&source)
 
 
+# numpy.ndarray(buffer=region) would keep the region itself and no buffer, so that close() could not know of the array.
+# Whoever asks ndarray for a region's memory gets the same by a memoryview.
+
+cdef newfunc ndarray_new = NULL
+
+
+cdef object held_ndarray_new(type cls, PyObject *arguments, PyObject *keywords):
+    """ndarray.__new__(cls, shape, dtype, buffer, ...)"""
+    held = <tuple>arguments
+    if len(held) > 2 and isinstance(held[2], Handle):
+        held = (*held[:2], memoryview(held[2]), *held[3:])
+    if keywords is NULL or not isinstance((<dict>keywords).get("buffer"), Handle):
+        return ndarray_new(cls, <PyObject *>held, keywords)
+    named = {**<dict>keywords, "buffer": memoryview((<dict>keywords)["buffer"])}
+    return ndarray_new(cls, <PyObject *>held, <PyObject *>named)
+
+
+cdef hold_arrays():
+    """Where numpy is loaded: take the place of ndarray's constructor, also in the types that have inherited it."""
+    global ndarray_new
+    if ndarray_new is not NULL:
+        return
+    ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
+    if not isinstance(ndarray, type):
+        return
+    ndarray_new = (<PyTypeObject *>ndarray).tp_new
+    types = [ndarray]
+    for cls in types:
+        if (<PyTypeObject *>cls).tp_new is ndarray_new:
+            (<PyTypeObject *>cls).tp_new = <newfunc>held_ndarray_new
+        types.extend(type.__subclasses__(cls))
+
+
 def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, str name):
     """A new region's descriptor; nobody participates yet."""
     cdef int fd = -1
@@ -448,6 +484,7 @@ def attach(cls, int fd, int name_fd, int64_t deadline):
     cdef ps_region *region
     cdef int rc
     cdef Handle handle = cls.__new__(cls)
+    hold_arrays()
     with nogil:
         rc = ps_attach(fd, name_fd, deadline, &region, &outcome, &field)
     if rc == PS_ETIMEOUT:
