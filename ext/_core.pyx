@@ -79,6 +79,7 @@ cdef extern from "core.h" nogil:
     int ps_close(ps_region *region)
     void ps_release(ps_region *region)
     int ps_ready(ps_region *region, ps_outcome *outcome)
+    uint32_t ps_forks()
     const char *ps_corrupt_field(const ps_region *region)
     void *ps_address(const ps_region *region)
     uint64_t ps_size(const ps_region *region)
@@ -199,6 +200,7 @@ cdef class Handle:
     cdef ps_region *left     # closed: the address range stays reserved until we die
     cdef PyObject *memory    # the Memory, borrowed, while there is one
     cdef Py_ssize_t calls    # threads inside the core
+    cdef uint32_t forks      # ps_forks() when they were counted: a child has none of its parent's threads
     cdef object view         # the cached memoryview of .buf
     cdef object __weakref__
 
@@ -208,14 +210,21 @@ cdef class Handle:
         cdef int rc
         if self.region is NULL:
             raise_code(PS_ECLOSED, doing)
-        self.calls += 1
+        self.calls = self.inside() + 1
+        self.forks = ps_forks()
         with nogil:
             rc = ps_ready(self.region, &outcome)
         if rc:
-            self.calls -= 1
+            self.leave()
             if rc == PS_ETIMEOUT:
                 raise_timeout(&outcome, f"{doing}: rejoining after fork")
             raise_code(rc, doing, self.corrupt_field())
+
+    cdef leave(self):
+        self.calls = max(0, self.inside() - 1)  # 0: forked meanwhile, by a signal handler
+
+    cdef Py_ssize_t inside(self):
+        return self.calls if self.forks == ps_forks() else 0
 
     cdef corrupt_field(self):
         cdef const char *field = ps_corrupt_field(self.region)
@@ -233,7 +242,7 @@ cdef class Handle:
             PyBuffer_FillInfo(buffer, <object>self.memory, ps_address(self.region),
                               <Py_ssize_t>ps_size(self.region), 0, flags)
         finally:
-            self.calls -= 1
+            self.leave()
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         hold_arrays()
@@ -248,7 +257,7 @@ cdef class Handle:
         """Is anybody but the cached view using the memory, or a thread inside a call?"""
         cdef Py_ssize_t cached = 0 if self.view is None else users_of_view(self.view)
         cdef Py_ssize_t users = 0 if self.memory is NULL else Py_REFCNT(self.memory)
-        return self.calls > 0 or cached > 1 or users > (cached > 0)
+        return self.inside() > 0 or cached > 1 or users > (cached > 0)
 
     def _close(self):
         if self._exported():
@@ -294,13 +303,13 @@ cdef class Handle:
             return (ps_name(self.region).decode() or None, ps_size(self.region),
                     <size_t>ps_address(self.region), ps_generation(self.region))
         finally:
-            self.calls -= 1
+            self.leave()
 
     def _fileno(self):
         cdef int fd
         self.enter("fileno")
         fd = ps_fd(self.region)
-        self.calls -= 1
+        self.leave()
         if fd < 0:
             raise_code(fd, "fileno")
         return fd
@@ -323,7 +332,7 @@ cdef class Handle:
                                   bool(one.flags & PS_SLOT_FENCED)))
                 slot += 1
         finally:
-            self.calls -= 1
+            self.leave()
 
     # -- Protection --
 
@@ -355,14 +364,14 @@ cdef class Handle:
                 raise_code(rc, "mprotect", self.corrupt_field())
             return outcome.generation
         finally:
-            self.calls -= 1
+            self.leave()
 
     def _protection(self, uint64_t page):
         self.enter("protection")
         try:
             return ps_protection(self.region, page)
         finally:
-            self.calls -= 1
+            self.leave()
 
     def _runs(self, uint64_t pages):
         """[(first page, pages, protection)]"""
@@ -381,7 +390,7 @@ cdef class Handle:
                 page += run
             return runs
         finally:
-            self.calls -= 1
+            self.leave()
 
     # -- Data --
 
@@ -410,7 +419,7 @@ cdef class Handle:
                 self.refused(rc, &refusal, "read")
             return data
         finally:
-            self.calls -= 1
+            self.leave()
 
     def _write(self, uint64_t offset, data, uint64_t size):
         cdef ps_refusal refusal
@@ -430,7 +439,7 @@ cdef class Handle:
                 if rc:
                     self.refused(rc, &refusal, "write")
             finally:
-                self.calls -= 1
+                self.leave()
         finally:
             PyBuffer_Release(&source)
 

@@ -70,6 +70,7 @@ int ps_close(struct ps_region *region);    /* access ends; the address range sta
 void ps_release(struct ps_region *region); /* ... until here; the handle is void */
 /* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
+uint32_t ps_forks(void); /* how many forks lie between the first region's process and this one */
 const char *ps_corrupt_field(const struct ps_region *region);
 
 /* What it is. */

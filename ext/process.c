@@ -31,6 +31,7 @@ static struct ps_told told;
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int start_result;
+static uint32_t forks;
 
 struct ps_chain *ps_process_chain(int signal) {
     return &chains[signal == SIGBUS];
@@ -89,6 +90,10 @@ bool ps_process_known(void) {
     return flag && atomic_load_explicit(flag, memory_order_relaxed);
 }
 
+uint32_t ps_forks(void) {
+    return forks;
+}
+
 /* The child inherits the program's table, so what the program lost is fetched while the agent still has it. */
 static void before_fork(void) {
     for (uint32_t i = 0; i < regions_used; i++)
@@ -111,6 +116,7 @@ static void reserve_all(void) {
 static void in_child(void) {
     bool parent_known = atomic_load_explicit(&known, memory_order_acquire) != NULL;
     struct ps_outcome outcome;
+    forks++;
     reserve_all();
     if (!parent_known)
         return;
