@@ -6,6 +6,7 @@ Synchronisation is by pipes and signals' own waits, never by sleeping.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import signal
@@ -125,6 +126,24 @@ def fork() -> Iterator[Callable[..., Child]]:
     yield start
     for child in children:
         child.end()
+
+
+@pytest.fixture
+def crash(fork: Callable[..., Child], tmp_path: Path) -> Callable[[Callable[[Child], object]], tuple[int, str]]:
+    """crash(body): the exit code of a child that ran body(child), and what it and faulthandler wrote on stderr."""
+
+    def run(body: Callable[[Child], object]) -> tuple[int, str]:
+        path = tmp_path / "stderr"
+
+        def aside(child: Child) -> None:
+            with path.open("w") as file:
+                os.dup2(file.fileno(), 2)
+            faulthandler.enable(file=2)  # pytest has enabled it: this only moves its output
+            body(child)
+
+        return fork(aside).wait(), path.read_text()
+
+    return run
 
 
 @pytest.fixture
