@@ -1,0 +1,524 @@
+/* protocol.pml - how a change of protection reaches everybody, whoever fails or dies on the way.
+ *
+ * Lives here: the change of ext/change.c, the agent of ext/agent.c, joining and
+ * leaving, and a fate that kills.  The labels of steps are those of ARCHITECTURE.md.
+ * Assertions name the promise that they check; an invalid end state, which Spin
+ * finds by itself (somebody waits for ever), breaks promise 5.
+ *
+ * Reading it
+ *  - A statement is one load or store of C, or one change of page tables.  Where more
+ *    is one step, only one part of it is shared, or a comment says why.
+ *  - `{ ... } unless { !alive }`: anybody may die between any two steps.
+ *  - A caller has no mapping and an agent makes no calls.  In C they are one
+ *    participant; here its death is two deaths, in any order.
+ *  - What stands under "Ghosts" exists for the assertions only.
+ * Configuration, by -D (run.py has the table)
+ *    CALLERS 2 or 3; SECOND, FROM: what the second asks for, from which page on
+ *    SLOTS for agents; FOUNDERS of them are live from the start
+ *    JOINS, LEAVES, CRASHES, TIMEOUTS, FAILURES (of an agent to apply): at most so many
+ * Broken on purpose: one #ifdef each, explained in run.py.
+ */
+
+#define PAGES 2
+#define IDS (SLOTS + CALLERS) /* agents first, then callers */
+#define GENERATIONS 7         /* a caller makes two at most, its change and the undo; and 0 */
+
+#define NONE 0
+#define READ 1
+#define READ_WRITE 3
+
+#define FREE 0
+#define JOINING 1
+#define LIVE 2
+
+#define SET 0
+#define UNDO 1
+
+/* -- The control segment ------------------------------------------------------------------------------------- */
+
+byte cur[PAGES] = READ_WRITE, old[PAGES];
+byte generation, attempt, complete;
+byte kind, prot, first, count;
+byte ring[GENERATIONS]; /* RING_ENTRY; 0: not written yet, or being written */
+byte lock;              /* OWNER of the holder; 0: nobody */
+byte status[SLOTS], ack[SLOTS], error[SLOTS]; /* error: of which generation; 0: none */
+byte epoch[IDS];
+
+#define OPEN (complete < attempt)
+
+#define ALL_PAGES 3 /* one bit a page */
+#define RING_UNDO 4
+#define RING_ENTRY(kind_) ((((1 << count) - 1) << first) | ((kind_) * RING_UNDO))
+
+#ifdef NOEPOCH
+#define OWNER(id) ((id) + 1)
+#else
+#define OWNER(id) (epoch[id] * IDS + (id) + 1)
+#endif
+#define OWNER_ID(word) (((word) - 1) % IDS)
+#define OWNER_GONE(word) (!alive[OWNER_ID(word)] || OWNER(OWNER_ID(word)) != (word))
+#define LOCK_FREE (lock == 0 || OWNER_GONE(lock))
+
+/* -- What belongs to the processes --------------------------------------------------------------------------- */
+
+bool alive[IDS];
+byte rights[SLOTS * PAGES]; /* what the page tables allow */
+bool fenced[SLOTS];         /* the whole mapping is no-access, or gone */
+
+#define RIGHTS(slot, page) rights[(slot) * PAGES + (page)]
+
+/* -- What went wrong so far ---------------------------------------------------------------------------------- */
+
+byte joins, leaves, crashes, timeouts, failures;
+
+/* -- Ghosts -------------------------------------------------------------------------------------------------- */
+
+byte map[PAGES] = READ_WRITE; /* what the closed changes make of the map */
+byte goal[PAGES];             /* what the open change makes of it, unless it is undone */
+bool settled = true;          /* no change is open, and somebody waited for everybody */
+hidden byte each;             /* scratch of a single step */
+
+#define MAP_KEPT (cur[0] == map[0] && cur[1] == map[1])
+#define HARMLESS(slot, page) ((RIGHTS(slot, page) & ~cur[page]) == 0)
+#define FOLLOWS(slot) (RIGHTS(slot, 0) == cur[0] && RIGHTS(slot, 1) == cur[1])
+#define NOTHING(slot) (RIGHTS(slot, 0) == NONE && RIGHTS(slot, 1) == NONE)
+/* What a change that returned owes for one slot: nothing that is forbidden (1), and all that is allowed (2)
+ * or, in a fenced participant, nothing at all (4). */
+#define EXACT(slot)                                                                                                \
+    (HARMLESS(slot, 0) && HARMLESS(slot, 1) &&                                                                     \
+     (status[slot] != LIVE || !alive[slot] || (fenced[slot] -> NOTHING(slot) : FOLLOWS(slot))))
+/* 7: whom a change that timed out does not bind yet: it has not acknowledged, or is about to fence itself. */
+#define LATE(slot) (ack[slot] != generation || error[slot] == generation)
+
+#define CHECK_SLOTS(condition)                                                                                     \
+    d_step {                                                                                                       \
+        each = 0;                                                                                                  \
+        do                                                                                                         \
+        :: each < SLOTS -> assert(condition); each++                                                               \
+        :: else -> break                                                                                           \
+        od;                                                                                                        \
+        each = 0 }
+
+/* For C7 and U5: one step with what must be true then, before the next change begins. */
+inline close(generation_)
+{
+    atomic {
+        if
+        :: generation_ == attempt -> map[0] = goal[0]; map[1] = goal[1]
+        :: else
+        fi;
+        complete = generation_;
+        settled = !silent;
+        assert(MAP_KEPT); /* 4: undone whole; 5, 7: done whole */
+        CHECK_SLOTS(EXACT(each) || (silent && LATE(each)))
+    }
+}
+
+/* -- Callers ------------------------------------------------------------------------------------------------- */
+
+#define ACKNOWLEDGED(slot, generation_) (status[slot] != LIVE || !alive[slot] || ack[slot] >= generation_)
+#define FAILED(slot, generation_) (status[slot] == LIVE && error[slot] == generation_)
+
+/* Slot by slot: nobody becomes LIVE meanwhile, that takes the lock.  The error is stored before the
+ * acknowledgement, so both may be read in one step.  One that reported and then died counts as failed or as
+ * gone: that depends on who has marked it dead by then. */
+inline await()
+{
+    slot = 0;
+    do
+    :: atomic { slot < SLOTS && ACKNOWLEDGED(slot, generation) ->
+           if
+           :: FAILED(slot, generation) -> refused = true
+           :: !FAILED(slot, generation) || !alive[slot]
+           fi;
+           slot++ }
+    :: atomic { slot < SLOTS && !ACKNOWLEDGED(slot, generation) && timeouts < TIMEOUTS ->
+           timeouts++; silent = true; break }
+    :: atomic { slot == SLOTS -> break }
+    od;
+    slot = 0
+}
+
+#ifdef AWAIT_ACK
+#define CAUGHT_UP(slot, generation_) ACKNOWLEDGED(slot, generation_)
+#else
+#define CAUGHT_UP(slot, generation_)                                                                               \
+    (ACKNOWLEDGED(slot, generation_) && (!FAILED(slot, generation_) || !alive[slot]))
+#endif
+
+/* After a timeout the change is committed, and its caller may wait on, without the lock.  Whoever failed and
+ * acknowledged that is not done: it keeps what it had until it fences itself or follows a later change. */
+inline await_committed(generation_)
+{
+    slot = 0;
+    do
+    :: atomic { slot < SLOTS && CAUGHT_UP(slot, generation_) -> slot++ }
+    :: atomic { slot == SLOTS -> break }
+    od;
+    atomic {
+        slot = 0;
+        if
+        :: complete == generation_ && !OPEN -> /* no later change has begun: 1 */
+            settled = true;
+            CHECK_SLOTS(EXACT(each))
+        :: else
+        fi
+    }
+}
+
+#ifdef REWRITE_RING
+#define PUBLISHED(generation_) false
+#else
+#define PUBLISHED(generation_) (generation >= generation_)
+#endif
+
+/* A finisher does not write an entry again that agents may be reading: it must not vanish for a moment. */
+inline publish(generation_, kind_)
+{
+    if
+    :: !PUBLISHED(generation_) ->
+        ring[generation_] = 0;
+        ring[generation_] = RING_ENTRY(kind_);
+        generation = generation_
+    :: else
+    fi
+}
+
+/* The store that opens the record; the ghosts learn what is asked for, whatever the record says. */
+inline open()
+{
+    d_step {
+        attempt = generation + 1;
+        settled = false;
+        goal[0] = (from == 0 -> wanted : map[0]);
+        goal[1] = (from + pages == PAGES -> wanted : map[1])
+    }
+}
+
+#ifdef NOREDO
+#define SET_AGAIN C5_publish
+#else
+#define SET_AGAIN C4_map
+#endif
+
+proctype caller(byte id; byte wanted; byte from; byte pages)
+{
+    byte page, slot, mine;
+    bool recovering, refused, silent;
+
+C1_lock:
+    {
+        if
+        :: atomic { LOCK_FREE -> lock = OWNER(id) }
+        :: atomic { timeouts < TIMEOUTS -> timeouts++; goto returned } /* nothing has changed */
+        fi;
+next:
+        if
+        :: atomic { OPEN && kind == SET -> recovering = true; goto SET_AGAIN }
+        :: atomic { OPEN && kind == UNDO -> recovering = true; goto U2_map }
+        :: atomic { !OPEN -> recovering = false; assert(MAP_KEPT && complete == generation) } /* 5 */
+        fi;
+C2_save:
+#ifdef ATTEMPT_FIRST
+        open();
+#endif
+#ifndef NOOLD
+        do
+        :: atomic { page < pages -> old[from + page] = cur[from + page]; page++ }
+        :: atomic { else -> page = 0; break }
+        od;
+#endif
+        kind = SET;
+        prot = wanted;
+        first = from;
+        count = pages;
+C3_attempt:
+#ifndef ATTEMPT_FIRST
+        open();
+#endif
+#ifdef PUBLISH_FIRST
+        publish(attempt, SET);
+#endif
+C4_map:
+        do
+        :: atomic { page < count -> cur[first + page] = prot; page++ }
+        :: atomic { else -> page = 0; break }
+        od;
+C5_publish:
+        publish(attempt, SET);
+C6_await:
+#ifdef RECOVER_NOWAIT
+        if
+        :: recovering -> goto C7_complete
+        :: else
+        fi;
+#endif
+        await();
+        if
+        :: atomic { silent || !refused -> goto C7_complete }
+        :: else
+        fi;
+U1_kind:
+        kind = UNDO;
+U2_map:
+        do
+        :: atomic { page < count -> cur[first + page] = old[first + page]; page++ }
+        :: atomic { else -> page = 0; break }
+        od;
+U3_publish:
+        publish(attempt + 1, UNDO);
+U4_await:
+        await();
+U5_complete:
+        close(attempt + 1);
+        goto closed;
+C7_complete:
+        close(attempt);
+closed:
+        refused = false;
+        if
+        :: recovering && !silent -> goto next /* now its own change */
+        :: else
+        fi;
+        atomic { mine = generation; lock = 0 };
+        if
+        :: silent && !recovering -> await_committed(mine)
+        :: else
+        fi;
+returned:
+        alive[id] = false
+    } unless { !alive[id] }
+}
+
+/* -- Agents -------------------------------------------------------------------------------------------------- */
+
+/* The whole mapping at once, which never fails. */
+inline no_rights()
+{
+    RIGHTS(slot, 0) = NONE;
+    RIGHTS(slot, 1) = NONE;
+    fenced[slot] = true
+}
+
+inline fence()
+{
+    d_step { no_rights(); error[slot] = 0 }
+}
+
+#ifdef RESYNC_RANGE
+#define WHOLE_MAP false
+#else
+#define WHOLE_MAP (error[slot] != 0 || fenced[slot]) /* what it has of earlier changes is uncertain */
+#endif
+
+/* What to read of the map: the pages of every change since the last one, or all.  One step, because entries of
+ * generations that were published do not change. */
+inline catch_up()
+{
+    d_step {
+        seen = generation;
+        todo = (WHOLE_MAP -> ALL_PAGES : 0);
+        each = ack[slot];
+        do
+        :: each < seen -> each++; todo = todo | (ring[each] == 0 -> ALL_PAGES : ring[each] & ALL_PAGES)
+        :: else -> break
+        od
+    }
+}
+
+/* Page by page, and the map may change between the look at it and the change of the page table. */
+inline apply()
+{
+    do
+    :: atomic { page < PAGES && (todo >> page & 1) == 0 -> page++ }
+    :: page < PAGES && (todo >> page & 1) == 1 ->
+        right = cur[page];
+        if
+        :: d_step {
+               RIGHTS(slot, page) = right;
+               assert(!settled || HARMLESS(slot, page)); /* 1: until the next change */
+               page++ }
+        :: atomic { failures < FAILURES -> failures++; failed = true; break }
+        fi
+    :: atomic { page == PAGES -> break }
+    od;
+    atomic { page = 0; todo = 0; right = 0 }
+}
+
+#ifdef UNDO_REPORT
+#define UNDOES(generation_) false
+#else
+#define UNDOES(generation_) ((ring[generation_] & RING_UNDO) != 0)
+#endif
+
+/* Of a joiner; who leaves holds no lock. */
+inline unlock()
+{
+    if
+    :: atomic { lock == OWNER(slot) -> lock = 0 }
+    :: else
+    fi
+}
+
+#ifdef LEAVE_FIRST
+#define LEAVING L2_leave
+#else
+#define LEAVING L1_unmap
+#endif
+
+proctype agent(byte slot)
+{
+    byte seen, todo, page, right;
+    bool failed;
+
+J1_claim: /* of a free slot, or of a dead participant's; one step because nobody looks at it before J4 */
+    if
+    :: atomic { alive[slot] } /* a founder */
+    :: d_step { !alive[slot] && joins < JOINS ->
+           joins++;
+           alive[slot] = true;
+           epoch[slot]++;
+           status[slot] = JOINING;
+           error[slot] = 0;
+           fenced[slot] = false }
+    :: atomic { !alive[slot] && joins == JOINS -> goto nobody }
+    fi;
+    {
+        if
+        :: atomic { status[slot] == LIVE -> goto A1_wait }
+        :: else
+        fi;
+J2_lock:
+#ifndef JOIN_NOLOCK
+        if
+        :: atomic { LOCK_FREE -> lock = OWNER(slot) }
+        :: atomic { timeouts < TIMEOUTS -> timeouts++; goto L1_unmap }
+        fi;
+#endif
+J3_apply: /* of a dead caller's open record it may see a part; the rest is not published yet, so it will follow */
+        atomic { seen = generation; todo = ALL_PAGES };
+        apply();
+#ifdef JOIN_UNLOCK_FIRST
+        if
+        :: failed -> lock = 0
+        :: else
+        fi;
+#endif
+        if
+        :: atomic { failed -> failed = false; goto L1_unmap }
+        :: else
+        fi;
+        atomic { ack[slot] = seen; seen = 0 };
+J4_live:
+        status[slot] = LIVE;
+        unlock();
+A1_wait:
+end_wait: /* for ever, if there is no further change */
+        if
+        :: atomic { generation != ack[slot] -> catch_up() }
+#ifndef NOSETTLE
+        :: atomic { error[slot] != 0 && complete >= ack[slot] -> fence(); goto A1_wait } /* nobody undoes for it */
+#endif
+        :: atomic { leaves < LEAVES -> leaves++; goto LEAVING }
+        fi;
+A2_apply:
+#ifdef ACKFIRST
+        ack[slot] = seen;
+#endif
+        apply();
+        if
+        :: atomic { !failed -> error[slot] = 0; fenced[slot] = false; goto A4_ack }
+        :: else
+        fi;
+A3_fail: /* a caller may give up between the look at `complete` and the error: then A1 fences */
+        if
+        :: atomic { UNDOES(seen) || fenced[slot] -> fence() }
+        :: else ->
+            if
+#ifdef NOFENCE
+            :: complete >= seen
+#else
+            :: atomic { complete >= seen -> fence() }
+#endif
+            :: complete < seen -> error[slot] = seen
+            fi
+        fi;
+A4_ack:
+        atomic {
+            assert(ack[slot] <= seen); /* 3 */
+            ack[slot] = seen;
+            assert(EXACT(slot) || OPEN || LATE(slot)); /* 3, 7 */
+            seen = 0;
+            failed = false;
+            goto A1_wait
+        };
+L1_unmap: /* a joiner that failed: before it gives up the lock, because nobody waits for it */
+        atomic { no_rights() };
+        unlock();
+L2_leave:
+        status[slot] = FREE;
+#ifdef LEAVE_FIRST
+        d_step { no_rights() };
+#endif
+        alive[slot] = false
+    } unless { atomic { !alive[slot] -> page = 0; todo = 0; right = 0; failed = false; seen = 0 } };
+    goto J1_claim;
+nobody:
+    skip
+}
+
+/* -- Fate ---------------------------------------------------------------------------------------------------- */
+
+/* What a dead participant had mapped is gone; what it left in the control segment stays. */
+#define DIES(id)                                                                                                   \
+    d_step { crashes < CRASHES && alive[id] ->                                                                     \
+        crashes++;                                                                                                 \
+        alive[id] = false;                                                                                         \
+        if                                                                                                         \
+        :: id < SLOTS -> RIGHTS(id, 0) = NONE; RIGHTS(id, 1) = NONE                                                \
+        :: else                                                                                                    \
+        fi }
+
+init
+{
+    atomic {
+        each = 0;
+        do
+        :: each < FOUNDERS ->
+            alive[each] = true;
+            status[each] = LIVE;
+            RIGHTS(each, 0) = READ_WRITE;
+            RIGHTS(each, 1) = READ_WRITE;
+            each++
+        :: else -> break
+        od;
+        each = 0;
+        do
+        :: each < SLOTS -> run agent(each); each++
+        :: else -> break
+        od;
+        alive[SLOTS] = true;
+        run caller(SLOTS, READ, 0, PAGES);
+        alive[SLOTS + 1] = true;
+        run caller(SLOTS + 1, SECOND, FROM, PAGES - FROM);
+#if CALLERS > 2
+        alive[SLOTS + 2] = true;
+        run caller(SLOTS + 2, NONE, 0, 1)
+#endif
+    };
+    do
+    :: DIES(0)
+    :: DIES(1)
+    :: DIES(2)
+    :: DIES(3)
+#if SLOTS + CALLERS > 4
+    :: DIES(4)
+#endif
+#if SLOTS + CALLERS > 5
+    :: DIES(5)
+#endif
+    :: break /* all others are spared: otherwise a later death could hide that somebody waits for ever */
+    od;
+    /* Nothing moves any more: what is closed has reached everybody (3, 7). */
+    timeout -> CHECK_SLOTS(OPEN || EXACT(each))
+}

@@ -1,0 +1,204 @@
+"""Checks protocol.pml with Spin: every configuration must be free of errors, every broken variant must be caught.
+
+    python spec/run.py                  everything
+    python spec/run.py --quick          the quick configurations and the broken variants
+    python spec/run.py NAME ...         these configurations or variants
+    python spec/run.py --trace NAME     ... and the steps that lead to the error, if there is one
+
+Needs `spin` and a C compiler. Exit status 0: all as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+MODEL = Path(__file__).with_name("protocol.pml")
+AT_ONCE = 2  # each search may take MEGABYTES
+MEGABYTES = 3500
+DEPTH = 20_000  # steps; the longest run of any configuration has fewer than 1,000
+
+
+class Configuration(NamedTuple):
+    """What the model is told by -D, in the words of its header."""
+
+    why: str
+    callers: int = 2
+    second: str = "NONE"
+    start: int = 1
+    slots: int = 2
+    founders: int = 2
+    joins: int = 0
+    leaves: int = 0
+    crashes: int = 0
+    timeouts: int = 0
+    failures: int = 0
+    quick: bool = False
+    ends: bool = False  # look for runs that never end instead of for assertions
+
+    def defines(self) -> list[str]:
+        fields = self._asdict()
+        for name in ("why", "quick", "ends"):
+            del fields[name]
+        fields["from"] = fields.pop("start")
+        return [f"-D{name.upper()}={value}" for name, value in fields.items()]
+
+
+CONFIGURATIONS = {
+    "crash": Configuration("one death anywhere, one failure", crashes=1, failures=1, quick=True),
+    "undo": Configuration(
+        "a second failure, in the undo; a grant", second="READ_WRITE", crashes=1, failures=2, quick=True
+    ),
+    "timeout": Configuration("a caller gives up, agents fail late", timeouts=1, failures=2, quick=True),
+    "join": Configuration(
+        "one joins, one leaves, one dies; slots get new owners", founders=1, joins=2, leaves=1, crashes=1, quick=True
+    ),
+    "join-fail": Configuration("a joiner cannot apply the map", founders=1, joins=1, failures=1, quick=True),
+    "ends": Configuration("every run ends", founders=1, joins=1, crashes=1, timeouts=1, ends=True),
+    "join-late": Configuration("joining, a death and a timeout", founders=1, joins=1, crashes=1, timeouts=1),
+    "timeouts": Configuration("two callers give up", timeouts=2, failures=1),
+    "all": Configuration("a death, a failure and a timeout", crashes=1, timeouts=1, failures=1),
+    "agents": Configuration("three agents", second="READ_WRITE", slots=3, founders=3, crashes=1, failures=1),
+    "callers": Configuration("three callers", callers=3, timeouts=1, failures=1),
+    "again": Configuration("a death while recovering", callers=3, slots=1, founders=1, crashes=2, failures=1),
+}
+
+
+class Broken(NamedTuple):
+    """A rule of the protocol taken away, by -D, in a configuration that finds out."""
+
+    configuration: str
+    rule: str
+
+
+BROKEN = {
+    "ACKFIRST": Broken("crash", "an agent applies before it acknowledges"),
+    "ATTEMPT_FIRST": Broken("crash", "old and arguments are stored before attempt"),
+    "NOREDO": Broken("crash", "a finisher re-executes C4"),
+    "RECOVER_NOWAIT": Broken("crash", "a finisher waits for the acknowledgements"),
+    "NOOLD": Broken("crash", "old is saved"),
+    "PUBLISH_FIRST": Broken("crash", "the map is written before the generation"),
+    "UNDO_REPORT": Broken("undo", "an agent that cannot undo fences itself"),
+    "REWRITE_RING": Broken("undo", "a finisher leaves a published ring entry alone"),
+    "NOFENCE": Broken("timeout", "an agent that fails after the change was closed fences itself"),
+    "NOSETTLE": Broken("timeout", "an agent that reported an error keeps looking at complete"),
+    "RESYNC_RANGE": Broken("timeout", "after an error the whole map is followed, not a range"),
+    "AWAIT_ACK": Broken("timeout", "waiting on after a timeout: an error is no acknowledgement"),
+    "NOEPOCH": Broken("join", "the owner of a lock is known by slot and epoch"),
+    "LEAVE_FIRST": Broken("join", "a leaver unmaps before its slot is free"),
+    "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
+    "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
+}
+
+
+class Outcome(NamedTuple):
+    errors: int
+    complete: bool  # every reachable state was looked at
+    states: int
+    seconds: float
+    found: str  # Spin's word for the error, or why the search was not complete; "" if neither
+    trace: str  # the steps to the error, if asked for
+
+
+def compiler() -> str | None:
+    return shutil.which("gcc") or shutil.which("cc")
+
+
+def missing() -> str | None:
+    """What has to be installed first, as a sentence; None if nothing."""
+    if not shutil.which("spin"):
+        return "the model checker `spin` is not installed (Debian and Ubuntu: apt install spin)"
+    if not compiler():
+        return "no C compiler, gcc or cc, is installed (Debian and Ubuntu: apt install gcc)"
+    return None
+
+
+def output(command: Sequence[str], directory: str) -> str:
+    return subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def search(configuration: Configuration, defines: Sequence[str], directory: str) -> str:
+    """What pan says; its exit status says nothing, it is 0 after errors too."""
+    translated = output(["spin", "-a", *defines, str(MODEL)], directory)
+    kind = "-DNP" if configuration.ends else "-DSAFETY"
+    # NOREDUCE: partial order reduction saves next to nothing here, so its conditions need not be argued.
+    options = ["-O1", "-w", kind, "-DNOREDUCE", f"-DMEMLIM={MEGABYTES}"]
+    compiled = output([compiler() or "cc", *options, "-o", "pan", "pan.c"], directory)
+    if not Path(directory, "pan").exists():
+        raise RuntimeError(f"{MODEL.name} does not become a program:\n{translated}{compiled}")
+    return output(["./pan", f"-m{DEPTH}", "-n", *(["-l"] if configuration.ends else [])], directory)
+
+
+def read(said: str) -> tuple[int, bool, int, str]:
+    errors = re.search(r"errors: (\d+)", said)
+    states = re.search(r"([\d.e+]+) states, stored", said)
+    if not errors or not states:
+        raise RuntimeError(f"pan gave no result:\n{said}")
+    trouble = re.search(
+        r"(?<=pan:1: )(assertion violated|invalid end state|non-progress cycle)"
+        r"|max search depth too small|reached -DMEMLIM bound|out of memory|Search not completed",
+        said,
+    )
+    return int(errors[1]), not trouble, int(float(states[1])), trouble[0] if trouble else ""
+
+
+def check(name: str, trace: bool = False) -> Outcome:
+    """Searches one configuration, or one broken variant in its configuration."""
+    broken = BROKEN.get(name)
+    configuration = CONFIGURATIONS[broken.configuration if broken else name]
+    defines = configuration.defines() + ([f"-D{name}"] if broken else [])
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pyshare-spec-") as directory:
+        errors, complete, states, found = read(search(configuration, defines, directory))
+        steps = ""
+        if errors and trace:
+            steps = output(["spin", "-t", "-p", "-g", "-k", f"{MODEL.name}.trail", *defines, str(MODEL)], directory)
+    return Outcome(errors, complete, states, time.monotonic() - start, found, steps)
+
+
+def as_it_must_be(name: str, outcome: Outcome) -> bool:
+    return outcome.errors > 0 if name in BROKEN else outcome.errors == 0 and outcome.complete
+
+
+def line(name: str, outcome: Outcome) -> str:
+    verdict = "ok" if as_it_must_be(name, outcome) else "WRONG"
+    what = f"broken: {BROKEN[name].rule}" if name in BROKEN else CONFIGURATIONS[name].why
+    return (
+        f"{verdict:5} {name:17} errors: {outcome.errors} {outcome.states:>10,} states {outcome.seconds:5.1f} s  {what}"
+        + (f"  [{outcome.found}]" if outcome.found else "")
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check the model of the protocol.")
+    parser.add_argument("name", nargs="*", help=f"of {', '.join([*CONFIGURATIONS, *BROKEN])}")
+    parser.add_argument("--quick", action="store_true", help="leave the long configurations out")
+    parser.add_argument("--trace", action="store_true", help="show the steps that lead to an error")
+    options = parser.parse_args()
+    if unknown := set(options.name) - {*CONFIGURATIONS, *BROKEN}:
+        parser.error(f"no configuration or broken variant {', '.join(unknown)}; see --help")
+    if reason := missing():
+        print(f"spec: {reason}", file=sys.stderr)
+        return 2
+    names = options.name or [
+        name for name in (*CONFIGURATIONS, *BROKEN) if not options.quick or name in BROKEN or CONFIGURATIONS[name].quick
+    ]
+    good = True
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for name, outcome in zip(names, pool.map(lambda name: check(name, options.trace), names), strict=True):
+            print(outcome.trace + line(name, outcome), flush=True)
+            good &= as_it_must_be(name, outcome)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
