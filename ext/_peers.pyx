@@ -1,4 +1,5 @@
-# cython: language_level=3, binding=True, embedsignature=True, auto_pickle=False
+# cython: language_level=3, binding=True, embedsignature=True, auto_pickle=False, autotestdict=False
+# cython: autotestdict=False
 """_peers: measurement code only, the binding of peers.h.
 
 Lives here: the extern block and one class.  Not here: anything that a program
