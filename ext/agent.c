@@ -36,7 +36,7 @@
 /* -- Following ------------------------------------------------------------------------------------------------- */
 
 static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
-    if (region->failed || region->fenced || to - from > PS_RING)
+    if (region->failed || region->fenced || region->unsynced || to - from > PS_RING)
         return ps_engine_apply(region, 0, region->shape.pages);
     for (uint64_t generation = from + 1; generation <= to; generation++) {
         struct ps_shm_ring entry;
@@ -66,7 +66,9 @@ static bool nobody_undoes(const struct ps_region *region, uint64_t generation) {
 static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     struct ps_shm_ring entry;
-    bool undo = ps_change_read(region, generation, &entry) && entry.kind == PS_UNDO;
+    /* An entry that cannot be read may be an UNDO: nobody would undo that. */
+    bool undo = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO);
+    region->unsynced = false;
     if (rc && (undo || region->fenced || nobody_undoes(region, generation))) {
         fence(region);
     } else if (rc) {
@@ -94,11 +96,11 @@ void ps_agent_follow(struct ps_region *region, uint64_t generation) {
     bool waited_for = false;
     ps_page_lock(region);
     uint64_t applied = atomic_load_explicit(&region->applied, memory_order_relaxed);
-    if (applied < generation) {
+    if (applied < generation || region->unsynced) {
         PS_POINT(A2_apply);
         report(region, generation, catch_up(region, applied, generation));
         PS_POINT(A4_ack);
-        waited_for = acknowledge(region, generation);
+        waited_for = acknowledge(region, applied < generation ? generation : applied);
     }
     ps_page_unlock(region);
     if (waited_for)
@@ -177,6 +179,8 @@ static int join_locked(struct ps_region *region) {
     if (!rc) {
         ps_slot_live(region);
         PS_POINT(J4_live);
+    } else {
+        ps_engine_fence(region); /* before the lock goes: nobody waits for us, so we must not keep what we have */
     }
     ps_unlock(region);
     return rc;
@@ -212,10 +216,8 @@ static void leave(struct ps_region *region) {
 
 /* Our predecessor was lost; its slot, the OFD lock (by the mapping) and the mapping itself are still ours. */
 static int succeed(struct ps_region *region) {
-    uint64_t generation = ps_generation(region);
     ps_page_lock(region);
-    region->failed = true; /* follow everything anew */
-    atomic_store_explicit(&region->applied, generation ? generation - 1 : 0, memory_order_relaxed);
+    region->unsynced = true;
     ps_page_unlock(region);
     return mark_death(region);
 }

@@ -182,6 +182,7 @@ bool ps_change_open(const struct ps_region *region) {
 struct waiting {
     uint64_t generation;
     int64_t deadline;
+    bool committed; /* nobody undoes it: who failed is waited for until it has fenced itself */
     bool signalled; /* a signal came: the deadline is now the end of the grace */
     int spins;      /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
     struct ps_outcome *outcome;
@@ -190,6 +191,12 @@ struct waiting {
 static bool acknowledged(uint32_t ack, uint64_t generation) {
     /* Modulo 2^31: at or past, by less than half the circle. */
     return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
+}
+
+/* relaxed: the acknowledgement, read before (acquire), orders it. */
+static bool failed_at(struct ps_shm_slot *slot, uint64_t generation) {
+    uint64_t error = atomic_load_explicit(&slot->error, memory_order_relaxed);
+    return (uint32_t)error && error >> 32 == (generation & PS_ACK_MASK);
 }
 
 static void note_signal(struct waiting *waiting) {
@@ -215,9 +222,16 @@ static void sleep_on(struct ps_shm_slot *slot, uint32_t ack, int64_t now, struct
         note_signal(waiting);
 }
 
+/* Its page tables follow the generation, or it has no rights at all. */
+static bool follows(struct ps_shm_slot *slot, uint32_t ack, const struct waiting *waiting) {
+    if (!acknowledged(ack, waiting->generation))
+        return false;
+    return !waiting->committed || !failed_at(slot, waiting->generation);
+}
+
 static bool spin_for(struct ps_shm_slot *slot, const struct waiting *waiting) {
     for (int i = 0; i < waiting->spins; i++) {
-        if (acknowledged(atomic_load_explicit(&slot->ack, memory_order_acquire), waiting->generation))
+        if (follows(slot, atomic_load_explicit(&slot->ack, memory_order_acquire), waiting))
             return true;
         __builtin_ia32_pause();
     }
@@ -233,7 +247,7 @@ static bool await_slot(struct ps_region *region, uint32_t index, struct waiting 
     for (bool slept = false;; slept = true) {
         /* acquire: pairs with the agent's exchange: what it applied before is in force. */
         uint32_t ack = atomic_load_explicit(&slot->ack, memory_order_acquire);
-        if (acknowledged(ack, waiting->generation))
+        if (follows(slot, ack, waiting))
             return true;
         if (atomic_load_explicit(&slot->status, memory_order_acquire) != status)
             return true; /* left, died, or made room for one that joined under a later lock */
@@ -259,18 +273,20 @@ static int await_all(struct ps_region *region, struct waiting *waiting) {
 
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome) {
     outcome->generation = generation;
-    return await_all(region, &(struct waiting){.generation = generation, .deadline = deadline, .outcome = outcome});
+    return await_all(
+        region,
+        &(struct waiting){.generation = generation, .deadline = deadline, .committed = true, .outcome = outcome});
 }
 
 /* After every acknowledgement: 0, or the errno of one that could not apply this generation. */
 static int find_error(struct ps_region *region, uint64_t generation, uint32_t *pid) {
     for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++) {
         struct ps_shm_slot *slot = ps_slot(region, index);
-        uint64_t error = atomic_load_explicit(&slot->error, memory_order_relaxed);
+        uint32_t error = (uint32_t)atomic_load_explicit(&slot->error, memory_order_relaxed);
         uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
-        if (ps_state_of(status) == PS_LIVE && (uint32_t)error && error >> 32 == (generation & PS_ACK_MASK)) {
+        if (ps_state_of(status) == PS_LIVE && failed_at(slot, generation)) {
             *pid = atomic_load_explicit(&slot->pid, memory_order_relaxed);
-            return (uint32_t)error < 4096 ? (int)(uint32_t)error : EIO;
+            return error && error < 4096 ? (int)error : EIO;
         }
     }
     return 0;
@@ -286,13 +302,15 @@ static void wake_others(struct ps_region *region) {
         ps_sys_wake(low, INT32_MAX, own);
 }
 
-/* Publishes `generation` unless a dead caller did, follows it here, and waits for the rest. */
+/* Publishes `generation` unless a dead caller did, and follows it here.  A ring entry is written before its generation
+ * is published and never again: an agent that fails must find out at any time whether this is an UNDO. */
 static void publish(struct ps_region *region, uint64_t generation, enum ps_kind kind) {
     struct ps_shm_header *header = ps_header(region);
-    ring_write(region, generation, kind);
-    /* seq_cst: agents that read it (acquire) see the map and the ring entry; and FUTEX_WAIT cannot miss it. */
-    if (atomic_load_explicit(&header->generation, memory_order_relaxed) < generation)
+    if (atomic_load_explicit(&header->generation, memory_order_relaxed) < generation) {
+        ring_write(region, generation, kind);
+        /* seq_cst: agents that read it (acquire) see the map and the ring entry; and FUTEX_WAIT cannot miss it. */
         atomic_store_explicit(&header->generation, generation, memory_order_seq_cst);
+    }
     if (kind == PS_SET)
         PS_POINT(C5_publish);
     else

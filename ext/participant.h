@@ -81,6 +81,7 @@ struct ps_region {
     _Atomic uint32_t page_lock;  /* 0 free, 1 held, 2 held and waited for */
     _Atomic uint64_t applied;    /* under page_lock: the last generation that our page tables follow */
     _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
+    _Atomic bool unsynced;       /* under page_lock: follow the whole map, whatever `applied` says */
 
     _Atomic(const char *) corrupt; /* the field that made PS_ECORRUPT */
 };

@@ -59,7 +59,7 @@ static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
     region->page_lock = region->descriptor_lock = 0;
     region->applied = 0;
-    region->failed = region->fenced = false;
+    region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;
     region->own = region->own_entry = -1;
