@@ -36,7 +36,8 @@
 #include "participant.h"
 #include "point.h"
 
-#define GRACE (20 * PS_MS) /* how long a change goes on after a signal before it is closed for the handler */
+#define GRACE (20 * PS_MS)      /* how long a change goes on after a signal before it is closed for the handler */
+#define PATIENCE (1000 * PS_MS) /* ... and without one: a signal that came while we did not sleep is not seen here */
 #define SPIN 500           /* looks at an acknowledgement before sleeping; some 10 µs */
 
 /* -- The map -------------------------------------------------------------------------------------------------- */
@@ -183,7 +184,7 @@ struct waiting {
     uint64_t generation;
     int64_t deadline;
     bool committed; /* nobody undoes it: who failed is waited for until it has fenced itself */
-    bool signalled; /* a signal came: the deadline is now the end of the grace */
+    bool early;     /* the deadline is not the caller's but the end of the grace, or of the patience */
     int spins;      /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
     struct ps_outcome *outcome;
 };
@@ -201,10 +202,16 @@ static bool failed_at(struct ps_shm_slot *slot, uint64_t generation) {
 
 static void note_signal(struct waiting *waiting) {
     int64_t grace = ps_sys_now() + GRACE;
-    if (!waiting->signalled && grace < waiting->deadline) {
-        waiting->signalled = true;
+    if (grace < waiting->deadline) {
+        waiting->early = true;
         waiting->deadline = grace;
     }
+}
+
+static struct waiting patient(int64_t deadline, struct ps_outcome *outcome) {
+    int64_t end = ps_sys_now() + PATIENCE;
+    bool early = end < deadline;
+    return (struct waiting){.deadline = early ? end : deadline, .early = early, .outcome = outcome};
 }
 
 /* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
@@ -268,14 +275,14 @@ static int await_all(struct ps_region *region, struct waiting *waiting) {
     for (uint32_t index = 0; index < used; index++)
         if (!await_slot(region, index, waiting))
             outcome->pids[outcome->silent++] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
-    return !outcome->silent ? 0 : waiting->signalled ? PS_ESIGNAL : PS_ETIMEOUT;
+    return !outcome->silent ? 0 : waiting->early ? PS_ESIGNAL : PS_ETIMEOUT;
 }
 
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome) {
-    outcome->generation = generation;
-    return await_all(
-        region,
-        &(struct waiting){.generation = generation, .deadline = deadline, .committed = true, .outcome = outcome});
+    struct waiting waiting = patient(deadline, outcome);
+    waiting.generation = outcome->generation = generation;
+    waiting.committed = true;
+    return await_all(region, &waiting);
 }
 
 /* After every acknowledgement: 0, or the errno of one that could not apply this generation. */
@@ -409,14 +416,16 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     uint32_t blocker;
     outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
     ps_fault_install();
-    int rc = ps_lock(region, deadline, &blocker);
+    struct waiting waiting = patient(deadline, outcome);
+    int rc = ps_lock(region, waiting.deadline, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
         outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
-        return rc == PS_ESIGNAL ? rc : PS_ETIMEOUT;
+        return rc == PS_ESIGNAL || waiting.early ? PS_ESIGNAL : PS_ETIMEOUT;
     }
     if (rc)
         return rc;
-    rc = locked_change(region, first, count, prot, &(struct waiting){.deadline = deadline, .outcome = outcome});
+    waiting = patient(deadline, outcome);
+    rc = locked_change(region, first, count, prot, &waiting);
     ps_unlock(region);
     return rc;
 }

@@ -25,7 +25,8 @@ enum {
     PS_ECLOSED = -5003,   /* closed, or a child made by a raw clone() */
     PS_EREFUSED = -5004,  /* the protection forbids it: struct ps_refusal */
     PS_ETIMEOUT = -5005,  /* struct ps_outcome tells who is silent */
-    PS_ESIGNAL = -5006,   /* a signal came; as after a timeout, but the caller may go on with ps_await */
+    PS_ESIGNAL = -5006,   /* a signal came, or may have come unseen; as after a timeout, but the caller may go on
+                             with ps_await, or (nothing published) with ps_change */
     PS_EREGIONS = -5007,  /* this process has PS_REGIONS_MAX regions open */
     PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
 };
