@@ -146,6 +146,23 @@ def crash(fork: Callable[..., Child], tmp_path: Path) -> Callable[[Callable[[Chi
     return run
 
 
+def idle(child: Child) -> None:
+    child.say()
+    child.hear()
+
+
+@pytest.fixture
+def joined(fork: Callable[..., Child]) -> Callable[..., Child]:
+    """joined(body=idle, point=None): a child that has become a participant; its body begins with child.say()."""
+
+    def start(body: Callable[[Child], object] = idle, point: str | None = None) -> Child:
+        child = fork(body, point=point)
+        assert child.hear() == "ok"
+        return child
+
+    return start
+
+
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """run_python(source, *arguments, **environment): a fresh interpreter that ran it, with its output."""

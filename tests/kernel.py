@@ -1,0 +1,183 @@
+"""What the kernel says and does, for the tests: real protections, the limit of mappings, raw words of a region."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import faulthandler
+import itertools
+import mmap
+import os
+import resource
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Child
+
+import pyshare
+from pyshare import READ, Prot, Region, _core
+
+PAGE = 4096
+LOCK, GENERATION, ATTEMPT, COMPLETE = 704, 768, 896, 904  # offsets in ext/layout.h: lines 11, 12 and 14
+WAITING = 0x80000000  # in the lock word: somebody sleeps on it
+
+Runs = list[tuple[int, int, Prot]]
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Returns when it holds; for what has no event of its own."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        os.sched_yield()
+
+
+def die_quietly() -> None:
+    """A fault that is meant leaves no traceback in the report and no core file."""
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def merged(runs: Iterable[tuple[int, int, Prot]]) -> Runs:
+    found: Runs = []
+    for prot, same in itertools.groupby(runs, key=lambda run: run[2]):
+        part = list(same)
+        found.append((part[0][0], sum(length for _, length, _ in part), prot))
+    return found
+
+
+def mapped(pid: int, region: Region) -> Runs:
+    """The region's real protections in a process that has it at the same address."""
+    start, end = region.address, region.address + -(-region.size // PAGE) * PAGE
+    runs = []
+    with open(f"/proc/{pid}/maps") as maps:
+        for line in maps:
+            span, bits = line.split(" ", 2)[:2]
+            low, high = (int(address, 16) for address in span.split("-"))
+            if low >= end:
+                break
+            if low >= start:
+                prot = sum(bit for bit, letter in zip(Prot, "rwx", strict=True) if letter in bits)
+                runs.append((low - start, high - low, Prot(prot)))
+    return merged(runs)
+
+
+def agreed(region: Region, *pids: int) -> Runs:
+    """Every one of these, and this process, has the protections that the map tells; returns them."""
+    runs = [(offset, -(-length // PAGE) * PAGE, prot) for offset, length, prot in region.protections()]
+    for pid in (os.getpid(), *pids):
+        assert mapped(pid, region) == runs, f"pid {pid}"
+    return runs
+
+
+def word(region: Region, offset: int, kind: str = "I") -> int:
+    """A word of the control segment."""
+    return int(struct.unpack(kind, os.pread(region.fileno(), struct.calcsize(kind), offset))[0])
+
+
+def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:
+    """A new region whose last change was this one; nobody has seen another."""
+    fd = _core.create(size, Prot.READ_WRITE, max_participants, 0o600, "")
+    try:
+        for offset in (GENERATION, ATTEMPT, COMPLETE):
+            os.pwrite(fd, struct.pack("Q", generation), offset)
+        return pyshare.attach(fd)
+    finally:
+        os.close(fd)
+
+
+class Mappings:
+    """Takes every mapping that this process may still have (vm.max_map_count), and gives some back."""
+
+    def __init__(self) -> None:
+        self._pages = int(Path("/proc/sys/vm/max_map_count").read_text()) + 16
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._base = libc.mmap(None, self._pages * PAGE, 0, flags, -1, 0)
+        self._islands = 0
+
+    def _protect(self, island: int, prot: int) -> bool:
+        return bool(libc.mprotect(self._base + (2 * island + 1) * PAGE, PAGE, prot) == 0)
+
+    def fill(self) -> None:
+        """No mapping can be split any more."""
+        while self._protect(self._islands, mmap.PROT_READ):
+            self._islands += 1
+        assert 2 * self._islands + 1 < self._pages
+
+    def free(self, islands: int) -> None:
+        """Room for two more mappings each."""
+        for _ in range(islands):
+            self._islands -= 1
+            assert self._protect(self._islands, 0)
+
+
+def forbid_waitv(error: int) -> None:
+    """From now on futex_waitv fails with this errno in every thread of this process, by a seccomp filter."""
+    futex_waitv, seccomp, set_filter, all_threads, no_new_privileges = 449, 317, 1, 1, 38
+    code = [
+        (0x20, 0, 0, 0),  # load the number of the system call
+        (0x15, 0, 1, futex_waitv),  # if it is not this one, skip one
+        (0x06, 0, 0, 0x00050000 | error),
+        (0x06, 0, 0, 0x7FFF0000),  # allow
+    ]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
+    assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+    assert libc.syscall(seccomp, set_filter, all_threads, program) == 0
+    assert libc.syscall(futex_waitv, 0, 0, 0, 0, 0) == -1
+    assert ctypes.get_errno() == error
+
+
+def at_its_limit(region: Region) -> Callable[[Child], None]:
+    """A body that obeys: fill, free N (mappings), change (of a page that no mapping borders on), end."""
+
+    def body(child: Child) -> None:
+        mappings = Mappings()
+        child.say()
+        while (order := child.hear().split())[0] != "end":
+            if order[0] == "fill":
+                mappings.fill()
+            elif order[0] == "free":
+                mappings.free(int(order[1]))
+            else:
+                with pytest.raises(OSError, match=f"pid {os.getpid()} could not apply") as caught:
+                    region.mprotect(5 * PAGE, PAGE, READ)
+                assert caught.value.errno == errno.ENOMEM
+            child.say()
+
+    return body
+
+
+def tell(child: Child, order: str) -> None:
+    child.say(order)
+    assert child.hear() == "ok"
+
+
+@contextlib.contextmanager
+def in_background(*calls: Callable[[], object]) -> Iterator[list[object]]:
+    """Threads in these calls, over at the end; a list of what they returned or raised."""
+    outcomes: list[object] = []
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            outcomes.append(call())
+        except Exception as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=[call]) for call in calls]
+    for thread in threads:
+        thread.start()
+    yield outcomes
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
