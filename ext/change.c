@@ -155,9 +155,40 @@ static void ring_write(struct ps_region *region, uint64_t generation, enum ps_ki
     atomic_store_explicit(&at->generation, generation, memory_order_release);
 }
 
-/* Searches back through the ring; a change that was undone set nothing. */
+bool ps_change_open(const struct ps_region *region) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    return atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
+}
+
+/* Has the open change of the record, if there is one, set this page already? */
+static bool set_by_record(const struct ps_region *region, uint64_t page, struct ps_author *author) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
+    uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
+    *author = (struct ps_author){true, attempt, atomic_load_explicit(&record->author, memory_order_relaxed),
+                                 atomic_load_explicit(&record->time, memory_order_relaxed)};
+    return ps_change_open(region) && attempt > ps_generation(region) && page >= first &&
+           page - first < atomic_load_explicit(&record->count, memory_order_relaxed) &&
+           prot == ps_protection(region, page);
+}
+
+/* Is the change `generation`, published already, being undone? */
+static bool in_undo(const struct ps_region *region, uint64_t generation) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    return ps_change_open(region) && atomic_load_explicit(&record->attempt, memory_order_relaxed) == generation &&
+           atomic_load_explicit(&record->kind, memory_order_acquire) == PS_UNDO;
+}
+
+/* Searches back from the open record through the ring; a change that was undone set nothing. */
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page) {
+    struct ps_author author;
+    if (set_by_record(region, page, &author))
+        return author;
     uint64_t last = ps_generation(region), oldest = last > PS_RING ? last - PS_RING : 0;
+    if (in_undo(region, last))
+        last--;
     for (uint64_t generation = last; generation > oldest; generation--) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry))
@@ -170,12 +201,6 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
     if (oldest)
         return (struct ps_author){.known = false};
     return (struct ps_author){true, 0, region->shape.creator, region->shape.created};
-}
-
-bool ps_change_open(const struct ps_region *region) {
-    struct ps_shm_record *record = &ps_header(region)->record;
-    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
-    return atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
 }
 
 /* -- Waiting for acknowledgements ------------------------------------------------------------------------------ */
