@@ -302,18 +302,26 @@ static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *out
     return PS_ETIMEOUT;
 }
 
-int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+/* One of the threads that find it missing, or lost, starts it.  Under the page lock: between the look at a lost one
+ * and the store, another thread may have started its successor, and two would follow one map. */
+static bool is_to_start(struct ps_region *region) {
+    ps_page_lock(region);
     uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
-    if (seen != PS_AGENT_STARTING && seen != PS_AGENT_STOPPING) {
-        /* One of the threads that find it missing starts it; the others wait below. */
-        if (atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STARTING, memory_order_acq_rel,
-                                                    memory_order_acquire)) {
-            region->join_deadline = deadline;
-            int rc = spawn(region);
-            if (rc) {
-                set_state(region, PS_AGENT_NONE);
-                return rc;
-            }
+    bool missing = seen == PS_AGENT_NONE || (seen == PS_AGENT_RUNNING && ps_slot_lost(region));
+    if (missing)
+        atomic_store_explicit(&region->agent, PS_AGENT_STARTING, memory_order_relaxed);
+    ps_page_unlock(region);
+    return missing;
+}
+
+int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    uint32_t seen;
+    if (is_to_start(region)) {
+        region->join_deadline = deadline;
+        int rc = spawn(region);
+        if (rc) {
+            set_state(region, PS_AGENT_NONE);
+            return rc;
         }
     }
     /* The agent bounds itself by join_deadline. */
