@@ -255,9 +255,9 @@ static void follow_for_ever(struct ps_region *region) {
     while (ps_running(region)) {
         /* acquire: pairs with C5 and U3: the map and the ring entry are those of this generation, or newer. */
         uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
+        ps_fault_install(); /* before access ends: faulthandler may have come above us, or taken us away with itself */
         ps_agent_follow(region, generation);
         ps_agent_settle(region);
-        ps_fault_install(); /* faulthandler, disabled meanwhile, takes our handler away with its own */
         PS_POINT(A1_wait);
         ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, bit,
                     region->failed ? ps_sys_now() + LOOK_AGAIN : PS_NEVER);

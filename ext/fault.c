@@ -10,10 +10,10 @@
  *     handler below as if we were not there.
  *  3. A fault is never swallowed: it is mended (the copy; a change that was in
  *     the way), or the process ends by the signal.
- * The chain: handlers found below ours form a stack.  A fresh fault starts at
- * its top.  A handler that re-raises (faulthandler does, with raise()), or
- * returns though the instruction faults again, has had its turn: the next one
- * below gets it, at last the default action.
+ * The chain: handlers found below ours form a stack.  A fault starts at its
+ * top.  Where that handler raises it again (faulthandler does, with raise()) or
+ * calls us back, the next one below gets it, at last the default action.  A
+ * handler may also jump out or mend and return, any number of times.
  * Runs in: signal handler; ps_read, ps_write and ps_fault_install in a caller.
  */
 #define _GNU_SOURCE
@@ -30,7 +30,9 @@
 #define ALTERNATE_STACK (64u * 1024u)
 #define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change */
 #define FAULTS 100000           /* of one copy: a page whose protection changes all the time is refused at last */
-#define REPEATS 64              /* a handler that returns this often without mending has had its turn */
+#define REPEATS 64              /* a fault runs again at most so often where the map allows it */
+#define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
+#define NEAR (1u << 20)         /* how far from its caller's frame a handler is still inside of it */
 
 /* -- The copy -------------------------------------------------------------------------------------------------- */
 
@@ -66,11 +68,29 @@ static uint64_t allowed_up_to(struct ps_region *region, uint64_t page, uint64_t 
     return end;
 }
 
-static int refuse(struct ps_region *region, uint64_t page, uint32_t actual, bool store, struct ps_refusal *refusal) {
+/* A page's protection and the change that set it, of one moment. */
+static struct ps_author look(struct ps_region *region, uint64_t page, uint32_t *prot) {
+    for (int tries = 0;; tries++) {
+        uint64_t generation = ps_generation(region);
+        *prot = ps_protection(region, page);
+        struct ps_author author = ps_change_author(region, page);
+        if ((generation == ps_generation(region) && *prot == ps_protection(region, page)) || tries == LOOKS)
+            return author;
+    }
+}
+
+/* 0 where the page allows it by now. */
+static int refuse(struct ps_region *region, uint64_t page, bool store, struct ps_refusal *refusal) {
     refusal->page = page;
-    refusal->actual = actual;
     refusal->required = store ? PROT_WRITE : PROT_READ;
-    refusal->author = ps_change_author(region, page);
+    refusal->author = look(region, page, &refusal->actual);
+    return allows(refusal->actual, store) ? 0 : PS_EREFUSED;
+}
+
+/* The map allows it, but this process could not follow the map there. */
+static int unreachable(struct ps_region *region, uint64_t page, bool store, struct ps_refusal *refusal) {
+    refuse(region, page, store, refusal);
+    refusal->actual = PROT_NONE;
     return PS_EREFUSED;
 }
 
@@ -82,6 +102,20 @@ static int mend(struct ps_region *region, uint64_t page) {
     return rc;
 }
 
+static bool pending(const struct ps_region *region) {
+    return ps_change_open(region) ||
+           atomic_load_explicit(&region->applied, memory_order_acquire) < ps_generation(region);
+}
+
+/* A copy that faults must fault into our handler, not into a faulthandler that was enabled on top of it.  Page tables
+ * refuse what the map has just allowed while they are late, or cannot follow; whoever takes rights away from now on
+ * installs it first. */
+static void expect_fault(const struct ps_region *region) {
+    atomic_thread_fence(memory_order_acquire); /* pairs with C3: who saw the map of a change sees it open */
+    if (pending(region) || region->failed || region->fenced)
+        ps_fault_install();
+}
+
 static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
                 struct ps_refusal *refusal) {
     char *data = ps_address(region);
@@ -89,8 +123,12 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
     for (uint32_t faults = 0; length; faults++) {
         uint32_t prot;
         uint64_t page = allowed_up_to(region, offset / PS_PAGE, end, store, &prot);
-        if (page < end)
-            return refuse(region, page, prot, store, refusal);
+        if (page < end) {
+            if (refuse(region, page, store, refusal))
+                return PS_EREFUSED;
+            continue;
+        }
+        expect_fault(region);
         struct ps_copied copied =
             store ? ps_copy_bytes(data + offset, other, length) : ps_copy_bytes(other, data + offset, length);
         offset += length - copied.left;
@@ -104,7 +142,7 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
         if (copied.where & PS_COPY_NO_PAGE)
             return -ENOMEM;
         if (faults == FAULTS || mend(region, at / PS_PAGE))
-            return refuse(region, at / PS_PAGE, PROT_NONE, store, refusal);
+            return unreachable(region, at / PS_PAGE, store, refusal);
     }
     return 0;
 }
@@ -172,9 +210,10 @@ static void put_reason(struct text *text, struct ps_region *region, uint64_t pag
     }
     if (region->fenced)
         put(text, ": this process is fenced (it could not apply a change); the page");
+    uint32_t prot;
+    struct ps_author author = look(region, page, &prot);
     put(text, " is ");
-    put_protection(text, ps_protection(region, page));
-    struct ps_author author = ps_change_author(region, page);
+    put_protection(text, prot);
     if (!author.known) {
         put(text, " since a change older than the last 1024");
         return;
@@ -226,47 +265,55 @@ static void default_action(int signal, bool by_kernel) {
         raise(signal);
 }
 
-/* How many handlers of the chain this fault has not been offered to yet. */
-static uint32_t level_of(struct ps_chain *chain, uint32_t count, bool by_kernel, bool ours, uint64_t fault) {
-    uint32_t level = atomic_load_explicit(&chain->level, memory_order_relaxed);
-    if (!by_kernel) /* sent by kill(), or raised again by the handler that we called */
-        return level < count ? level : count;
-    if (atomic_exchange_explicit(&chain->last, fault, memory_order_relaxed) != fault) {
-        atomic_store_explicit(&chain->repeats, 0, memory_order_relaxed);
-        return count;
-    }
-    bool again = !ours && atomic_fetch_add_explicit(&chain->repeats, 1, memory_order_relaxed) < REPEATS;
-    return again || level > count ? count : level;
+/* As the kernel would: with its mask, and once only if it asked for that. */
+static void call(const struct sigaction *handler, int signal, siginfo_t *info, void *context) {
+    sigset_t mask = handler->sa_mask, before;
+    if (!(handler->sa_flags & SA_NODEFER))
+        sigaddset(&mask, signal);
+    if (handler->sa_flags & (int)SA_RESETHAND)
+        sigaction(signal, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
+    pthread_sigmask(SIG_BLOCK, &mask, &before);
+    if (handler->sa_flags & SA_SIGINFO)
+        handler->sa_sigaction(signal, info, context);
+    else
+        handler->sa_handler(signal);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void pass_on(int signal, siginfo_t *info, void *context, bool by_kernel, bool ours, uint64_t fault) {
+static void pass_on(int signal, siginfo_t *info, void *context, bool by_kernel, struct ps_offer *offer) {
     struct ps_chain *chain = ps_process_chain(signal);
     struct ps_handlers *below = &chain->copy[atomic_load_explicit(&chain->active, memory_order_acquire)];
-    uint32_t level = level_of(chain, below->count, by_kernel, ours, fault);
+    uint32_t level = offer->level < below->count ? offer->level : below->count;
     struct sigaction *next = level ? &below->handler[level - 1] : NULL;
-    atomic_store_explicit(&chain->level, level ? level - 1 : 0, memory_order_relaxed);
     bool plain = next && !(next->sa_flags & SA_SIGINFO);
+    offer->level = level ? level - 1 : 0;
     if (plain && next->sa_handler == SIG_IGN && !by_kernel)
-        atomic_store_explicit(&chain->level, level, memory_order_relaxed);
-    else if (!next || (plain && (next->sa_handler == SIG_DFL || next->sa_handler == SIG_IGN)))
+        return;
+    if (!next || (plain && (next->sa_handler == SIG_DFL || next->sa_handler == SIG_IGN)))
         default_action(signal, by_kernel);
-    else if (plain)
-        next->sa_handler(signal);
     else
-        next->sa_sigaction(signal, info, context);
+        call(next, signal, info, context);
+}
+
+/* Is this fault on its way down already?  Then a handler that we called raised it again, or called us (we run on its
+ * stack, above the frame that called it), or it returned from one of our own, and nothing has changed. */
+static bool on_its_way(const struct ps_offer *offer, uint64_t fault, bool by_kernel, bool ours, uintptr_t frame) {
+    bool inside = frame < offer->frame && offer->frame - frame < NEAR;
+    if (inside && (!by_kernel || fault == offer->fault))
+        return true;
+    return by_kernel && ours && offer->returned && fault == offer->fault;
 }
 
 /* -- The handler ----------------------------------------------------------------------------------------------- */
 
-static bool pending(const struct ps_region *region) {
-    return ps_change_open(region) ||
-           atomic_load_explicit(&region->applied, memory_order_acquire) < ps_generation(region);
+static uint64_t mix(uint64_t a, uint64_t b, uint64_t c) {
+    return ((a * UINT64_C(0x9e3779b97f4a7c15) ^ b) * UINT64_C(0x9e3779b97f4a7c15) ^ c) | 1;
 }
 
 /* The fault met a change under way: wait for its outcome.  True if the access is allowed then, and the
- * instruction may run again. */
+ * instruction may run again; at one generation not for ever, should our page tables never follow the map. */
 static bool outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
-    struct ps_told *told = ps_process_told();
+    struct ps_faults *faults = ps_process_faults();
     int64_t end = ps_sys_now() + PATIENCE;
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     while (pending(region) && ps_sys_now() < end)
@@ -274,30 +321,37 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
                     FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
     if (!allows(ps_protection(region, page), store) || region->fenced)
         return false;
-    if (atomic_exchange_explicit(&told->retried, fault, memory_order_relaxed) != fault)
-        atomic_store_explicit(&told->retries, 0, memory_order_relaxed);
-    return atomic_fetch_add_explicit(&told->retries, 1, memory_order_relaxed) < REPEATS;
+    uint64_t retry = mix(fault, ps_generation(region), 0);
+    if (retry != faults->retried)
+        faults->retries = 0;
+    faults->retried = retry;
+    return faults->retries++ < REPEATS;
 }
 
-static uint64_t mix(uint64_t a, uint64_t b, uint64_t c) {
-    return ((a * UINT64_C(0x9e3779b97f4a7c15) ^ b) * UINT64_C(0x9e3779b97f4a7c15) ^ c) | 1;
+/* The kernel's word; or, raised again by a handler above us (raise() gives no address), what the registers still
+ * hold of it.  They hold it long: what the kernel has told us before is old news. */
+static uintptr_t address_of(const siginfo_t *info, const greg_t *registers) {
+    struct ps_faults *faults = ps_process_faults();
+    if (info->si_code > 0)
+        return faults->seen = (uintptr_t)info->si_addr;
+    if (info->si_code != SI_TKILL || info->si_pid != getpid() || registers[REG_TRAPNO] != 14)
+        return 0;
+    uintptr_t address = (uintptr_t)registers[REG_CR2];
+    return address != faults->seen ? address : 0;
 }
 
 static void on_fault(int signal, siginfo_t *info, void *context) {
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     bool by_kernel = info->si_code > 0;
     int saved = errno;
-    /* A handler below that raises again gives no address, but the registers still tell of a page fault. */
-    uintptr_t address = by_kernel                     ? (uintptr_t)info->si_addr
-                        : registers[REG_TRAPNO] == 14 ? (uintptr_t)registers[REG_CR2]
-                                                      : 0;
+    uintptr_t address = address_of(info, registers), frame = (uintptr_t)__builtin_frame_address(0);
     if (by_kernel && registers[REG_RIP] == (greg_t)(uintptr_t)ps_copy_instruction) {
         registers[REG_RDX] = (greg_t)(address | (signal == SIGBUS ? PS_COPY_NO_PAGE : 0));
         registers[REG_RIP] = (greg_t)(uintptr_t)ps_copy_end;
         return;
     }
     struct ps_region *region = address && ps_process_known() ? ps_process_find(address) : NULL;
-    uint64_t fault = mix((uint64_t)ps_sys_gettid(), (uint64_t)registers[REG_RIP], address);
+    uint64_t fault = mix((uint64_t)registers[REG_RIP], address, (uint64_t)registers[REG_RSP]);
     uint64_t at = region ? address - (uintptr_t)ps_address(region) : 0;
     bool store = registers[REG_ERR] & (1 << 1);
     if (region && by_kernel && signal == SIGSEGV && ps_running(region) && at < region->shape.pages * PS_PAGE &&
@@ -305,10 +359,20 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
         errno = saved;
         return;
     }
-    if (region && atomic_exchange_explicit(&ps_process_told()->line, fault, memory_order_relaxed) != fault)
-        tell(region, address, signal, registers);
+    struct ps_offer *offer = &ps_process_faults()->offer[signal == SIGBUS];
+    if (!on_its_way(offer, fault, by_kernel, region != NULL, frame)) {
+        offer->level = UINT32_MAX;
+        if (region)
+            tell(region, address, signal, registers);
+    }
+    uintptr_t outer = offer->frame;
+    offer->fault = fault;
+    offer->frame = frame;
+    offer->returned = false;
     errno = saved;
-    pass_on(signal, info, context, by_kernel, region != NULL, fault);
+    pass_on(signal, info, context, by_kernel, offer);
+    offer->frame = outer;
+    offer->returned = true;
 }
 
 static bool same(const struct sigaction *a, const struct sigaction *b) {

@@ -180,14 +180,21 @@ struct ps_chain {
         uint32_t count;
         struct sigaction handler[PS_CHAIN];
     } copy[2];
-    _Atomic uint64_t last;    /* the fault that was passed on last: thread, instruction, address, mixed */
-    _Atomic uint32_t level;   /* handlers of it that have not been called */
-    _Atomic uint32_t repeats; /* how often it came again unmended */
 };
 
-struct ps_told {
-    _Atomic uint64_t line, retried; /* faults: told on stderr; let run again */
-    _Atomic uint32_t retries;
+/* A thread's latest fault, as it goes down the chain. */
+struct ps_offer {
+    uint64_t fault;  /* which: instruction, address and stack pointer, mixed */
+    uintptr_t frame; /* of on_fault, while a handler that it called runs; left over where that one jumped out */
+    uint32_t level;  /* handlers that have not had it */
+    bool returned;   /* one had it, and returned */
+};
+
+struct ps_faults { /* of a thread; only its own signal handler touches it */
+    struct ps_offer offer[2];
+    uintptr_t seen;   /* the latest address that the kernel told us */
+    uint64_t retried; /* a fault and a generation, mixed: let run again ... */
+    uint32_t retries; /* ... so often */
 };
 
 int ps_process_start(void);
@@ -195,6 +202,6 @@ bool ps_process_known(void); /* false in a child made by a raw clone() */
 struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);
 struct ps_chain *ps_process_chain(int signal);
-struct ps_told *ps_process_told(void);
+struct ps_faults *ps_process_faults(void);
 
 #endif

@@ -2,7 +2,7 @@
  *
  * Lives here: all mutable state at file scope - the table of handles, the
  * signal chains' memory, the flag that tells a known process from a raw
- * child - and what happens at fork().
+ * child, what became of each thread's latest fault - and what happens at fork().
  * Invariants
  *  1. A handle is found by whoever looks, without a lock: `use` and `base` are
  *     atomic, and its memory is never given back.
@@ -27,7 +27,7 @@
 static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
-static struct ps_told told;
+static _Thread_local struct ps_faults faults;
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int start_result;
@@ -37,8 +37,8 @@ struct ps_chain *ps_process_chain(int signal) {
     return &chains[signal == SIGBUS];
 }
 
-struct ps_told *ps_process_told(void) {
-    return &told;
+struct ps_faults *ps_process_faults(void) {
+    return &faults;
 }
 
 static uint32_t use_of(const struct ps_region *region) {
