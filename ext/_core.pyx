@@ -511,10 +511,14 @@ def name_format(int name_fd, int region_fd):
 
 
 def name_find(int name_fd):
-    """A descriptor of the region that an entry leads to, or -errno / a core code."""
+    """A descriptor of the region that an entry leads to; -EACCES or -ENOENT if no holder can be reached, or none found."""
     cdef int fd = -1
     cdef int rc = ps_name_find(name_fd, &fd)
-    return rc if rc else fd
+    if rc == -errno.EACCES or rc == -errno.ENOENT:
+        return rc
+    if rc:
+        raise_code(rc, "attach", "name's entry")
+    return fd
 
 
 def name_leads_to(int name_fd, int region_fd):

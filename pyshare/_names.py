@@ -20,6 +20,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 
 import posix_ipc  # type: ignore[import-not-found,unused-ignore]
@@ -30,6 +31,8 @@ from pyshare._errors import RegionExists, RegionNotFound
 _DIRECTORY = "/dev/shm"
 _PREFIX = "pyshare."
 _NEW = "pyshare..new."  # no name begins with '.'
+_SHORT = 0.001  # seconds until a name that is in somebody's hands is looked at again
+_JOINING = 5_000_000_000  # nanoseconds that a forked child may take to join (PS_JOIN_TIMEOUT)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 
 
@@ -93,10 +96,13 @@ def _leads_here(fd: int, entry: str) -> bool:
 
 
 def _remove(fd: int, entry: str) -> None:
-    """With a lock on fd held."""
+    """With a lock on fd held; PermissionError."""
     if _leads_here(fd, entry):
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(f"/{entry}")
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                posix_ipc.unlink_shared_memory(f"/{entry}")
+            except (posix_ipc.Error, OSError):
+                os.unlink(_path(entry))  # the same question, for an answer with an errno
 
 
 def _is_ours(fd: int) -> bool:
@@ -104,7 +110,7 @@ def _is_ours(fd: int) -> bool:
 
 
 def _clear_stale(fd: int, entry: str) -> bool:
-    """Remove an entry that no living process holds; False if one does."""
+    """Remove an entry that no living process holds; False if one does. PermissionError if it is stale, but not ours."""
     if not _lock(fd, fcntl.LOCK_EX):
         return False
     _remove(fd, entry)
@@ -141,28 +147,42 @@ def live(name: str) -> Iterator[int]:
                 f"the name {name!r} was made by user {os.fstat(fd).st_uid}, not by you or root; if that is meant, ask "
                 "for its descriptor to be passed over a Unix socket",
             )
-        # Stale, or just being cleared away by somebody who holds LOCK_EX.
-        if _clear_stale(fd, entry) or not _lock(fd, fcntl.LOCK_SH):
+        try:
+            # Stale, or just being cleared away by somebody who holds LOCK_EX.
+            gone = _clear_stale(fd, entry) or not _lock(fd, fcntl.LOCK_SH)
+        except PermissionError:  # stale, but root's
+            gone = True
+        if gone:
             raise missing
         yield fd
     finally:
         os.close(fd)
 
 
-def find(fd: int, name: str) -> int:
-    """A descriptor of the region, from any of its holders; `fd` is from `live`."""
-    found = int(_core.name_find(fd))
-    if found >= 0:
-        return found
-    if -found in (errno.EMFILE, errno.ENFILE):
-        raise OSError(-found, f"attach {name!r}: {os.strerror(-found)}")
-    if _clear_stale(fd, _PREFIX + name):  # the last holder left while we looked
-        raise RegionNotFound(f"no region is called {name!r}: its last holder is gone")
-    raise PermissionError(
-        errno.EACCES,
-        f"the region {name!r} is alive, but none of its holders can be reached from here (another user or pid "
-        "namespace, or not dumpable); ask for its descriptor to be passed over a Unix socket",
-    )
+@contextlib.contextmanager
+def found(name: str, deadline: int) -> Iterator[tuple[int, int]]:
+    """(descriptor of the region, from any of its holders; the live entry); RegionNotFound, PermissionError.
+
+    A forked child that has not joined yet, and a holder that is just leaving, have the entry without a row in it: it
+    is looked at again, until the deadline at most.
+    """
+    deadline = min(deadline, time.monotonic_ns() + _JOINING)
+    while True:
+        with live(name) as entry:
+            fd = _core.name_find(entry)
+            if fd >= 0:
+                try:
+                    yield fd, entry
+                finally:
+                    os.close(fd)
+                return
+            if fd == -errno.EACCES or time.monotonic_ns() >= deadline:
+                raise PermissionError(
+                    errno.EACCES,
+                    f"the region {name!r} is alive, but none of its holders can be reached from here (another user or "
+                    "pid namespace, or not dumpable); ask for its descriptor to be passed over a Unix socket",
+                )
+        time.sleep(_SHORT)
 
 
 class NewEntry:
@@ -184,6 +204,7 @@ class NewEntry:
         for _ in range(100):  # each round, somebody else made or cleared the name meanwhile
             if self._try_publish(_PREFIX + name, name, replace):
                 return
+            time.sleep(_SHORT)
         raise RegionExists(f"the name {name!r} is made and removed by others all the time")
 
     def _try_publish(self, entry: str, name: str, replace: bool) -> bool:
@@ -197,22 +218,22 @@ class NewEntry:
             with _opened(entry) as fd:
                 if _clear_stale(fd, entry):
                     return False
+                if not _lock(fd, fcntl.LOCK_SH) or not _leads_here(fd, entry):
+                    return False
                 if not replace:
                     raise RegionExists(
                         f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
                     )
                 if os.fstat(fd).st_uid != os.geteuid():
-                    raise PermissionError(errno.EACCES, f"only its owner may replace the region {name!r}")
-                if not _lock(fd, fcntl.LOCK_SH) or not _leads_here(fd, entry):
-                    return False
+                    raise PermissionError(errno.EACCES, f"only its owner may replace the name {name!r}")
                 os.rename(_path(self._entry), _path(entry))
                 return True
         except FileNotFoundError:
             return False
         except PermissionError as error:
-            if isinstance(error, RegionExists) or error.filename is None:
+            if error.filename is None:
                 raise
-            raise RegionExists(f"the name {name!r} is taken by another user") from None
+            raise PermissionError(errno.EACCES, f"the name {name!r} belongs to another user") from None
 
     def discard(self) -> None:
         """Remove the private entry, if it still is there, and close."""
@@ -251,7 +272,10 @@ def unlink(name: str) -> None:
         ValueError: it is no name.
     """
     with live(check(name)) as fd:
-        _remove(fd, _PREFIX + name)
+        try:
+            _remove(fd, _PREFIX + name)
+        except PermissionError:
+            raise PermissionError(errno.EACCES, f"only its owner may unlink the name {name!r}") from None
 
 
 def names() -> list[str]:

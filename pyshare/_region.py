@@ -393,15 +393,11 @@ def _create_named(fd: int, name: str, mode: int, replace: bool) -> Region:
 
 
 @contextlib.contextmanager
-def _lead(name_or_fd: str | SupportsIndex) -> Iterator[tuple[int, int]]:
+def _lead(name_or_fd: str | SupportsIndex, deadline: int) -> Iterator[tuple[int, int]]:
     """(descriptor of the region, descriptor of its entry or -1), for the time of joining."""
     if isinstance(name_or_fd, str):
-        with _names.live(_names.check(name_or_fd)) as entry:
-            fd = _names.find(entry, name_or_fd)
-            try:
-                yield fd, entry
-            finally:
-                os.close(fd)
+        with _names.found(_names.check(name_or_fd), deadline) as lead:
+            yield lead
         return
     fd = name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else _integer(name_or_fd, "a descriptor")
     if fd < 0:
@@ -428,5 +424,5 @@ def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Ti
     """
     _check_engine(engine)
     deadline = _deadline(timeout)
-    with _lead(name_or_fd) as (fd, entry):
+    with _lead(name_or_fd, deadline) as (fd, entry):
         return _join(fd, entry, deadline)
