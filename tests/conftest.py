@@ -12,8 +12,9 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def stress(request: pytest.FixtureRequest) -> bool:
     """Is there time for a long run?"""
     return bool(request.config.getoption("--stress"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Yields the processor until it is true; fails when that never comes."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes true"
+        os.sched_yield()
 
 
 class Child:
@@ -165,9 +174,11 @@ def joined(fork: Callable[..., Child]) -> Callable[..., Child]:
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run_python(source, *arguments, **environment): a fresh interpreter that ran it, with its output."""
+    """run_python(source, *arguments, pass_fds=(), **environment): a fresh interpreter that ran it, with its output."""
 
-    def run(source: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        source: str, *arguments: str, pass_fds: Sequence[int] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "script.py"
         script.write_text(source)
         return subprocess.run(
@@ -177,6 +188,7 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             text=True,
             timeout=PATIENCE,
             check=False,
+            pass_fds=pass_fds,
         )
 
     return run
