@@ -189,14 +189,22 @@ class NewEntry:
     """An entry in the making: private until `publish`; `discard` removes what is left of it."""
 
     def __init__(self, region_fd: int) -> None:
-        self._entry = f"{_NEW}{os.getpid()}.{secrets.token_hex(8)}"
-        self.fd = _open(self._entry, posix_ipc.O_CREX)
+        while not self._make():
+            pass
         try:
-            _lock(self.fd, fcntl.LOCK_SH)
             _core.name_format(self.fd, region_fd)
         except BaseException:
             self.discard()
             raise
+
+    def _make(self) -> bool:
+        """False if somebody took it for a stale one, before it was locked."""
+        self._entry = f"{_NEW}{os.getpid()}.{secrets.token_hex(8)}"
+        self.fd = _open(self._entry, posix_ipc.O_CREX)
+        if _lock(self.fd, fcntl.LOCK_SH) and _leads_here(self.fd, self._entry):
+            return True
+        self.discard()
+        return False
 
     def publish(self, name: str, mode: int, replace: bool) -> None:
         """The name leads to the region when this returns; RegionExists, PermissionError."""
