@@ -24,7 +24,6 @@ from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import errno
-import math
 import os
 import sys
 
@@ -132,7 +131,7 @@ def deadline_of(timeout):
         return INT64_MAX
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
         raise TypeError(f"timeout must be seconds or None, not {timeout!r}")
-    if math.isnan(timeout) or timeout < 0:
+    if not timeout >= 0:  # nor NaN
         raise ValueError(f"timeout must be 0 or more seconds, or None to wait for ever, not {timeout!r}")
     if timeout > 1e9:
         return INT64_MAX

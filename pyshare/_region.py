@@ -62,18 +62,27 @@ def _deadline(timeout: Timeout) -> int:
     return _core.deadline_of(_default_timeout if isinstance(timeout, _Default) else timeout)
 
 
-def _integer(value: SupportsIndex, what: str) -> int:
+def _index(value: SupportsIndex) -> int | None:
+    """The integer; None if it is none, or a bool, which is a mistake wherever a number is expected."""
+    if isinstance(value, bool):
+        return None
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{what} must be an integer number of bytes, not {value!r}") from None
+        return None
+
+
+def _integer(value: SupportsIndex, what: str) -> int:
+    number = _index(value)
+    if number is None:
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    return number
 
 
 def _protection(prot: int) -> int:
-    try:
-        bits = operator.index(prot)
-    except TypeError:
-        raise TypeError(f"prot must be a Prot or an int of mmap.PROT_* bits, not {prot!r}") from None
+    bits = _index(prot)
+    if bits is None:
+        raise TypeError(f"prot must be a Prot or an int of mmap.PROT_* bits, not {prot!r}")
     if bits & ~0b111 or bits < 0:
         raise ValueError(f"prot {prot!r} has unknown bits; expected a combination of READ, WRITE and EXEC, or NONE")
     return bits
@@ -308,8 +317,8 @@ class Region(_core.Handle):
             ValueError: a range outside the region.
         """
         offset = _integer(offset, "offset")
-        if offset < 0:
-            raise ValueError(f"offset must be 0 or more, not {offset}")
+        if not 0 <= offset <= self._size:
+            raise ValueError(f"offset must be in 0 to {self._size}, not {offset}")
         self._write(offset, data, self._size)
 
 
@@ -359,8 +368,9 @@ def create(
         _names.check(name)
     if not 0 < size <= 1 << 45:
         raise ValueError(f"size must be 1 to 2**45 bytes, not {size}")
-    if not isinstance(mode, int) or mode & ~0o777 or mode & 0o600 != 0o600:
-        raise ValueError(f"mode must be permission bits that include 0o600, which participants need, not {mode!r}")
+    mode = _integer(mode, "mode")
+    if mode & ~0o777 or mode & 0o600 != 0o600:
+        raise ValueError(f"mode must be permission bits that include 0o600, which participants need, not {mode:#o}")
     max_participants = _integer(max_participants, "max_participants")
     if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
         raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
@@ -399,9 +409,11 @@ def _lead(name_or_fd: str | SupportsIndex, deadline: int) -> Iterator[tuple[int,
         with _names.found(_names.check(name_or_fd), deadline) as lead:
             yield lead
         return
-    fd = name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else _integer(name_or_fd, "a descriptor")
-    if fd < 0:
-        raise ValueError(f"a descriptor is 0 or more, not {fd}")
+    fd = _index(name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else name_or_fd)
+    if fd is None:
+        raise TypeError(f"expected a region's name (str), or a descriptor (int), not {name_or_fd!r}")
+    if not 0 <= fd < 1 << 31:
+        raise ValueError(f"a descriptor is 0 or more, and below 2**31, not {fd}")
     with _names.of_region(_core.name_of(fd), fd) as entry:
         yield fd, entry
 
