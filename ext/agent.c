@@ -338,7 +338,8 @@ void ps_agent_stop(struct ps_region *region) {
     if (atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STOPPING, memory_order_acq_rel,
                                                 memory_order_acquire)) {
         _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-        while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT && !ps_slot_lost(region)) {
+        while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT &&
+               ps_sys_thread_exists(region->tid)) {
             /* It may be about to sleep: wake again until it says that it has left. */
             ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
             ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,

@@ -85,9 +85,19 @@ void ps_slot_leave(struct ps_region *region) {
     region->epoch = 0;
 }
 
-/* Our own agent ended, though nobody asked it to (a seccomp filter can do that). */
+/* Our own agent ended, though nobody asked it to (a seccomp filter can do that).  The word is a hint that anybody
+ * can write: two agents at once would pull the mapping from under each other.  The kernel marks it shortly before
+ * the thread is gone. */
 bool ps_slot_lost(const struct ps_region *region) {
-    return atomic_load_explicit(&ps_slot(region, region->slot)->live, memory_order_acquire) & FUTEX_OWNER_DIED;
+    _Atomic uint32_t *live = &ps_slot(region, region->slot)->live;
+    uint32_t seen = atomic_load_explicit(live, memory_order_acquire);
+    for (int look = 0; seen != ((uint32_t)region->tid | FUTEX_WAITERS) && look < 10; look++) {
+        if (!ps_sys_thread_exists(region->tid))
+            return true;
+        ps_sys_wait((struct ps_watch){live, seen}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
+        seen = atomic_load_explicit(live, memory_order_acquire);
+    }
+    return false;
 }
 
 /* 1, 0, or 0 where it cannot be asked. Looks at the descriptor after the answer too: the program may have

@@ -77,6 +77,10 @@ int ps_sys_gettid(void) {
     return (int)syscall(SYS_gettid);
 }
 
+bool ps_sys_thread_exists(int tid) {
+    return result(syscall(SYS_tgkill, getpid(), tid, 0)) != -ESRCH;
+}
+
 void ps_sys_exit_thread(void) {
     for (;;)
         syscall(SYS_exit, 0);

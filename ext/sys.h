@@ -28,6 +28,7 @@ struct ps_watch {
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
 int ps_sys_gettid(void);
+bool ps_sys_thread_exists(int tid);      /* in this process */
 _Noreturn void ps_sys_exit_thread(void); /* this thread alone, at once */
 int ps_sys_cpus(void);                   /* on which the calling thread may run */
 int ps_sys_random(void *to, size_t length);
