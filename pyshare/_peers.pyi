@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Self, final
 
 def die_with(parent: int) -> None: ...
+
 @final
 class Board:
     def __new__(cls, memory: Any, offset: int, length: int, cells: int) -> Self: ...
