@@ -190,6 +190,7 @@ struct ps_shm_header {
     _Alignas(PS_LINE) _Atomic uint32_t slots_used;
 
     /* Line 14: the record. */
+    /* W: caller, field by field as it says.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_record record;
 };
 

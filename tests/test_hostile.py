@@ -187,7 +187,7 @@ def use(region: Region, timeout: float = SHORT) -> list[BaseException]:
     attempt(lambda: region.mprotect(PAGE, 7 * PAGE, pyshare.READ, timeout=timeout))
     attempt(lambda: region.write(0, b"data" * 100))
     attempt(lambda: region.mprotect(0, PAGES * PAGE, pyshare.READ_WRITE, timeout=timeout))
-    attempt(lambda: region.read(0, PAGES * PAGE))
+    attempt(lambda: region.read(0, region.size))
     attempt(region.participants)
     attempt(region.protections)
     attempt(lambda: region.protection(3 * PAGE))

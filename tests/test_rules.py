@@ -1,0 +1,314 @@
+"""The rules of the house (ARCHITECTURE.md), as far as a machine can hold us to them.
+
+They are about sources, not behaviour: where what may be called, which names exist, what is written beside them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyshare
+
+ROOT = Path(__file__).parent.parent
+EXT = ROOT / "ext"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CC = os.environ.get("CC") or "cc"
+
+
+def sources_of(module: str) -> list[Path]:
+    modules = PROJECT["tool"]["setuptools"]["ext-modules"]
+    return [ROOT / path for one in modules if one["name"] == module for path in one["sources"] if path.endswith(".c")]
+
+
+CORE = sources_of("pyshare._core")
+C_FILES = sorted(EXT.glob("*.c"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def without_comments(path: Path) -> str:
+    """C or Cython, with comments and texts blanked."""
+    text = re.sub(r"/\*.*?\*/", " ", path.read_text(), flags=re.S)
+    return re.sub(r'"(\\.|[^"\\\n])*"|//.*', '""', text)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Object files by name of the source, compiled without the crash points."""
+    directory = tmp_path_factory.mktemp("objects")
+    made = {}
+    for source in C_FILES:
+        made[source.name] = directory / f"{source.stem}.o"
+        flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-ftls-model=initial-exec"]
+        hardening = ["-U_FORTIFY_SOURCE", "-fno-stack-protector"]  # which some compilers add on their own
+        command = [CC, *flags, *hardening, "-I", EXT, "-c", source, "-o", made[source.name]]
+        subprocess.run(command, check=True)
+    return made
+
+
+def symbols(path: Path) -> list[tuple[str, str, str]]:
+    """(name, class, section) of an object file."""
+    listed = subprocess.run(["nm", "--format=sysv", path], check=True, capture_output=True, text=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")] for line in listed.splitlines() if line.count("|") == 6]
+    return [(row[0], row[2], row[6]) for row in rows[1:]]
+
+
+# -- C -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [[], ["-DPS_POINTS"]], ids=["released", "with points"])
+@pytest.mark.parametrize("source", C_FILES, ids=names(C_FILES))
+def test_compiles_without_python_and_without_a_warning(source: Path, points: list[str], tmp_path: Path) -> None:
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, "-I", EXT, "-c", source]
+    subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
+
+
+PURE = {"__errno_location"} | {f"mem{end}" for end in ("cmp", "cpy", "move", "set")} | {"bcmp"}
+PURE |= {f"str{end}" for end in ("chr", "rchr", "len", "nlen", "spn", "ncpy", "cmp")}
+DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek", "pread", "pwrite"}
+# What each room may call beside the core itself.  Nowhere malloc or stdio: the agent, a signal handler and a
+# forked child before it has joined may not, and nearly everything can run in one of them.
+MAY_CALL = {
+    "agent.c": {"close", "flock", "sigfillset", "pthread_create", "pthread_sigmask"}
+    | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
+    "change.c": {"getpid", "lseek"},
+    "engine.c": {"mprotect"},
+    "fault.c": {"getpid", "mmap", "raise", "sigaction", "sigaltstack", "write"},
+    "lock.c": set(),
+    "names.c": DESCRIPTORS,
+    "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
+    "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
+    "slot.c": {"getpid"},
+    "sys.c": DESCRIPTORS
+    | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
+    | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"},
+}
+
+
+@pytest.mark.parametrize("source", names(CORE))
+def test_rooms_call_what_they_may(source: str, objects: dict[str, Path]) -> None:
+    undefined = {name for name, kind, _ in symbols(objects[source]) if kind == "U"}
+    core = {name for path in CORE for name, kind, _ in symbols(objects[path.name]) if kind == "T"}
+    assert undefined - core - PURE - {"_GLOBAL_OFFSET_TABLE_"} <= MAY_CALL[source]
+
+
+@pytest.mark.parametrize("source", names(CORE))
+def test_state_at_file_scope_is_in_process_c(source: str, objects: dict[str, Path]) -> None:
+    writable = re.compile(r"\.t?(data|bss)(?!\.rel\.ro)|\*COM\*")
+    state = [name for name, _, section in symbols(objects[source]) if writable.match(section)]
+    assert bool(state) == (source == "process.c"), state
+
+
+def test_syscall_is_called_in_sys_c_alone() -> None:
+    callers = [path.name for path in EXT.iterdir() if re.search(r"\bsyscall\s*\(", without_comments(path))]
+    assert callers == ["sys.c"]
+
+
+def test_core_knows_no_python() -> None:
+    for path in [*CORE, *EXT.glob("*.h")]:
+        assert not re.search(r"Python\.h|\bPy[A-Z_]\w+", without_comments(path)), path
+
+
+FIELD = re.compile(
+    r"^[ \t]*(?P<above>/\*.*?\*/)|^[ \t]*(?P<field>[^/\s{}][^/\n{}]*;)[ \t]*(?P<beside>/\*.*?\*/)?", re.S | re.M
+)
+
+
+def fields(body: str) -> Iterator[tuple[str, str]]:
+    """(declaration, what is said of it): the comments above it, and the one on its line."""
+    above = ""
+    for match in FIELD.finditer(body):
+        if match["above"]:
+            above += match["above"]
+        else:
+            yield match["field"], above + (match["beside"] or "")
+            above = ""
+
+
+def test_every_shared_field_has_its_contract() -> None:
+    structs = re.findall(r"^struct (ps_shm_\w+) \{\n(.*?)^\};", (EXT / "layout.h").read_text(), re.S | re.M)
+    assert [name for name, _ in structs] == [f"ps_shm_{end}" for end in ("section", "record", "ring", "slot", "header")]
+    for name, body in structs:
+        declared = list(fields(body))
+        assert len(declared) == re.sub(r"/\*.*?\*/", "", body, flags=re.S).count(";"), f"{name}: not all were looked at"
+        for field, said in declared:
+            assert re.search(r"\bW: ", said), f"{name}: {field} does not say who writes it"
+            assert re.search(r"\bR: ", said), f"{name}: {field} does not say who reads it"
+
+
+# -- Labels ----------------------------------------------------------------------------------------------------------
+
+LABEL = r"\b[A-Z]\d_[a-z]+\b"
+
+
+def test_labels_agree() -> None:
+    """Crash points in C, steps of the model, rows of the state table."""
+    code = {label for path in CORE for label in re.findall(rf"PS_POINT\(({LABEL})\)", path.read_text())}
+    model = set(re.findall(LABEL, (ROOT / "spec" / "protocol.pml").read_text()))
+    table = set(re.findall(rf"^\| ({LABEL}) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.M))
+    assert code == model == table
+    assert len(code) == 22
+
+
+def test_labels_elsewhere_exist() -> None:
+    table = set(re.findall(rf"^\| ({LABEL}) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.M))
+    for path in ours(".c", ".h", ".py", ".pml", ".md"):
+        assert set(re.findall(LABEL, path.read_text())) <= table, path
+
+
+# -- Every file --------------------------------------------------------------------------------------------------------
+
+
+def ours(*suffixes: str) -> list[Path]:
+    """The files of the project with these suffixes, without what is generated."""
+    rooms = ["ext", "pyshare", "tests", "spec", "examples", ".ci"]
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    found += [path for room in rooms for path in (ROOT / room).rglob("*")]
+    return sorted(path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts)
+
+
+def test_c_files_begin_with_their_header() -> None:
+    for path in ours(".c", ".h", ".pml"):
+        header = path.read_text().split("*/", 1)[0]
+        assert re.match(rf"/\* {re.escape(path.name)} - \S", header), path
+        assert header.count("\n") < 30, path
+
+
+def test_python_files_begin_with_their_docstring() -> None:
+    for path in ours(".py", ".pyi"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+    for path in ours(".pyx"):
+        assert re.match(r'(#.*\n)*"""', path.read_text()), path
+
+
+def test_other_files_say_what_they_are() -> None:
+    for path in (ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "tests" / "stubtest.txt"):
+        assert path.read_text().startswith("# "), path
+    for path in ours(".md"):
+        assert path.read_text().startswith("# "), path
+
+
+def test_no_path_of_a_machine() -> None:
+    for path in [
+        *ours(".c", ".h", ".py", ".pyi", ".pyx", ".pml", ".md", ".toml", ".cfg", ".txt", ""),
+        ROOT / "MANIFEST.in",
+    ]:
+        assert not re.search(r"/(home|root|work|Users|tmp)/\w", path.read_text()), path
+
+
+def test_package_uses_no_ctypes() -> None:
+    for path in (ROOT / "pyshare").rglob("*.py*"):
+        if path.suffix in (".py", ".pyi"):
+            assert "ctypes" not in path.read_text(), path
+
+
+# -- The interface -----------------------------------------------------------------------------------------------------
+
+SIGNATURES = {
+    "create": "(name=None, *, size, mode=384, prot=3, max_participants=1024, engine='auto', replace=False)",
+    "attach": "(name_or_fd, *, engine='auto', timeout=DEFAULT)",
+    "unlink": "(name)",
+    "names": "()",
+    "set_default_timeout": "(seconds)",
+    "Region.close": "(self)",
+    "Region.fileno": "(self)",
+    "Region.mprotect": "(self, offset, length, prot, *, timeout=DEFAULT)",
+    "Region.protection": "(self, offset)",
+    "Region.protections": "(self)",
+    "Region.participants": "(self)",
+    "Region.read": "(self, offset, length)",
+    "Region.write": "(self, offset, data)",
+}
+PROPERTIES = ["name", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
+ERRORS = {
+    "ShareError": (Exception, []),
+    "ProtectionError": (PermissionError, ["offset", "required", "actual", "generation", "author"]),
+    "PropagationTimeout": (TimeoutError, ["pids", "generation"]),
+    "RegionExists": (FileExistsError, []),
+    "RegionNotFound": (FileNotFoundError, []),
+    "RegionClosed": (ValueError, []),
+    "ParticipantLimit": (Exception, []),
+    "CorruptRegion": (Exception, ["field"]),
+}
+
+
+def lookup(dotted: str) -> Any:
+    found: Any = pyshare
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def plain_signature(function: Any) -> str:
+    signature = inspect.signature(function)
+    bare = [
+        parameter.replace(
+            annotation=inspect.Parameter.empty,
+            default=int(parameter.default) if isinstance(parameter.default, pyshare.Prot) else parameter.default,
+        )
+        for parameter in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize("dotted", SIGNATURES)
+def test_signature(dotted: str) -> None:
+    assert plain_signature(lookup(dotted)) == SIGNATURES[dotted]
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_property(name: str) -> None:
+    assert isinstance(inspect.getattr_static(pyshare.Region, name), property)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error(name: str) -> None:
+    base, attributes = ERRORS[name]
+    error = lookup(name)("what")
+    assert isinstance(error, pyshare.ShareError)
+    assert isinstance(error, base)
+    assert all(hasattr(error, attribute) for attribute in attributes)
+
+
+def test_protections_are_those_of_mmap() -> None:
+    import mmap
+
+    assert [pyshare.NONE, pyshare.READ, pyshare.WRITE, pyshare.READ_WRITE, pyshare.EXEC] == [
+        0, mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_EXEC,
+    ]  # fmt: skip
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    for name in pyshare.__all__:
+        thing = getattr(pyshare, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            yield name, thing
+    for name, thing in vars(pyshare.Region).items():
+        if not name.startswith("_") and (inspect.isfunction(thing) or isinstance(thing, property)):
+            yield f"Region.{name}", thing
+
+
+@pytest.mark.parametrize(("name", "thing"), list(public()))
+def test_docstring_is_a_sentence(name: str, thing: Any) -> None:
+    assert thing.__doc__, name
+    first = thing.__doc__.strip().split("\n\n")[0].split("\n")[0]
+    assert first[0].isupper() or first[0] in "`(", name
+    assert re.search(r"[.:;]", thing.__doc__.strip()), name
+
+
+def test_names_are_sorted_and_complete() -> None:
+    flat = {name for name in vars(pyshare) if not name.startswith("_") and not inspect.ismodule(getattr(pyshare, name))}
+    assert flat == set(pyshare.__all__)
