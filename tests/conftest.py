@@ -194,20 +194,19 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     return run
 
 
-def _held_elsewhere(entry: Path, ours: set[int]) -> bool:
-    """Is it a name of other people's processes on this machine?"""
+def _held_by(ours: set[int], entry: Path) -> bool:
+    """Other names are those of other people's processes on this machine, or stale."""
     with contextlib.suppress(FileNotFoundError):
         inode = entry.stat().st_ino
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        holders = {int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(f":{inode}")}
-        return bool(holders) and not holders & ours
-    return True
+        return any(lock[1] == "FLOCK" and lock[5].endswith(f":{inode}") and int(lock[4]) in ours for lock in locks)
+    return False
 
 
 def _left() -> tuple[set[int], set[str]]:
     children = {p.pid for p in psutil.Process().children(recursive=True) if "resource_tracker" not in str(p.cmdline())}
     ours = children | {os.getpid()}
-    return children, {p.name for p in Path("/dev/shm").glob("pyshare*") if not _held_elsewhere(p, ours)}
+    return children, {p.name for p in Path("/dev/shm").glob("pyshare*") if _held_by(ours, p)}
 
 
 @pytest.fixture(autouse=True)
