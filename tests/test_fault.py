@@ -407,20 +407,26 @@ def check_refusal(error: pyshare.ProtectionError, author: int) -> None:
     assert error.generation % 2 == 1, "the change that took the rights, not the one that gave them"
 
 
+def errno_of_write(region: Region, data: memoryview) -> int | None:
+    """Without a traceback, which would hold the data."""
+    try:
+        region.write(0, data)
+    except OSError as error:
+        return error.errno
+    return None
+
+
 def test_forbidden_source(region: Region) -> None:
     """Another region's page that cannot be read as the data to write: the kernel's own word for it, no crash."""
     with pyshare.create(size=16 * PAGE) as other:
         source = other.buf
         region.write(0, b"a" * 4 * PAGE)
         other.mprotect(PAGE, PAGE, NONE)
-        with pytest.raises(OSError, match="Bad address") as caught:
-            region.write(0, source[: 4 * PAGE])
-        assert caught.value.errno == errno.EFAULT
+        assert errno_of_write(region, source[: 4 * PAGE]) == errno.EFAULT
         assert region.read(0, 4 * PAGE) == bytes(PAGE) + b"a" * 3 * PAGE
         own = region.buf
         region.mprotect(8 * PAGE, PAGE, NONE)
-        with pytest.raises(OSError, match="Bad address"):
-            region.write(0, own[8 * PAGE : 9 * PAGE])
+        assert errno_of_write(region, own[8 * PAGE : 9 * PAGE]) == errno.EFAULT
         for view in (source, own):
             view.release()
 

@@ -86,7 +86,7 @@ MAY_CALL = {
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
     "change.c": {"getpid", "lseek"},
     "engine.c": {"mprotect"},
-    "fault.c": {"getpid", "mmap", "raise", "sigaction", "sigaltstack", "write"},
+    "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
     "lock.c": set(),
     "names.c": DESCRIPTORS,
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
