@@ -6,6 +6,7 @@ Synchronisation is by pipes and signals' own waits, never by sleeping.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import select
@@ -23,6 +24,15 @@ import pytest
 import pyshare
 
 PATIENCE = 60.0  # seconds after which a test gives up on something that should have happened long ago
+
+
+def pytest_configure() -> None:
+    """A /dev/shm of our own, where that is permitted: names of other programs, or of another run, do not disturb."""
+    libc = ctypes.CDLL(None)
+    new_mounts, private = 0x20000, 0x44000  # CLONE_NEWNS; MS_PRIVATE | MS_REC
+    if os.geteuid() == 0 and libc.unshare(new_mounts) == 0:
+        libc.mount(b"none", b"/", None, private, None)
+        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
