@@ -1,0 +1,432 @@
+"""Every promise at once: real processes, driven at random by hypothesis, against a plain model.
+
+An actor is a process that does what it is told over a socket.  The model is a list of pages, each with its
+protection, the change that set it and its author, and a byte of data; and who participates, and who is stopped.
+After every step each participant that runs must have, in /proc/PID/smaps, exactly the protections of the model.
+
+The steps are the same at each run; --stress looks for others, and for longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import re
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from conftest import PATIENCE
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+import pyshare
+from pyshare import NONE, READ, READ_WRITE, WRITE
+
+PAGE, PAGES, ACTORS = 4096, 9, 4
+SIZE = PAGES * PAGE - 100
+SILENCE = 0.2  # seconds that a change gives to those whom we have stopped
+
+
+# -- Actors ------------------------------------------------------------------------------------------------------------
+
+
+class Actor:
+    """A process that calls pyshare for us."""
+
+    def __init__(self, pid: int, link: socket.socket, *, child: bool) -> None:
+        self.pid, self.link, self.child = pid, link, child
+        self.pidfd = os.pidfd_open(pid)
+        self.attached = self.stopped = False
+        self.address = 0
+        link.settimeout(PATIENCE)
+
+    @classmethod
+    def start(cls) -> Actor:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those whom it forks are not for us to reap
+                serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+        return cls(pid, ours, child=True)
+
+    def tell(self, *order: object) -> None:
+        self.link.send(pickle.dumps(order))
+
+    def hear(self) -> Any:
+        """The result; what the call raised is raised here."""
+        message, descriptors, _, _ = socket.recv_fds(self.link, 1 << 16, 1)
+        assert message, f"actor {self.pid} is gone"
+        result = pickle.loads(message)
+        if isinstance(result, BaseException):
+            raise result
+        return Actor(result, socket.socket(fileno=descriptors[0]), child=False) if descriptors else result
+
+    def ask(self, *order: object) -> Any:
+        self.tell(*order)
+        return self.hear()
+
+    def kill(self) -> None:
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        assert select.select([self.pidfd], [], [], PATIENCE)[0], f"actor {self.pid} does not die"
+        if self.child:
+            os.waitpid(self.pid, 0)
+        self.link.close()
+        os.close(self.pidfd)
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        until(lambda: all(state == "T" for state in self._states()))
+        self.stopped = True
+
+    def _states(self) -> list[str]:
+        return [path.read_text().rsplit(")", 1)[1].split()[0] for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        self.stopped = False
+
+    def protections(self) -> list[int]:
+        """What the kernel says of each page."""
+        found: dict[int, int] = {}
+        for begin, end, flags in re.findall(r"^(\w+)-(\w+) ([r-][w-][x-])s ", self._smaps(), re.M):
+            bits = sum(bit for bit, flag in zip((1, 2, 4), flags, strict=True) if flag != "-")
+            found |= dict.fromkeys(range(int(begin, 16), int(end, 16), PAGE), bits)
+        return [found.get(self.address + page * PAGE, -1) for page in range(PAGES)]
+
+    def _smaps(self) -> str:
+        return Path(f"/proc/{self.pid}/smaps").read_text()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Asks until it is so; what it asks takes its time, so nobody sleeps."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+
+
+def serve(link: socket.socket) -> None:
+    """An actor's life: orders are method names of this module's `Calls`."""
+    os.closerange(3, link.fileno())
+    os.closerange(link.fileno() + 1, 1 << 16)
+    calls = Calls(link)
+    while message := calls.link.recv(1 << 16):
+        name, *arguments = pickle.loads(message)
+        try:
+            result = getattr(calls, name)(*arguments)
+        except (pyshare.ShareError, OSError) as error:
+            result = error
+        if result is not calls:
+            calls.link.send(pickle.dumps(result))
+    os._exit(0)
+
+
+class Calls:
+    """What an actor can be told to do."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.link = link
+        self.region: Any = None
+        self.view: Any = None
+
+    def create(self, name: str) -> int:
+        self.region = pyshare.create(name, size=SIZE, max_participants=3 * ACTORS)
+        return self._begin()
+
+    def attach(self, name: str) -> int:
+        self.region = pyshare.attach(name)
+        return self._begin()
+
+    def _begin(self) -> int:
+        self.view = self.region.buf
+        return int(self.region.address)
+
+    def close(self) -> None:
+        self.view = None
+        self.region.close()
+
+    def mprotect(self, first: int, count: int, prot: int, timeout: float) -> int:
+        length = min(count * PAGE, SIZE - first * PAGE)
+        return int(self.region.mprotect(first * PAGE, length, prot, timeout=timeout))
+
+    def read(self, page: int) -> int:
+        return int(self.region.read(page * PAGE, 1)[0])
+
+    def write(self, page: int, value: int) -> None:
+        self.region.write(page * PAGE, bytes([value]))
+
+    def store(self, page: int, value: int) -> None:
+        self.view[page * PAGE] = value
+
+    def facts(self) -> tuple[int, list[int], dict[int, int]]:
+        """Generation; protections by page; participants that live, and what they have applied."""
+        region = self.region
+        pages = [int(region.protection(page * PAGE)) for page in range(PAGES)]
+        return region.generation, pages, {one.pid: one.applied for one in region.participants() if one.alive}
+
+    def lose_descriptors(self) -> None:
+        os.closerange(3, self.link.fileno())
+        os.closerange(self.link.fileno() + 1, 1 << 16)
+
+    def fork(self) -> Calls:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self.link.close()
+            self.link = theirs
+        else:
+            socket.send_fds(self.link, [pickle.dumps(pid)], [ours.fileno()])
+            ours.close()
+            theirs.close()
+        return self  # no reply but this one
+
+
+# -- The model ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class PageModel:
+    prot: int = READ_WRITE
+    generation: int = 0
+    author: int = 0
+    value: int = 0
+
+
+WHO = st.integers(0, ACTORS - 1)  # of those whom a step may take
+PAGE_OF, FEW, PROT, BYTE = st.integers(0, PAGES - 1), st.integers(1, PAGES), st.integers(0, 3), st.integers(1, 255)
+
+
+def step(*, where: Callable[[Machine], object], **drawn: st.SearchStrategy[int]) -> Callable[[Any], Any]:
+    """A rule of the machine that is possible where `where` is true."""
+    return lambda function: precondition(where)(rule(**drawn)(function))
+
+
+def one_of(actors: list[Actor], who: int) -> Actor:
+    return actors[who % len(actors)]
+
+
+class Machine(RuleBasedStateMachine):
+    """The processes that there are, and what must be true of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = f"machine-{os.getpid()}"
+        self.actors: list[Actor] = []
+        self.generation = 0
+        self.pages: list[PageModel] = []
+
+    def teardown(self) -> None:
+        for actor in self.actors:
+            actor.kill()
+        assert self.name not in pyshare.names()
+
+    # Who there is
+
+    def running(self) -> list[Actor]:
+        return [actor for actor in self.actors if not actor.stopped]
+
+    def stopped(self) -> list[Actor]:
+        return [actor for actor in self.actors if actor.stopped]
+
+    def outside(self) -> list[Actor]:
+        return [actor for actor in self.running() if not actor.attached]
+
+    def attached(self) -> list[Actor]:
+        return [actor for actor in self.actors if actor.attached]
+
+    def users(self) -> list[Actor]:
+        return [actor for actor in self.running() if actor.attached]
+
+    def silent(self) -> set[int]:
+        return {actor.pid for actor in self.stopped() if actor.attached}
+
+    # Coming and going
+
+    @step(where=lambda self: len(self.actors) < ACTORS)
+    def start(self) -> None:
+        self.actors.append(Actor.start())
+
+    @step(where=outside, who=WHO)
+    def join(self, who: int) -> None:
+        """Creates where there is nothing, attaches where there is; the other is refused."""
+        actor = one_of(self.outside(), who)
+        if self.attached():
+            with pytest.raises(pyshare.RegionExists):
+                actor.ask("create", self.name)
+            actor.address = actor.ask("attach", self.name)
+        else:
+            with pytest.raises(pyshare.RegionNotFound):
+                actor.ask("attach", self.name)
+            actor.address = actor.ask("create", self.name)
+            self.generation, self.pages = 0, [PageModel(author=actor.pid) for _ in range(PAGES)]
+        actor.attached = True
+
+    @step(where=lambda self: self.running() and len(self.actors) < ACTORS, who=WHO)
+    def fork(self, who: int) -> None:
+        """Promise 6: the child is a participant, at the same address."""
+        actor = one_of(self.running(), who)
+        child = actor.ask("fork")
+        child.attached, child.address = actor.attached, actor.address
+        self.actors.append(child)
+        if child.attached:
+            assert child.pid in child.ask("facts")[2]
+
+    @step(where=users, who=WHO)
+    def close(self, who: int) -> None:
+        actor = one_of(self.users(), who)
+        actor.ask("close")
+        actor.attached = False
+        assert actor.protections() == [-1] * PAGES
+
+    @step(where=lambda self: self.actors, who=WHO)
+    def kill(self, who: int) -> None:
+        self.bury(one_of(self.actors, who))
+
+    def bury(self, actor: Actor) -> None:
+        self.actors.remove(actor)
+        actor.kill()
+
+    @step(where=users, who=WHO)
+    def lose_descriptors(self, who: int) -> None:
+        """Promise 10."""
+        one_of(self.users(), who).ask("lose_descriptors")
+
+    @step(where=running, who=WHO)
+    def stop(self, who: int) -> None:
+        one_of(self.running(), who).stop()
+
+    @step(where=stopped, who=WHO)
+    def resume(self, who: int) -> None:
+        actor = one_of(self.stopped(), who)
+        actor.resume()
+        if actor.attached:
+            self.catch_up(actor)
+
+    def catch_up(self, actor: Actor) -> None:
+        until(lambda: actor.ask("facts")[2][actor.pid] == self.generation)
+
+    # Changing
+
+    def changed(self, author: Actor, first: int, count: int, prot: int) -> None:
+        self.generation += 1
+        for page in self.pages[first : first + count]:
+            page.prot, page.generation, page.author = prot, self.generation, author.pid
+
+    @step(where=users, who=WHO, first=PAGE_OF, count=FEW, prot=PROT)
+    def mprotect(self, who: int, first: int, count: int, prot: int) -> None:
+        """With everybody, or, where somebody is stopped, committed without him (promise 7)."""
+        actor, silent, count = one_of(self.users(), who), self.silent(), min(count, PAGES - first)
+        if not silent:
+            generation = actor.ask("mprotect", first, count, prot, PATIENCE)
+        else:
+            with pytest.raises(pyshare.PropagationTimeout) as timeout:
+                actor.ask("mprotect", first, count, prot, SILENCE)
+            generation = timeout.value.generation
+            # On a busy machine somebody who runs may have been late too; that one must follow.
+            assert silent <= set(timeout.value.pids) <= {other.pid for other in self.attached()}
+        self.changed(actor, first, count, prot)
+        assert generation == self.generation
+        for late in self.users() if silent else []:
+            self.catch_up(late)
+
+    @step(where=lambda self: len(self.users()) > 1 and not self.silent(), who=WHO, first=PAGE_OF, count=FEW, prot=PROT)
+    def kill_a_caller(self, who: int, first: int, count: int, prot: int) -> None:
+        """Promise 5: in its change, or before or after it: all of that is made, or nothing."""
+        victim, count = one_of(self.users(), who), min(count, PAGES - first)
+        victim.tell("mprotect", first, count, prot, PATIENCE)
+        self.bury(victim)
+        survivor = one_of(self.users(), who)
+        generation = survivor.ask("mprotect", PAGES - 1, 1, READ, PATIENCE)
+        if generation == self.generation + 2:
+            self.changed(victim, first, count, prot)
+        self.changed(survivor, PAGES - 1, 1, READ)
+        assert generation == self.generation
+
+    # Using
+
+    def refused(self, number: int, need: int, call: Callable[[], object]) -> None:
+        page = self.pages[number]
+        with pytest.raises(pyshare.ProtectionError) as caught:
+            call()
+        error = caught.value
+        assert (error.offset, error.required, error.actual) == (number * PAGE, need, page.prot)
+        assert (error.generation, error.author) == (page.generation, page.author)
+
+    @step(where=users, who=WHO, number=PAGE_OF)
+    def read(self, who: int, number: int) -> None:
+        actor, page = one_of(self.users(), who), self.pages[number]
+        if page.prot == NONE:
+            self.refused(number, READ, lambda: actor.ask("read", number))
+        else:  # on x86-64 what can be written can be read
+            assert actor.ask("read", number) == page.value
+
+    @step(where=users, who=WHO, number=PAGE_OF, value=BYTE)
+    def write(self, who: int, number: int, value: int) -> None:
+        actor, page = one_of(self.users(), who), self.pages[number]
+        if page.prot & WRITE:
+            actor.ask("write", number, value)
+            page.value = value
+        else:
+            self.refused(number, WRITE, lambda: actor.ask("write", number, value))
+
+    @step(where=users, who=WHO, number=PAGE_OF, value=BYTE)
+    def store(self, who: int, number: int, value: int) -> None:
+        """Through a memoryview made at the join: it goes through, or ends the process."""
+        actor, page = one_of(self.users(), who), self.pages[number]
+        if page.prot & WRITE:
+            actor.ask("store", number, value)
+            page.value = value
+        else:
+            actor.tell("store", number, value)
+            assert select.select([actor.pidfd], [], [], PATIENCE)[0], "a forbidden store went through"
+            self.bury(actor)
+
+    # Always
+
+    @invariant()
+    def page_tables_follow(self) -> None:
+        """Promises 1 and 2."""
+        for actor in self.users():
+            assert actor.protections() == [page.prot for page in self.pages]
+
+    @invariant()
+    def participants_agree(self) -> None:
+        """Promise 3, and who takes part."""
+        for actor in self.users():
+            generation, pages, applied = actor.ask("facts")
+            assert generation == self.generation
+            assert pages == [page.prot for page in self.pages]
+            assert set(applied) == {other.pid for other in self.attached()}
+            assert all(applied[other.pid] == generation for other in self.users())
+
+    @invariant()
+    def name_leads_to_holders(self) -> None:
+        """Promise 8."""
+        assert (self.name in pyshare.names()) == bool(self.attached())
+
+
+def test_promises_against_the_model(stress: bool) -> None:
+    run_state_machine_as_test(
+        Machine,
+        settings=hypothesis.settings(
+            max_examples=1000 if stress else 25,
+            stateful_step_count=60 if stress else 40,
+            deadline=None,
+            derandomize=not stress,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+            print_blob=True,
+        ),
+    )
