@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Child, idle
-from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, tell, until, word
+from conftest import PATIENCE, Child, idle, until
+from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, tell, word
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, Region

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import PATIENCE, Child, idle
+from conftest import PATIENCE, Child, idle, until
 from kernel import (
     LOCK,
     PAGE,
@@ -29,7 +29,6 @@ from kernel import (
     mapped,
     region_at,
     tell,
-    until,
     word,
 )
 
