@@ -19,15 +19,15 @@ cdef extern from "peers.h" nogil:
         PEERS_MAX
     struct peers_board:
         int32_t *pids
-    peers_board *peers_board_create(void *address, size_t length)
+    peers_board *peers_board_create(void *address, size_t length, void *cells)
     void peers_board_free(peers_board *board)
     int peers_die_with(int32_t parent)
     int peers_protect(peers_board *board, int32_t prot)
-    void peers_work(peers_board *board, unsigned char *cell)
+    void peers_work(peers_board *board, uint32_t thread)
     int peers_set_storing(peers_board *board, uint32_t threads)
     int peers_signal_listen(peers_board *board)
     int64_t peers_signal_change(peers_board *board, uint32_t count, int32_t prot)
-    void peers_floor_serve(peers_board *board)
+    void peers_floor_serve(peers_board *board, uint32_t threads)
     int64_t peers_floor_change(peers_board *board, int32_t prot)
 
 
@@ -51,17 +51,15 @@ cdef class Board:
     """
 
     cdef peers_board *board
-    cdef unsigned char *cells
     cdef uint32_t count
 
     def __cinit__(self, memory, size_t offset, size_t length, size_t cells) -> None:
-        """The pages are `length` bytes from `offset`; working threads store from `cells` on."""
+        """The pages are `length` bytes from `offset`; working threads store to the page at `cells`."""
         cdef Py_buffer view
         PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE)
         cdef unsigned char *start = <unsigned char *>view.buf
         PyBuffer_Release(&view)
-        self.cells = start + cells
-        self.board = peers_board_create(start + offset, length)
+        self.board = peers_board_create(start + offset, length, start + cells)
         if self.board is NULL:
             raise MemoryError
         self.count = 0
@@ -74,10 +72,10 @@ cdef class Board:
         """The pages have the protection in this process."""
         checked(peers_protect(self.board, prot))
 
-    def work(self, size_t cell) -> None:
-        """Sleeps, or stores to one cell while told to; does not return."""
+    def work(self, uint32_t thread) -> None:
+        """Sleeps, or stores to a cell of its own while told to; does not return."""
         with nogil:
-            peers_work(self.board, self.cells + cell)
+            peers_work(self.board, thread)
 
     def set_storing(self, uint32_t threads) -> None:
         """So many working threads are told to store; with 0, all are told to stop."""
@@ -102,10 +100,10 @@ cdef class Board:
             elapsed = peers_signal_change(self.board, self.count, prot)
         return checked(elapsed)
 
-    def floor_serve(self) -> None:
-        """Changes the protection in this process whenever asked; does not return."""
+    def floor_serve(self, uint32_t threads) -> None:
+        """Changes the protection in this process when asked, while so many threads work; does not return."""
         with nogil:
-            peers_floor_serve(self.board)
+            peers_floor_serve(self.board, threads)
 
     def floor_change(self, int32_t prot) -> int:
         """The serving process has the protection; returns the ns that its mprotect took."""

@@ -19,7 +19,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SPIN 2000 /* looks at the answers before sleeping, where every participant has a CPU; as the core does */
+#define PAGE 4096u
+#define LINE 64u     /* of the cache: a cell each */
+#define SPIN 2000    /* looks at the answers before sleeping, where every participant has a CPU; as the core does */
+#define LOOKS 500000 /* at a working thread's cell: some ms */
 
 static struct peers_board *heard; /* the board of this process's signal handler */
 
@@ -29,13 +32,14 @@ static int64_t now(void) {
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-struct peers_board *peers_board_create(void *address, size_t length) {
+struct peers_board *peers_board_create(void *address, size_t length, void *cells) {
     cpu_set_t cpus;
     struct peers_board *board = mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (board == MAP_FAILED)
         return NULL;
     board->address = address;
     board->length = length;
+    board->cells = cells;
     board->cpus = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (uint32_t)CPU_COUNT(&cpus);
     sem_init(&board->done, 1, 0);
     sem_init(&board->asked, 1, 0);
@@ -62,7 +66,12 @@ static void sleep_until_posted(sem_t *semaphore) {
         ;
 }
 
-void peers_work(struct peers_board *board, volatile unsigned char *cell) {
+static volatile unsigned char *cell_of(struct peers_board *board, uint32_t thread) {
+    return board->cells + thread * LINE % PAGE;
+}
+
+void peers_work(struct peers_board *board, uint32_t thread) {
+    volatile unsigned char *cell = cell_of(board, thread);
     for (;;) {
         sleep_until_posted(&board->work);
         while (atomic_load_explicit(&board->storing, memory_order_relaxed))
@@ -129,12 +138,22 @@ int64_t peers_signal_change(struct peers_board *board, uint32_t count, int32_t p
 
 /* -- The floors ------------------------------------------------------------------------------------------------ */
 
-void peers_floor_serve(struct peers_board *board) {
+/* Until every working thread has stored once more; or not, where the machine is that busy. */
+static void await_work(struct peers_board *board, uint32_t threads) {
+    for (uint32_t thread = 0; thread < threads; thread++) {
+        volatile unsigned char *cell = cell_of(board, thread), before = *cell;
+        for (int i = 0; i < LOOKS && *cell == before; i++)
+            __builtin_ia32_pause();
+    }
+}
+
+void peers_floor_serve(struct peers_board *board, uint32_t threads) {
     for (;;) {
         sleep_until_posted(&board->asked);
         /* To and fro first, so that code and page tables are in the caches: this is to be a floor. */
         peers_protect(board, board->prot);
         peers_protect(board, board->prot ^ PROT_WRITE);
+        await_work(board, threads);
         int64_t start = now();
         int rc = peers_protect(board, board->prot);
         board->elapsed = now() - start;

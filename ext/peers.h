@@ -20,6 +20,7 @@ struct peers_board {
     /* The change.  Written by the caller before it calls anybody. */
     void *address;
     size_t length;
+    volatile unsigned char *cells; /* a page to which working threads store */
     int32_t prot;
     int32_t pids[PEERS_MAX];
     uint32_t cpus; /* that these processes may use */
@@ -34,23 +35,24 @@ struct peers_board {
     sem_t work;
 };
 
-struct peers_board *peers_board_create(void *address, size_t length); /* NULL, and errno */
-void peers_board_free(struct peers_board *board);                     /* the pages stay the caller's */
+struct peers_board *peers_board_create(void *address, size_t length, void *cells); /* NULL, and errno */
+void peers_board_free(struct peers_board *board);                                  /* the pages stay the caller's */
 
 /* This process is killed when the thread that forked it goes; -ESRCH if `parent` went before. */
 int peers_die_with(int32_t parent);
 int peers_protect(struct peers_board *board, int32_t prot);
 
-/* A working thread: sleeps, or stores to *cell while it is told to, until its process is killed. */
-_Noreturn void peers_work(struct peers_board *board, volatile unsigned char *cell);
+/* A working thread: sleeps, or stores to a cell of its own while it is told to, until its process is killed. */
+_Noreturn void peers_work(struct peers_board *board, uint32_t thread);
 int peers_set_storing(struct peers_board *board, uint32_t threads); /* 0: stop */
 
 /* The signal broadcast: SIGUSR1 to every pid; each handler calls mprotect and counts down. */
 int peers_signal_listen(struct peers_board *board);
 int64_t peers_signal_change(struct peers_board *board, uint32_t count, int32_t prot);
 
-/* A floor: one process that calls mprotect when asked, on warm caches, and says how long the call took. */
-_Noreturn void peers_floor_serve(struct peers_board *board);
+/* A floor: one process that calls mprotect when asked, on warm caches and while so many working threads of its own
+ * run, and says how long the call took. */
+_Noreturn void peers_floor_serve(struct peers_board *board, uint32_t threads);
 int64_t peers_floor_change(struct peers_board *board, int32_t prot);
 
 #endif

@@ -53,18 +53,43 @@ static void take(struct ps_region *region, uint32_t index) {
     publish_use(region, index + 1);
 }
 
-int ps_slot_claim(struct ps_region *region, int own) {
+/* Its owner is on the way out, and the kernel has not let go of its memory, and so of its byte, yet. */
+static bool leaving(struct ps_region *region, uint32_t index) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    enum ps_state state = ps_state_of(atomic_load_explicit(&slot->status, memory_order_acquire));
+    return state == PS_FREE || state == PS_DEAD ||
+           atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
+}
+
+/* 1: a slot is ours; 0: none is free, but one is going to be; or an error. */
+static int claim_any(struct ps_region *region, int own) {
+    int rest = PS_EFULL;
     for (uint32_t index = 0; index < region->shape.slots; index++) {
         int rc = ps_sys_ofd_take(own, index);
-        if (rc == -EAGAIN)
-            continue;
-        if (rc)
+        if (!rc) {
+            take(region, index);
+            return 1;
+        }
+        if (rc != -EAGAIN)
             return rc;
-        take(region, index);
-        PS_POINT(J1_claim);
-        return 0;
+        if (leaving(region, index))
+            rest = 0;
     }
-    return PS_EFULL;
+    return rest;
+}
+
+int ps_slot_claim(struct ps_region *region, int own) {
+    _Atomic uint32_t nobody_wakes = 0;
+    int rc;
+    while (!(rc = claim_any(region, own))) {
+        if (ps_sys_now() >= region->join_deadline)
+            return PS_EFULL;
+        ps_sys_wait((struct ps_watch){&nobody_wakes, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+    }
+    if (rc < 0)
+        return rc;
+    PS_POINT(J1_claim);
+    return 0;
 }
 
 void ps_slot_live(struct ps_region *region) {

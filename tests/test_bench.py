@@ -110,11 +110,14 @@ def test_nothing_is_left_when_it_is_interrupted(number: signal.Signals) -> None:
     environment = {**os.environ, "FORCE_COLOR": "1"}  # the progress bar shows when it measures
     with subprocess.Popen(BENCH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
-        seen = b""
-        while b"1 participants" not in seen:
-            seen += os.read(process.stdout.fileno(), 1 << 16)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=PATIENCE)  # to the end of the pipe: they are gone
+        try:
+            seen = b""
+            while b"1 participants" not in seen:
+                seen += os.read(process.stdout.fileno(), 1 << 16)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=PATIENCE)  # to the end of the pipe: they are gone
+        finally:
+            process.kill()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert errors == b""
 
