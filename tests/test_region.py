@@ -603,6 +603,24 @@ def test_the_interpreter_ends_while_daemon_threads_store(code: int, run_python: 
         assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
 
 
+FILLING = """
+import ctypes, threading, pyshare
+size = 1 << 27
+region = pyshare.create(size=size)
+filling = threading.Event()
+def fill(address):
+    filling.set()
+    ctypes.memset(address, 1, size)  # without the GIL, and without a reference to the region
+threading.Thread(target=fill, args=(region.address,), daemon=True).start()
+filling.wait()
+"""
+
+
+def test_the_interpreter_ends_while_a_native_thread_stores(run_python: RunPython) -> None:
+    ran = run_python(FILLING)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
 def test_exec_is_clean(region: Region, run_python: RunPython) -> None:
     ran = run_python(
         """
