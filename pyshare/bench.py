@@ -168,8 +168,8 @@ class Contender:
         self.listen()
 
     def work(self, thread: int) -> None:
-        """The life of a working thread; each has a cache line of its own."""
-        self.board.work((self.index * self.threads + thread) * 64 % PAGE)
+        """The life of a working thread."""
+        self.board.work(self.index * self.threads + thread)
 
     def listen(self) -> None:
         """The life of a participant's main thread."""
@@ -205,7 +205,7 @@ class OneThread(Contender):
 
     def listen(self) -> None:
         os.sched_setaffinity(0, self.cpus[:1])
-        self.board.floor_serve()
+        self.board.floor_serve(self.threads)
 
     def change(self, prot: int) -> int:
         return self.board.floor_change(prot)
