@@ -24,6 +24,7 @@ from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import errno
+import operator
 import os
 import sys
 
@@ -32,6 +33,10 @@ from pyshare import _errors
 cdef extern from "sys.h" nogil:
     int64_t PS_NEVER
     int64_t ps_sys_now()
+
+cdef extern from "participant.h":
+    enum:
+        PS_PAGE_SIZE "PS_PAGE"
 
 cdef extern from "core.h" nogil:
     enum:
@@ -136,6 +141,51 @@ def deadline_of(timeout):
     if timeout > 1e9:
         return INT64_MAX
     return ps_sys_now() + int(timeout * 1_000_000_000)
+
+
+# Arguments: a wrong one raises before anything is changed, with what was given and what was expected.
+
+def index_of(value):
+    """The integer; None if it is none, or a bool, which is a mistake wherever a number is expected."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def integer(value, str what):
+    number = index_of(value)
+    if number is None:
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    return number
+
+
+def protection_bits(prot):
+    bits = index_of(prot)
+    if bits is None:
+        raise TypeError(f"prot must be a Prot or an int of mmap.PROT_* bits, not {prot!r}")
+    if bits < 0 or bits > 7:
+        raise ValueError(f"prot {prot!r} has unknown bits; expected a combination of READ, WRITE and EXEC, or NONE")
+    return bits
+
+
+cdef check_pages(offset, length, size):
+    """A range of whole pages, or up to the region's end."""
+    if offset < 0 or offset % PS_PAGE_SIZE:
+        raise ValueError(f"offset must be a multiple of the page size {PAGE_SIZE}, not {offset}")
+    if length <= 0:
+        raise ValueError(f"length must be more than 0 bytes, not {length}")
+    end = offset + length
+    if end > size and end > (size + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE * PS_PAGE_SIZE:
+        raise ValueError(f"the range {offset} to {end} ends behind the region's {size} bytes")
+    if end % PS_PAGE_SIZE and end != size:
+        raise ValueError(
+            f"a range ends at a multiple of the page size {PAGE_SIZE} or at the region's size {size}; "
+            f"{offset} + {length} = {end} is neither")
 
 
 cdef raise_code(int code, str doing, str field=None):
@@ -335,13 +385,18 @@ cdef class Handle:
 
     # -- Protection --
 
-    def _change(self, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline):
+    def _change(self, offset, length, prot, timeout, size):
         cdef ps_outcome outcome
         cdef int rc
+        offset, length = integer(offset, "offset"), integer(length, "length")
+        check_pages(offset, length, size)
+        cdef uint64_t first = offset, bytes = length
+        cdef uint32_t bits = protection_bits(prot)
+        cdef int64_t deadline = deadline_of(timeout)
         self.enter("mprotect")
         try:
             with nogil:
-                rc = ps_change(self.region, offset, length, prot, deadline, &outcome)
+                rc = ps_change(self.region, first, bytes, bits, deadline, &outcome)
             while rc == PS_ESIGNAL:
                 # Whatever was published is committed, and nothing is locked: the handler may do as it likes.
                 PyErr_CheckSignals()
@@ -349,7 +404,7 @@ cdef class Handle:
                     if outcome.generation:
                         rc = ps_await(self.region, outcome.generation, deadline, &outcome)
                     else:
-                        rc = ps_change(self.region, offset, length, prot, deadline, &outcome)
+                        rc = ps_change(self.region, first, bytes, bits, deadline, &outcome)
             if outcome.error:
                 late = ", ".join(map(str, pids_of(&outcome)))
                 error = OSError(outcome.error, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it "

@@ -38,7 +38,7 @@
 
 #define GRACE (20 * PS_MS)      /* how long a change goes on after a signal before it is closed for the handler */
 #define PATIENCE (1000 * PS_MS) /* ... and without one: a signal that came while we did not sleep is not seen here */
-#define SPIN 500           /* looks at an acknowledgement before sleeping; some 10 µs */
+#define SPIN 500                /* looks at an acknowledgement before sleeping; some 10 µs */
 
 /* -- The map -------------------------------------------------------------------------------------------------- */
 
@@ -296,7 +296,7 @@ static int await_all(struct ps_region *region, struct waiting *waiting) {
     struct ps_outcome *outcome = waiting->outcome;
     uint32_t used = ps_slots_used(region);
     outcome->silent = 0;
-    waiting->spins = used <= (uint32_t)ps_sys_cpus() ? SPIN : 0;
+    waiting->spins = used <= region->cpus ? SPIN : 0;
     for (uint32_t index = 0; index < used; index++)
         if (!await_slot(region, index, waiting))
             outcome->pids[outcome->silent++] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
@@ -348,6 +348,7 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
     else
         PS_POINT(U3_publish);
     wake_others(region);
+    ps_fault_install(); /* while the others are at it */
     ps_agent_follow(region, generation);
 }
 
@@ -410,7 +411,7 @@ static void begin(struct ps_region *region, uint64_t first, uint64_t count, uint
     atomic_store_explicit(&record->prot, prot, memory_order_relaxed);
     atomic_store_explicit(&record->first, first, memory_order_relaxed);
     atomic_store_explicit(&record->count, count, memory_order_relaxed);
-    atomic_store_explicit(&record->author, (uint32_t)getpid(), memory_order_relaxed);
+    atomic_store_explicit(&record->author, region->pid, memory_order_relaxed);
     atomic_store_explicit(&record->time, ps_sys_boottime(), memory_order_relaxed);
     /* release: whoever finds the record open finds these arguments and a frozen `old`. */
     atomic_store_explicit(&record->attempt, atomic_load_explicit(&header->generation, memory_order_relaxed) + 1,
@@ -440,7 +441,6 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
     uint32_t blocker;
     outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
-    ps_fault_install();
     struct waiting waiting = patient(deadline, outcome);
     int rc = ps_lock(region, waiting.deadline, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {

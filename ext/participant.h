@@ -77,6 +77,7 @@ struct ps_region {
     struct ps_robust robust;
 
     uint32_t slot, epoch; /* epoch 0: no slot */
+    uint32_t pid, cpus;   /* as of the join: this process, and how many CPUs it may use */
 
     _Atomic uint32_t page_lock;  /* 0 free, 1 held, 2 held and waited for */
     _Atomic uint64_t applied;    /* under page_lock: the last generation that our page tables follow */

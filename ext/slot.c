@@ -46,7 +46,9 @@ static void take(struct ps_region *region, uint32_t index) {
     atomic_store_explicit(&slot->claim, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->flags, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->capabilities, 0, memory_order_relaxed);
-    atomic_store_explicit(&slot->pid, (uint32_t)getpid(), memory_order_relaxed);
+    region->pid = (uint32_t)getpid();
+    region->cpus = (uint32_t)ps_sys_cpus();
+    atomic_store_explicit(&slot->pid, region->pid, memory_order_relaxed);
     atomic_store_explicit(&slot->tid, (uint32_t)region->tid, memory_order_relaxed);
     atomic_store_explicit(&slot->start, ps_sys_start_time(getpid()), memory_order_relaxed);
     atomic_store_explicit(&slot->pidns, ps_sys_pid_namespace(), memory_order_relaxed);

@@ -13,7 +13,6 @@ import dataclasses
 import enum
 import errno
 import mmap
-import operator
 import os
 import warnings
 from collections.abc import Iterator
@@ -60,32 +59,6 @@ def set_default_timeout(seconds: float | None) -> None:
 
 def _deadline(timeout: Timeout) -> int:
     return _core.deadline_of(_default_timeout if isinstance(timeout, _Default) else timeout)
-
-
-def _index(value: SupportsIndex) -> int | None:
-    """The integer; None if it is none, or a bool, which is a mistake wherever a number is expected."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _integer(value: SupportsIndex, what: str) -> int:
-    number = _index(value)
-    if number is None:
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    return number
-
-
-def _protection(prot: int) -> int:
-    bits = _index(prot)
-    if bits is None:
-        raise TypeError(f"prot must be a Prot or an int of mmap.PROT_* bits, not {prot!r}")
-    if bits & ~0b111 or bits < 0:
-        raise ValueError(f"prot {prot!r} has unknown bits; expected a combination of READ, WRITE and EXEC, or NONE")
-    return bits
 
 
 def _check_engine(engine: str) -> None:
@@ -236,22 +209,6 @@ class Region(_core.Handle):
 
     # -- Protection ------------------------------------------------------------------------------------------------
 
-    def _pages(self, offset: int, length: int) -> tuple[int, int]:
-        offset, length = _integer(offset, "offset"), _integer(length, "length")
-        if offset < 0 or offset % self.page_size:
-            raise ValueError(f"offset must be a multiple of the page size {self.page_size}, not {offset}")
-        if length <= 0:
-            raise ValueError(f"length must be more than 0 bytes, not {length}")
-        end = offset + length
-        if end > self._size and end > -(-self._size // self.page_size) * self.page_size:
-            raise ValueError(f"the range {offset} to {end} ends behind the region's {self._size} bytes")
-        if end % self.page_size and end != self._size:
-            raise ValueError(
-                f"a range ends at a multiple of the page size {self.page_size} or at the region's size {self._size}; "
-                f"{offset} + {length} = {end} is neither"
-            )
-        return offset, length
-
     def mprotect(self, offset: int, length: int, prot: int, *, timeout: Timeout = DEFAULT) -> int:
         """Every participant has the new protection of these pages when this returns; the change's generation.
 
@@ -267,12 +224,11 @@ class Region(_core.Handle):
             KeyboardInterrupt: after Ctrl-C; if the change was published it is made, as after a timeout.
             RegionClosed, CorruptRegion, ParticipantLimit.
         """
-        offset, length = self._pages(offset, length)
-        return int(self._change(offset, length, _protection(prot), _deadline(timeout)))
+        return self._change(offset, length, prot, _default_timeout if timeout is DEFAULT else timeout, self._size)
 
     def protection(self, offset: int) -> Prot:
         """The protection of the page that holds this byte, as it was asked for."""
-        offset = _integer(offset, "offset")
+        offset = _core.integer(offset, "offset")
         if not 0 <= offset < self._size:
             raise ValueError(f"offset must be in 0 to {self._size - 1}, not {offset}")
         return Prot(self._protection(offset // self.page_size))
@@ -301,7 +257,7 @@ class Region(_core.Handle):
             ProtectionError: a page of the range may not be read.
             ValueError: a range outside the region.
         """
-        offset, length = _integer(offset, "offset"), _integer(length, "length")
+        offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
         if offset < 0 or length < 0 or offset + length > self._size:
             raise ValueError(
                 f"the range of {length} bytes at offset {offset} is not inside the region's {self._size} bytes"
@@ -316,7 +272,7 @@ class Region(_core.Handle):
                 came between: then the pages before the one that the error names are.
             ValueError: a range outside the region.
         """
-        offset = _integer(offset, "offset")
+        offset = _core.integer(offset, "offset")
         if not 0 <= offset <= self._size:
             raise ValueError(f"offset must be in 0 to {self._size}, not {offset}")
         self._write(offset, data, self._size)
@@ -363,15 +319,15 @@ def create(
         ValueError, TypeError: a wrong argument.
         OSError: what the kernel refuses: EMFILE, ENOMEM, ENOSPC.
     """
-    size, bits = _integer(size, "size"), _protection(prot)
+    size, bits = _core.integer(size, "size"), _core.protection_bits(prot)
     if name is not None:
         _names.check(name)
     if not 0 < size <= 1 << 45:
         raise ValueError(f"size must be 1 to 2**45 bytes, not {size}")
-    mode = _integer(mode, "mode")
+    mode = _core.integer(mode, "mode")
     if mode & ~0o777 or mode & 0o600 != 0o600:
         raise ValueError(f"mode must be permission bits that include 0o600, which participants need, not {mode:#o}")
-    max_participants = _integer(max_participants, "max_participants")
+    max_participants = _core.integer(max_participants, "max_participants")
     if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
         raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
     _check_engine(engine)
@@ -409,7 +365,7 @@ def _lead(name_or_fd: str | SupportsIndex, deadline: int) -> Iterator[tuple[int,
         with _names.found(_names.check(name_or_fd), deadline) as lead:
             yield lead
         return
-    fd = _index(name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else name_or_fd)
+    fd = _core.index_of(name_or_fd.fileno() if hasattr(name_or_fd, "fileno") else name_or_fd)
     if fd is None:
         raise TypeError(f"expected a region's name (str), or a descriptor (int), not {name_or_fd!r}")
     if not 0 <= fd < 1 << 31:
