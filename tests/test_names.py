@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Child
+from conftest import Child, until
 
 import pyshare
 from pyshare import READ, Region
@@ -450,6 +450,34 @@ def test_a_read_only_descriptor_gives_another_user_what_the_mode_says(mode: int,
 
 
 # -- All at once -------------------------------------------------------------------------------------------------------
+
+
+def race_for(child: Child, name: str) -> None:
+    """Each time the other side says so: tries to make it, tells whether it did, and closes it at the next word."""
+    while child.hear() == "go":
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(pyshare.create(name, size=PAGE))
+                child.say("made")
+            except pyshare.RegionExists:
+                child.say("exists")
+            child.hear()
+
+
+def test_one_of_many_gets_a_stale_name(fork: Fork) -> None:
+    racers = [fork(lambda child: race_for(child, "stale")) for _ in range(4)]
+    for _ in range(30):
+        killed(fork, "stale")
+        for racer in racers:
+            racer.say("go")
+        assert sorted(racer.hear() for racer in racers) == ["exists"] * 3 + ["made"]
+        pyshare.attach("stale").close()
+        for racer in racers:
+            racer.say("close")
+        until(lambda: not entries())
+    for racer in racers:
+        racer.say("end")
+        assert racer.wait() == 0
 
 
 def try_everything(child: Child, seed: int, rounds: int) -> None:

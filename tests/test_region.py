@@ -607,12 +607,10 @@ FILLING = """
 import ctypes, threading, pyshare
 size = 1 << 27
 region = pyshare.create(size=size)
-filling = threading.Event()
-def fill(address):
-    filling.set()
-    ctypes.memset(address, 1, size)  # without the GIL, and without a reference to the region
-threading.Thread(target=fill, args=(region.address,), daemon=True).start()
-filling.wait()
+# Without the GIL, and without a reference to the region or to this module.
+threading.Thread(target=ctypes.memset, args=(region.address, 1, size), daemon=True).start()
+while region.read(size >> 6, 1) != b"\\x01":
+    pass
 """
 
 
