@@ -400,8 +400,11 @@ static void install(int signal) {
         return; /* another thread is at it */
     sigaction(signal, NULL, &found);
     if (!is_ours(&found)) {
+        struct sigaction replaced;
         remember(chain, &found);
-        sigaction(signal, &ours, NULL);
+        sigaction(signal, &ours, &replaced);
+        if (!is_ours(&replaced) && !same(&replaced, &found)) /* by another thread, between the two calls */
+            remember(chain, &replaced);
     }
     atomic_store_explicit(&chain->busy, 0, memory_order_release);
 }
