@@ -499,27 +499,24 @@ def test_large_copies_let_threads_run() -> None:
 # -- A fault during a change ---------------------------------------------------------------------------------------
 
 
-def test_store_outlives_a_change_that_is_undone(region: Region, fork: Fork) -> None:
+def test_store_outlives_changes_that_are_undone(region: Region, fork: Fork) -> None:
     """A participant at its limit of mappings makes every change fail; who stores meanwhile never notices."""
-    view = region.buf
+    view, address = region.buf, region.address + PAGE
+    fork(at_the_limit).hear()
 
-    at_limit = fork(at_the_limit)
-    at_limit.hear()
-
-    def change() -> None:
-        for _ in range(500):
+    def change(_child: Child) -> None:
+        for _ in range(1000):
             with pytest.raises(OSError, match="could not apply") as caught:
                 region.mprotect(PAGE, PAGE, READ)
             assert caught.value.errno == errno.ENOMEM
+        view[0] = 1
 
     def body(_child: Child) -> None:
-        changer = threading.Thread(target=change)
-        changer.start()
-        while changer.is_alive():
+        while not view[0]:
             ctypes.memset(address, 1, 1)
 
-    address = region.address + PAGE
-    assert fork(body).wait() == 0
+    storer, changer = fork(body), fork(change)
+    assert (changer.wait(), storer.wait()) == (0, 0)
     assert region.protection(PAGE) == READ_WRITE
     assert view[PAGE] == 1
 
