@@ -1,0 +1,879 @@
+"""A multi-process database buffer, with accidents: `make demo` runs it, about 15 s.
+
+Forked workers move money (TPC-B: accounts, tellers, branches, history) through one pool of pages in a pyshare region.
+Each page is READ for everyone and opened with `region.mprotect` for the time of a change. Meanwhile a rogue process
+stores into a page that is not open, a worker is killed in the middle of a transaction, and then everybody is killed at
+once and the database restarted from its files. Whether the books balance is asked of a fresh process that has nothing
+but the heap file and the list of what was acknowledged.
+
+Lives here: the processes, the accidents, the terminal.
+Not here: the storage engine (database_engine.py), its files (database_files.py).
+
+    director   this process: gives orders, keeps the acknowledgements, shows and judges. It has no part in the region
+    server     opens the database, makes the region, forks and replaces workers, takes checkpoints (slot 0)
+    worker     makes transfers, one after the other (slots 1 to N)
+    rogue      forked by the server for one stray store
+    auditor    a fresh interpreter that reads the heap file
+
+They talk through pipes: orders, a byte each, from the director to the server; news, a line of JSON each, and
+acknowledgements (see ACK) from everybody to the director. Who finds his pipe's other end gone, ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NoReturn
+
+from database_engine import (
+    EVICTIONS,
+    FLUSHED,
+    LOADS,
+    ORDER,
+    PATIENCE,
+    SEQUENCE,
+    SLOT_WORDS,
+    STOPPING,
+    SYNCS,
+    WRITES,
+    Engine,
+    Left,
+)
+from database_files import (
+    ADD,
+    BALANCES_PER_PAGE,
+    BODY,
+    HISTORY,
+    PAGE,
+    TELLERS_PER_BRANCH,
+    Change,
+    DatabaseError,
+    Heap,
+    Layout,
+    LogFile,
+    analyse,
+    audit,
+    create_database,
+    lsn_of,
+)
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table as Grid
+
+import pyshare
+
+# The agent is a second thread, and since Python 3.12 os.fork() warns of that; pyshare is made for it.
+warnings.filterwarnings("ignore", message=r".*use of fork\(\) may lead to deadlocks", category=DeprecationWarning)
+
+ACK: Final = struct.Struct("<HQ")  # how many changes of protection; the log is on disk up to; then a row, then their ns
+HALFWAY, ROGUE, STOP = b"h", b"r", b"s"  # orders
+CHECKPOINT_EVERY: Final = 2.0  # seconds
+TICK: Final = 0.1  # seconds between two looks at the screen
+
+News = dict[str, Any]
+
+
+class DemoFailed(Exception):
+    """Something that the demonstration needs did not happen in time."""
+
+
+# -- Processes: worker, server, rogue ------------------------------------------------------------------------------
+
+
+def fork(body: Callable[[], int]) -> int:
+    """The pid of a child that runs body and ends with its result; nothing of the parent's is unwound in it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        code = body()
+    except BrokenPipeError:
+        code = 2  # the director is gone
+    except (DemoFailed, DatabaseError) as error:
+        os.write(2, f"database_buffer: {error}\n".encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait_ended(pidfd: int, what: str) -> None:
+    if not select.select([pidfd], [], [], PATIENCE)[0]:
+        raise DemoFailed(f"{what} did not end within {PATIENCE:.0f} s")
+
+
+class Process:
+    """One that has the engine, and tells the director what happens."""
+
+    def __init__(self, engine: Engine, news: int) -> None:
+        self.engine, self.news = engine, news
+        engine.pool.on_repair = self.tell_repair
+
+    def tell(self, **what: Any) -> None:
+        os.write(self.news, json.dumps(what).encode() + b"\n")  # below PIPE_BUF: never mixed with another's
+
+    def tell_repair(self, page: int, left: Left) -> None:
+        self.tell(news="repair", slot=self.engine.number, left=left.slot, page=self.engine.layout.describe(page))
+
+
+class Worker(Process):
+    """Makes transfers until the server says stop; acknowledges each to the director, after its commit."""
+
+    def __init__(self, engine: Engine, news: int, acks: int, seed: str) -> None:
+        super().__init__(engine, news)
+        self.acks, self.random = acks, random.Random(seed)
+
+    def run(self) -> int:
+        engine = self.engine
+        while not engine.words[STOPPING]:
+            engine.pool.took.clear()
+            if engine.slot[ORDER]:
+                self.halfway()
+            row = self.transfer()
+            took = array.array("Q", engine.pool.took)
+            os.write(self.acks, ACK.pack(len(took), engine.words[FLUSHED]) + row + took.tobytes())
+        return 0
+
+    def pick(self) -> tuple[int, int, int, int]:
+        """account, teller, branch, amount"""
+        layout = self.engine.layout
+        teller = self.random.randrange(layout.tellers.rows)
+        account = self.random.randrange(layout.accounts.rows)
+        return account, teller, teller // TELLERS_PER_BRANCH, self.random.randint(-999_999, 999_999)
+
+    def transfer(self) -> bytes:
+        engine, layout = self.engine, self.engine.layout
+        account, teller, branch, amount = self.pick()
+        transaction = engine.begin()
+        engine.add(transaction, layout.accounts, account, amount)
+        engine.add(transaction, layout.tellers, teller, amount)
+        engine.add(transaction, layout.branches, branch, amount)
+        row = HISTORY.pack(transaction, account, teller, branch, amount, time.time())
+        engine.insert(transaction, row)
+        engine.commit(transaction)
+        return row
+
+    def halfway(self) -> NoReturn:
+        """Makes two changes and half of a third, reports, and waits to be killed: with a latch held and a page open."""
+        engine, layout, pool = self.engine, self.engine.layout, self.engine.pool
+        engine.slot[ORDER] = 0
+        account, teller, branch, amount = self.pick()
+        transaction = engine.begin()
+        engine.add(transaction, layout.accounts, account, amount)
+        engine.add(transaction, layout.tellers, teller, amount)
+        page, slot = layout.branches.place(branch)
+        frame = pool.fix(page)
+        lsn = pool.log_change(frame, Change(ADD, transaction, page, slot, amount))
+        engine.log.flush(lsn)  # as another worker's commit would
+        pool.protect(frame, pyshare.READ_WRITE)
+        pool.view(frame)[BODY : BODY + 4] = b"half"  # of the eight bytes of a balance
+        self.tell(news="halfway", slot=engine.number, pid=os.getpid(), lsn=lsn, page=layout.describe(page))
+        select.select([], [], [], PATIENCE)
+        raise DemoFailed("nobody killed this worker")
+
+
+@dataclasses.dataclass
+class Member:
+    """A worker, as the server knows it."""
+
+    slot: int
+    incarnation: int
+    pid: int
+    pidfd: int
+
+
+class Server(Process):
+    """Owns the region and the workers. Ends when the director says so, or is gone."""
+
+    def __init__(self, options: argparse.Namespace, name: str, orders: int, news: int, acks: int) -> None:
+        super().__init__(Engine(options.file, name, options.frames), news)
+        self.orders, self.acks = orders, acks
+        self.seed = f"{options.seed} {self.engine.log.file.epoch}"
+        self.random = random.Random(self.seed)
+        self.members: dict[int, Member] = {}
+        self.names = {os.getpid(): "the server"}
+        self.incarnation = self.engine.incarnation
+        self.checkpoints = 0
+        self.tell(news="ready", **dataclasses.asdict(self.engine.recovered))
+        for slot in range(1, options.workers + 1):
+            self.hire(slot)
+
+    def hire(self, slot: int) -> None:
+        self.incarnation += 1
+        incarnation = self.incarnation
+
+        def work() -> int:
+            os.close(self.orders)
+            self.engine.become(slot, incarnation)
+            return Worker(self.engine, self.news, self.acks, f"{self.seed} {incarnation}").run()
+
+        pid = fork(work)
+        self.names[pid] = f"worker {slot}"
+        self.members[slot] = Member(slot, incarnation, pid, os.pidfd_open(pid))
+        self.tell(news="hired", slot=slot, pid=pid)
+
+    def run(self) -> int:
+        next_checkpoint = time.monotonic() + CHECKPOINT_EVERY
+        while True:
+            pidfds = {member.pidfd: member for member in self.members.values()}
+            wait = max(next_checkpoint - time.monotonic(), 0.0)
+            ready = select.select([self.orders, *pidfds], [], [], wait)[0]
+            for pidfd in pidfds.keys() & set(ready):
+                self.dismiss(pidfds[pidfd])
+                self.hire(pidfds[pidfd].slot)
+            if self.orders in ready:
+                order = os.read(self.orders, 1)
+                if order == STOP:
+                    return self.stop()
+                self.obey(order)
+            if time.monotonic() >= next_checkpoint:
+                self.engine.checkpoint()
+                self.checkpoints += 1
+                next_checkpoint = time.monotonic() + CHECKPOINT_EVERY
+
+    def obey(self, order: bytes) -> None:
+        if order == ROGUE:
+            self.rogue()
+        elif order == HALFWAY:
+            slot = self.random.choice(list(self.members))
+            self.engine.control.slot(slot)[ORDER] = 1
+        else:
+            os.killpg(0, signal.SIGKILL)  # the director is gone: so are we
+
+    def dismiss(self, member: Member) -> None:
+        """A worker has ended. If it was not told to, what it left is put right."""
+        os.close(member.pidfd)
+        del self.members[member.slot]
+        code = os.waitstatus_to_exitcode(os.waitpid(member.pid, 0)[1])
+        if code or not self.engine.words[STOPPING]:
+            undone = self.engine.bury(member.slot, member.incarnation)
+            self.tell(news="buried", slot=member.slot, pid=member.pid, code=code, undone=undone)
+
+    def rogue(self) -> None:
+        """A stray store into a branch's page, while we hold its latch: nothing else could change it meanwhile."""
+        pool, layout = self.engine.pool, self.engine.layout
+        branch = self.random.randrange(layout.branches.rows)
+        page, _ = layout.branches.place(branch)
+        with pool.fixed(page) as frame, pool.view(frame) as view:
+            before = bytes(view)
+            code, line = self.stray(view)
+            unhurt = bytes(view) == before
+        pid = re.search(r"by pid (\d+)", line)
+        self.tell(
+            news="rogue",
+            caught=code == -signal.SIGSEGV and "forbidden store" in line,
+            unhurt=unhurt,
+            line=line,
+            page=layout.describe(page),
+            frame=frame,
+            author=self.names.get(int(pid[1]), "a former worker")
+            if pid
+            else "an older change than the region remembers",
+        )
+
+    def stray(self, view: memoryview) -> tuple[int, str]:
+        """How a child ends that stores into this view, and what it says on stderr."""
+        read, write = os.pipe()
+
+        def store() -> int:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.dup2(write, 2)
+            view[BODY] ^= 0xFF
+            return 0
+
+        pid = fork(store)
+        pidfd = os.pidfd_open(pid)
+        wait_ended(pidfd, "the rogue")
+        os.close(pidfd)
+        os.close(write)
+        with os.fdopen(read) as stderr:
+            line = stderr.read().strip()
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), line
+
+    def stop(self) -> int:
+        self.engine.words[STOPPING] = 1
+        for member in list(self.members.values()):
+            wait_ended(member.pidfd, f"worker {member.slot}")
+            self.dismiss(member)
+        slots = self.engine.control.slots.tolist()
+        words = {"begun": SEQUENCE, "loads": LOADS, "evictions": EVICTIONS, "writes": WRITES, "syncs": SYNCS}
+        counted = {name: sum(slots[word::SLOT_WORDS]) for name, word in words.items()}
+        self.engine.close()
+        self.tell(news="stopped", checkpoints=self.checkpoints + 1, **counted)
+        return 0
+
+
+# -- The director --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Findings:
+    """What the director saw."""
+
+    acks: list[bytes] = dataclasses.field(default_factory=list)  # history rows
+    took: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))  # ns
+    synced: int = 0  # up to where in the log, at least
+    seconds: float = 0.0  # under load
+    recoveries: list[News] = dataclasses.field(default_factory=list)
+    rogues: list[News] = dataclasses.field(default_factory=list)
+    victim: News = dataclasses.field(default_factory=dict)  # the worker killed in mid-transaction
+    repairs: list[News] = dataclasses.field(default_factory=list)
+    buried: list[News] = dataclasses.field(default_factory=list)
+    stopped: list[News] = dataclasses.field(default_factory=list)
+    audits: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    killed: set[int] = dataclasses.field(default_factory=set)  # pids
+    crashed: int = 0  # processes killed at once
+    halves: int = 0  # pages of the heap that were torn then
+    acks_at_kill: int = 0
+    acks_at_stop: int = 0
+    acks_at_crash: int = 0
+    name_left: bool = False
+
+
+class Run:
+    """One server's life, from outside: its process group, its pipes, and what comes through them."""
+
+    def __init__(self, options: argparse.Namespace, name: str, hear: Callable[[News], None], found: Findings) -> None:
+        self.hear, self.found = hear, found
+        self.heard: list[News] = []
+        self.pidfds: dict[int, int] = {}  # of the workers
+        self.line = self.ack = b""
+        orders, self.orders = os.pipe()
+        self.news, news = os.pipe()
+        self.acks, acks = os.pipe()
+
+        def serve() -> int:
+            os.setpgid(0, 0)  # apart from us: everybody there can be killed at once, and Ctrl-C is ours alone
+            for fd in (self.orders, self.news, self.acks):
+                os.close(fd)
+            return Server(options, name, orders, news, acks).run()
+
+        self.pid = fork(serve)
+        self.pidfd = os.pidfd_open(self.pid)
+        with contextlib.suppress(PermissionError):
+            os.setpgid(self.pid, self.pid)  # whoever of the two comes first
+        for fd in (orders, news, acks):
+            os.close(fd)
+
+    # Listening
+
+    def pump(self, wait: float) -> bool:
+        """Takes in what comes within this time, at most a chunk of each kind; False: nobody is left who could speak."""
+        ready = select.select([self.news, self.acks], [], [], max(wait, 0.0))[0]
+        acks = os.read(self.acks, 1 << 16) if self.acks in ready else None
+        news = os.read(self.news, 1 << 16) if self.news in ready else None
+        self.take_acks(acks or b"")
+        *lines, self.line = (self.line + (news or b"")).split(b"\n")
+        for line in lines:
+            self.take_news(json.loads(line))
+        return acks != b"" or news != b""
+
+    def take_acks(self, data: bytes) -> None:
+        data, at, found = self.ack + data, 0, self.found
+        while len(data) - at >= ACK.size:
+            count, synced = ACK.unpack_from(data, at)
+            row = at + ACK.size
+            took = row + HISTORY.size
+            if took + 8 * count > len(data):
+                break
+            found.acks.append(data[row:took])
+            found.took.frombytes(data[took : took + 8 * count])
+            found.synced = max(found.synced, synced)
+            at = took + 8 * count
+        self.ack = data[at:]
+
+    def take_news(self, news: News) -> None:
+        if news["news"] == "hired":
+            with contextlib.suppress(ProcessLookupError):  # dead and buried already
+                self.pidfds[news["pid"]] = os.pidfd_open(news["pid"])
+        elif news["news"] == "buried" and news["pid"] in self.pidfds:
+            os.close(self.pidfds.pop(news["pid"]))
+        self.heard.append(news)
+        self.hear(news)
+
+    def ask(self, order: bytes, kind: str) -> News:
+        """The answer to an order."""
+        known = len(self.heard)
+        os.write(self.orders, order)
+        return self.expect(kind, known)
+
+    def expect(self, kind: str, since: int = 0, pid: int | None = None) -> News:
+        """The first news of this kind (about this process) since so many had come."""
+        deadline = time.monotonic() + 2 * PATIENCE
+        while time.monotonic() < deadline:
+            for news in self.heard[since:]:
+                if news["news"] == kind and pid in (None, news.get("pid")):
+                    return news
+            if not self.pump(TICK):
+                break
+        raise DemoFailed(f"the server did not say {kind!r}")
+
+    # Ending
+
+    def kill(self, pid: int) -> None:
+        self.found.killed.add(pid)
+        signal.pidfd_send_signal(self.pidfds[pid], signal.SIGKILL)
+
+    def kill_everybody(self) -> int:
+        """How many processes they were."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.end()
+        return 1 + len(self.pidfds)
+
+    def end(self) -> None:
+        """All they said has been heard, and all of them have ended."""
+        deadline = time.monotonic() + 2 * PATIENCE
+        while self.pump(TICK):
+            if time.monotonic() > deadline:
+                raise DemoFailed("the server and its workers do not end")
+        for pidfd in (self.pidfd, *self.pidfds.values()):
+            wait_ended(pidfd, "a process")
+
+    def close(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)  # they have ended, unless the demonstration has failed
+        with contextlib.suppress(DemoFailed):
+            self.end()
+        os.waitpid(self.pid, 0)
+        for fd in (self.orders, self.news, self.acks, self.pidfd, *self.pidfds.values()):
+            os.close(fd)
+
+
+class Director:
+    """The course of events, and what is said meanwhile."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console = options, console
+        self.name = f"database-buffer-{os.getpid()}"
+        self.random = random.Random(options.seed)
+        self.found = Findings()
+        self.begin = time.monotonic()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=14),
+            TextColumn("{task.fields[line]}"),
+            console=console,
+            auto_refresh=False,  # that would be a thread, and this process forks
+        )
+
+    def direct(self) -> Findings:
+        found, share = self.found, self.options.seconds / 10
+        with self.progress:
+            with self.run() as run:
+                kills = [(self.random.uniform(0, 5 * share), self.kill_any) for _ in range(self.options.kills)]
+                self.load(
+                    run, "run 1", 5 * share, [(1.5 * share, self.rogue), (2.5 * share, self.kill_halfway), *kills]
+                )
+                found.acks_at_stop = len(found.acks)
+                self.stop(run)
+            self.audit()
+            with self.run() as run:
+                self.load(run, "run 2", 3 * share, [])
+                self.crash(run)
+            self.cut_power()
+            with self.run() as run:
+                self.load(run, "run 3", 2 * share, [(share, self.rogue)])
+                self.stop(run)
+            self.audit()
+        found.name_left = self.name in pyshare.names()
+        return found
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[Run]:
+        run = Run(self.options, self.name, self.hear, self.found)
+        try:
+            yield run
+        finally:
+            run.close()
+
+    def load(self, run: Run, title: str, seconds: float, plan: list[tuple[float, Callable[[Run], None]]]) -> None:
+        """The workers work for so long; accidents happen at their times."""
+        run.expect("ready")
+        task = self.progress.add_task(title, total=1.0, line="")
+        begin, acks = time.monotonic(), len(self.found.acks)
+        plan, drawn = sorted(plan, key=lambda accident: accident[0]), -TICK
+        while (elapsed := time.monotonic() - begin) < seconds or plan:
+            if plan and elapsed >= plan[0][0]:
+                plan.pop(0)[1](run)
+            elif not run.pump(min(TICK, max(seconds - elapsed, 0.0))):
+                raise DemoFailed("the server has ended")
+            if elapsed - drawn >= TICK:
+                drawn = elapsed
+                self.draw(task, elapsed / seconds, (len(self.found.acks) - acks) / max(elapsed, TICK))
+        self.draw(task, 1.0, (len(self.found.acks) - acks) / elapsed)
+        self.found.seconds += elapsed
+
+    def draw(self, task: TaskID, done: float, speed: float) -> None:
+        latest = self.found.took[max(len(self.found.took) - 1000, 0) :]
+        line = f"{len(self.found.acks):,} transactions, {speed:,.0f}/s; mprotect {duration(percentile(latest, 50))}"
+        self.progress.update(task, completed=done, line=line)
+        self.progress.refresh()
+
+    # Accidents
+
+    def rogue(self, run: Run) -> None:
+        news = run.ask(ROGUE, "rogue")
+        self.found.rogues.append(news)
+        end = "dead by SIGSEGV" if news["caught"] else "NOT CAUGHT"
+        page = "the page is unhurt" if news["unhurt"] else "THE PAGE IS CHANGED"
+        self.say("rogue", "yellow", f"a process stores into {news['page']} without opening it: {end}, {page}")
+        self.say("", "dim", news["line"])
+
+    def kill_halfway(self, run: Run) -> None:
+        news = run.ask(HALFWAY, "halfway")
+        self.say_halfway(news)
+        known, self.found.acks_at_kill = len(run.heard), len(self.found.acks)
+        run.kill(news["pid"])
+        self.say("kill", "red", f"SIGKILL to worker {news['slot']}")
+        self.found.victim = news | {"undone": run.expect("buried", known, news["pid"])["undone"]}
+
+    def kill_any(self, run: Run) -> None:
+        pids = [pid for pid in run.pidfds if pid not in self.found.killed]
+        if pids:
+            run.kill(self.random.choice(pids))
+            self.say("kill", "red", "SIGKILL to a worker, whatever it is doing")
+
+    def crash(self, run: Run) -> None:
+        """Everybody at once, one of them in mid-transaction, with its half in the log on disk."""
+        news = run.ask(HALFWAY, "halfway")
+        self.say_halfway(news)
+        self.found.synced = max(self.found.synced, news["lsn"])
+        self.found.crashed = run.kill_everybody()
+        self.found.acks_at_crash = len(self.found.acks)
+        self.say("kill", "red", f"SIGKILL to all {self.found.crashed} processes; the region is gone with them")
+
+    def cut_power(self) -> None:
+        """What a power cut does besides. Of the log's end, as far as no sync had promised it (synced was what an
+        acknowledgement or a page in the heap needed), a part is lost, in the middle of a record; and of a page that was
+        written since the latest checkpoint, only half got to the disk."""
+        heap, log = Heap(self.options.file), LogFile(self.options.file + ".log")
+        pages = {page: image for page in range(heap.pages) if (image := heap.read(page))}
+        safe = max(self.found.synced, *map(lsn_of, pages.values()))
+        loose = [logged for logged in log.scan(log.base) if logged.start >= safe]
+        if loose:
+            torn = self.random.choice(loose)
+            os.ftruncate(log.fd, log.place(self.random.randrange(torn.start + 1, torn.lsn)))
+        else:  # all of it was synced, and the next record had just begun
+            os.pwrite(log.fd, bytes(range(1, 40)), log.size)
+        redo = analyse(log, log.scan(log.base, safe)).redo
+        halves = [page for page, image in pages.items() if lsn_of(image) > redo]
+        if halves:
+            os.pwrite(heap.fd, os.urandom(PAGE // 2), self.random.choice(halves) * PAGE + PAGE // 2)
+            self.found.halves = 1
+        heap.close()
+        log.close()
+        lost = f"of the log's end, {len(loose)} records not yet synced, a part is lost"
+        self.say(
+            "power", "red", f"cut, as it were: {lost}" + ("; a page of the heap is half written" if halves else "")
+        )
+
+    # Endings
+
+    def stop(self, run: Run) -> None:
+        self.found.stopped.append(run.ask(STOP, "stopped"))
+        run.end()
+
+    def audit(self) -> None:
+        """By a fresh interpreter, from the file's name and the acknowledged rows."""
+        auditor = subprocess.run(
+            [sys.executable, __file__, "--audit", "--file", self.options.file],
+            input=b"".join(self.found.acks),
+            stdout=subprocess.PIPE,
+            timeout=300,
+            check=True,
+        )
+        books = json.loads(auditor.stdout)
+        self.found.audits.append(books)
+        there = f"{books['acknowledged'] - books['missing']:,} of {books['acknowledged']:,} acknowledged transactions"
+        sums = "the books balance" if balanced(books) else "THE BOOKS DO NOT BALANCE"
+        good = balanced(books) and not books["missing"]
+        self.say("audit", "green" if good else "red", f"a fresh process reads the file: {sums}, it has {there}")
+
+    # What is said
+
+    def say(self, what: str, colour: str, text: str) -> None:
+        line = Grid.grid(padding=(0, 1))
+        line.add_column(width=6, justify="right", style="dim")
+        line.add_column(width=6, style=f"bold {colour}")
+        line.add_column(style="dim" if colour == "dim" else "")
+        line.add_row(f"{time.monotonic() - self.begin:.1f} s" if what else "", what, escape(text))
+        self.console.print(line)
+
+    def say_halfway(self, news: News) -> None:
+        self.say(
+            "half",
+            "yellow",
+            f"worker {news['slot']} has made two of its transaction's changes and half of the third: "
+            f"it holds the latch of {news['page']}, the page is open, its balance is nonsense",
+        )
+
+    def hear(self, news: News) -> None:
+        kind, found = news["news"], self.found
+        if kind == "ready":
+            found.recoveries.append(news)
+            self.say("open", "green", opening(news))
+        elif kind == "repair":
+            found.repairs.append(news)
+            who = f"worker {news['slot']}" if news["slot"] else "the server"
+            self.say("repair", "green", f"{who} is next at {news['page']}: closes it, makes it again from heap and log")
+        elif kind == "buried":
+            found.buried.append(news)
+            undone = news["undone"]
+            what = "it left nothing to undo" if undone is None else f"its transaction is undone, {undone} changes"
+            self.say("undo", "green", f"worker {news['slot']} is dead: {what}")
+
+
+# -- Words for figures ---------------------------------------------------------------------------------------------
+
+
+def percentile(values: Sequence[int], percent: float) -> int:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0
+
+
+def duration(ns: float) -> str:
+    return f"{ns / 1e3:,.0f} µs" if ns < 10e6 else f"{ns / 1e6:,.0f} ms"
+
+
+def balanced(books: dict[str, int]) -> bool:
+    sums = {books[name] for name in ("branches", "tellers", "accounts", "history")}
+    return len(sums) == 1 and not any(books[name] for name in ("wrong_rows", "damaged_pages", "doubles"))
+
+
+def recovered(news: News) -> str:
+    return (
+        f"{news['records']:,} log records read, {news['torn']} torn bytes cut off, {news['redone']:,} changes redone "
+        f"in {news['pages']:,} pages ({news['mended']} of them torn), {news['losers']} transactions undone "
+        f"({news['undone']} changes)"
+    )
+
+
+def opening(news: News) -> str:
+    if not any(news[what] for what in ("torn", "redone", "losers")):
+        return "the database is open; it was closed properly"
+    return f"the database is open after {news['seconds']:.2f} s: {recovered(news)}"
+
+
+# -- The report ----------------------------------------------------------------------------------------------------
+
+
+def checks(found: Findings) -> list[tuple[str, bool]]:
+    """What this demonstration promises, and whether it was so."""
+    victim, crash, (first, last) = found.victim, found.recoveries[-1], found.audits
+    repaired = any(news["left"] == victim["slot"] and news["page"] == victim["page"] for news in found.repairs)
+    return [
+        ("each stray write was caught", all(rogue["caught"] for rogue in found.rogues)),
+        ("each left its page unhurt", all(rogue["unhurt"] for rogue in found.rogues)),
+        ("the worker killed in mid-transaction: its half-written page was made again", repaired),
+        ("its half transaction was undone, all three changes", victim["undone"] == 3),
+        ("the others went on", found.acks_at_stop > found.acks_at_kill),
+        ("nobody died who was not killed", {news["pid"] for news in found.buried} <= found.killed),
+        ("then the books balanced, for a fresh process", balanced(first)),
+        ("and no acknowledged transaction was missing", not first["missing"]),
+        ("everybody killed: the torn end of the log was recognised", crash["torn"] > 0),
+        ("so was the torn page, by its checksum, and made again", crash["mended"] == found.halves),
+        ("the half transactions were undone", crash["losers"] > 0 and crash["undone"] >= 3),
+        ("then the books balanced, for a fresh process", balanced(last)),
+        ("and no acknowledged transaction was missing", not last["missing"]),
+        (
+            "at most one commit per killed process was unknown",
+            last["unacknowledged"] <= len(found.killed) + found.crashed,
+        ),
+        ("the region's name is gone", not found.name_left),
+    ]
+
+
+def figures(found: Findings, options: argparse.Namespace) -> dict[str, Any]:
+    """What --json writes."""
+    return {
+        "seed": options.seed,
+        "workers": options.workers,
+        "transactions": len(found.acks),
+        "seconds": found.seconds,
+        "changes": len(found.took),
+        "propagation_ns": {name: percentile(found.took, at) for name, at in (("p50", 50), ("p99", 99), ("max", 100))},
+        "checks": [{"check": text, "ok": ok} for text, ok in checks(found)],
+        "killed": len(found.killed),
+        "crashed": found.crashed,
+        **{
+            name: getattr(found, name)
+            for name in ("rogues", "victim", "repairs", "buried", "recoveries", "stopped", "audits")
+        },
+    }
+
+
+def report(console: Console, found: Findings, options: argparse.Namespace) -> None:
+    grid = Grid(show_header=False, padding=(0, 1))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for title, text in story(found, options):
+        grid.add_row(title, escape(text))
+    console.print(grid, highlight=True)
+    books = Grid("sums, read by a fresh process", padding=(0, 1))
+    for title in ("after the kill", "after the restart"):
+        books.add_column(title, justify="right")
+    for name in ("branches", "tellers", "accounts", "history"):
+        books.add_row(name, *(f"{audit[name]:,}" for audit in found.audits), end_section=name == "history")
+    for name in ("acknowledged", "missing"):
+        books.add_row(f"{name} transactions", *(f"{audit[name]:,}" for audit in found.audits))
+    console.print(books)
+    for text, ok in checks(found):
+        console.print(f" [{'green]✓' if ok else 'bold red]✗ NOT SO:'}[/] {text}", highlight=False)
+
+
+def story(found: Findings, options: argparse.Namespace) -> list[tuple[str, str]]:
+    victim, took = found.victim, sorted(found.took)
+    p50, p99, worst = (duration(percentile(took, at)) for at in (50, 99, 100))
+    count = {name: sum(news[name] for news in found.stopped) for name in found.stopped[0] if name != "news"}
+    rogues = "; ".join(
+        f"{rogue['page']} in frame {rogue['frame']}, protected by {rogue['author']}" for rogue in found.rogues
+    )
+    more = f". {len(found.killed) - 1} more were killed at random moments" if len(found.killed) > 1 else ""
+    return [
+        (
+            "Transactions",
+            f"{len(found.acks):,} acknowledged, {len(found.acks) / found.seconds:,.0f} per second, "
+            f"by {options.workers} workers; {count['begun'] / max(count['syncs'], 1):.1f} to a sync of the log",
+        ),
+        (
+            "Change propagation",
+            f"p50 {p50}, p99 {p99}, max {worst}, of {len(took):,} changes: from the call of mprotect until every "
+            "process had it, waiting for other changes included",
+        ),
+        (
+            "Pool",
+            f"{options.frames:,} frames for {found.audits[-1]['pages']:,} pages; in runs 1 and 3 "
+            f"{count['loads']:,} loads, {count['evictions']:,} evictions, {count['writes']:,} write-backs, "
+            f"{count['checkpoints']} checkpoints",
+        ),
+        ("Stray writes", f"{sum(rogue['caught'] for rogue in found.rogues)} of {len(found.rogues)} caught: {rogues}"),
+        (
+            "Killed in mid-transaction",
+            f"worker {victim['slot']}, with {victim['page']} open and half written; the page was made again, "
+            f"{victim['undone']} changes were undone; the others made "
+            f"{found.acks_at_stop - found.acks_at_kill:,} transactions in the rest of the run{more}",
+        ),
+        (
+            "Everybody killed",
+            f"{found.crashed} processes, after {found.acks_at_crash:,} acknowledgements. Recovered in "
+            f"{found.recoveries[-1]['seconds']:.2f} s: {recovered(found.recoveries[-1])}",
+        ),
+    ]
+
+
+# -- The command ---------------------------------------------------------------------------------------------------
+
+
+def within(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n\n")[0])
+    add = parser.add_argument
+    add("--size", type=within(float, 0.25, 65536), default=8.0, help="of the pool in MiB (8)")
+    add("--workers", type=within(int, 2, 200), default=4, help="processes that move money (4)")
+    add("--seconds", type=within(float, 1, 3600), default=12.0, help="under load, three runs together (12)")
+    add("--file", help="the heap; its log is FILE.log; both stay, to be used again (default: temporary ones)")
+    add("--accounts", type=within(int, 100, 10**8), help="in a new file (enough for 1.25 times the pool)")
+    add("--kills", type=within(int, 0, 1000), default=0, help="more workers, killed at random moments (0)")
+    add("--seed", type=int, default=random.SystemRandom().randrange(1 << 16), help="of all choices (random)")
+    add("--json", metavar="FILE", help="where to write the figures, too")
+    add("--audit", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.frames = int(options.size * (1 << 20)) // PAGE
+    if options.frames < 4 * options.workers:
+        parser.error(f"a pool of {options.frames} frames is too small for {options.workers} workers: they need 4 each")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """There is a database; how many pages it has."""
+    if not os.path.exists(options.file):
+        accounts = options.accounts or max(1000, options.frames * 5 // 4 * BALANCES_PER_PAGE // 1000 * 1000)
+        create_database(options.file, accounts)
+        return Layout(accounts).history
+    if options.accounts:
+        raise DatabaseError(f"{options.file} exists, and --accounts is for a new file")
+    heap = Heap(options.file)
+    heap.close()
+    return heap.layout.history
+
+
+def demonstrate(options: argparse.Namespace, console: Console) -> int:
+    director = Director(options, console)
+    try:
+        pages = prepare(options)
+        console.print(
+            f"[bold]A database buffer that processes share[/] (seed {options.seed})\n"
+            f"{options.workers} workers move money through {options.frames:,} frames of 8 KiB; "
+            f"the file has {pages:,} pages.\n"
+            "Each page is READ for everyone; who changes it opens it with region.mprotect\n"
+            "for all of them, and closes it again.\n",
+            highlight=False,
+        )
+        found = director.direct()
+    except (DemoFailed, DatabaseError, OSError, subprocess.SubprocessError) as error:
+        console.print(f"[bold red]The demonstration failed:[/] {escape(str(error))}", highlight=False)
+        return 1
+    console.print()
+    report(console, found, options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(figures(found, options), file, indent=1)
+    kept = all(ok for _, ok in checks(found))
+    words = "[bold green]All is well" if kept else "[bold red]NOT all is well"
+    console.print(f"\n{words}[/] after {time.monotonic() - director.begin:.1f} s", highlight=False)
+    return 0 if kept else 1
+
+
+def main() -> int:
+    options = parse_options()
+    if options.audit:
+        rows = sys.stdin.buffer.read()
+        print(
+            json.dumps(audit(options.file, (rows[at : at + HISTORY.size] for at in range(0, len(rows), HISTORY.size))))
+        )
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left
+    folder = None if options.file else tempfile.mkdtemp(prefix="pyshare-demo-")
+    options.file = options.file or os.path.join(str(folder), "heap")
+    try:
+        return demonstrate(options, Console())
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if folder:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
