@@ -6,6 +6,7 @@ The points at which processes kill themselves bear the labels of the protocol (e
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
 import resource
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PATIENCE, Child, idle, until
 from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, tell, word
@@ -187,37 +189,36 @@ def test_nothing_is_stored_by_the_dead(fork: Fork, tmp_path: Path) -> None:
     size = 32 << 20
     big = tmp_path / "big"
     big.write_bytes(b"\x55" * size)
-    pattern = b"\xaa" * size
 
-    def reader(region: Region) -> Callable[[Child], None]:
-        def body(child: Child) -> None:
-            file = os.open(big, os.O_RDONLY)
-            view = region.buf
+    def reader(child: Child) -> None:
+        file = os.open(big, os.O_RDONLY)
 
-            def read() -> None:
-                while True:
-                    os.preadv(file, [view], 0)
+        def read() -> None:
+            while True:
+                os.preadv(file, [region.buf], 0)
 
-            threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            until(lambda: view[0] == view[size - 1] == 0x55)
-            child.say()
-            threads[0].join()
-
-        return body
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: region.buf[0] == region.buf[size - 1] == 0x55)
+        child.say()
+        threads[0].join()
 
     with pyshare.create(size=size, max_participants=4) as region:
-        for _ in range(25):
-            region.mprotect(0, size, READ_WRITE)
-            region.write(0, bytes(size))
-            victim = fork(reader(region))
-            assert victim.hear() == "ok"
-            victim.kill()
-            region.mprotect(0, size, READ)
-            os.pwrite(region.fileno(), pattern, word(region, 16, "Q"))  # its data begin behind the control segment
-            assert killed(victim)
-            assert region.read(0, size) == pattern
+        control = word(region, 16, "Q")  # its size: the data begin there, and can be written past any protection
+        with mmap.mmap(region.fileno(), control + size) as memory:
+            marks = np.frombuffer(memory, np.uint8, size, control)[::PAGE]
+            for _ in range(25):
+                region.mprotect(0, size, READ_WRITE)
+                region.write(0, bytes(size))
+                victim = fork(reader)
+                assert victim.hear() == "ok"
+                victim.kill()
+                region.mprotect(0, size, READ)
+                marks[:] = 0xAA
+                assert killed(victim)
+                assert (marks == 0xAA).all()
+            del marks
 
 
 # -- Pid namespaces ---------------------------------------------------------------------------------------------------

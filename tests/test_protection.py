@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import random
@@ -73,40 +74,42 @@ def refused(child: Child) -> Iterator[None]:
 
 def store_for_ever(region: Region) -> None:
     """In C, without the GIL, until the process dies of it."""
-    value = 0
-    while True:
-        value = (value + 1) % 256
-        ctypes.memset(region.address, value, region.size)
+    for value in itertools.cycle(range(256)):
+        ctypes.memset(region.address + region.size - PAGE, value, PAGE)
 
 
 def write_for_ever(region: Region) -> None:
     with contextlib.suppress(ProtectionError):
         while True:
-            region.write(0, os.urandom(region.size))
+            region.write(region.size - PAGE, os.urandom(PAGE))
 
 
 @pytest.mark.parametrize(("store", "end"), [(store_for_ever, -signal.SIGSEGV), (write_for_ever, 0)])
 @pytest.mark.parametrize("revoked", [READ, NONE])
 def test_no_thread_stores_after_a_revocation(
-    region: Region, joined: Callable[..., Child], store: Callable[[Region], None], end: int, revoked: Prot
+    joined: Callable[..., Child], store: Callable[[Region], None], end: int, revoked: Prot
 ) -> None:
+    """Stores go to the last of many pages, which page tables reach last."""
+
     def hammer(child: Child) -> None:
         die_quietly()
+        ctypes.memset(region.address, 1, region.size)
         other = threading.Thread(target=store, args=[region], daemon=True)
         other.start()
         child.say()
         store(region)
         other.join(PATIENCE)
 
-    control = word(region, 16, "Q")  # its size: the data begin there, and can be read past any protection
-    for _ in range(5):
-        region.mprotect(0, region.size, READ_WRITE)
-        children = [joined(hammer) for _ in range(2)]
-        region.mprotect(0, region.size, revoked)
-        first = os.pread(region.fileno(), region.size, control)
-        for child in children:
-            assert child.wait() == end
-        assert os.pread(region.fileno(), region.size, control) == first
+    with pyshare.create(size=16 << 20, max_participants=4) as region:
+        last = word(region, 16, "Q") + region.size - PAGE  # behind the control segment: read past any protection
+        for _ in range(8):
+            region.mprotect(0, region.size, READ_WRITE)
+            children = [joined(hammer) for _ in range(2)]
+            region.mprotect(0, region.size, revoked)
+            first = os.pread(region.fileno(), PAGE, last)
+            for child in children:
+                assert child.wait() == end
+            assert os.pread(region.fileno(), PAGE, last) == first
 
 
 def test_a_refused_write_tells_which_change_forbids_it(region: Region, joined: Callable[..., Child]) -> None:
