@@ -19,10 +19,12 @@ demo: $(VENV)/installed  ## a multi-process database buffer, with a rogue and a 
 test: $(VENV)/tested  ## the whole test suite, below 10 minutes (ARGS='-k fork')
 	$(BIN)/python -m pytest $(ARGS)
 
-everywhere:     ## test with every supported Python that is installed
+everywhere:     ## test with every supported Python that is installed, pyenv's too
 	@for version in 3.11 3.12 3.13; do \
-	  python$$version -c '' 2>/dev/null || continue; \
-	  $(MAKE) test PYTHON=python$$version VENV=.venv$$version || exit 1; \
+	  for python in python$$version "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
+	    "$$python" -c '' 2>/dev/null || continue; \
+	    $(MAKE) test PYTHON="$$python" VENV=.venv$$version || exit 1; break; \
+	  done; \
 	done
 
 lint: $(VENV)/linted  ## ruff, clang-format, mypy --strict, stubtest

@@ -16,7 +16,7 @@ Not here: the storage engine (database_engine.py), its files (database_files.py)
     auditor    a fresh interpreter that reads the heap file
 
 They talk through pipes: orders, a byte each, from the director to the server; news, a line of JSON each, and
-acknowledgements (see ACK) from everybody to the director. Who finds his pipe's other end gone, ends.
+acknowledgements (see ACK) from everybody to the director. Whoever finds the other end of its pipe gone, ends.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Process:
         os.write(self.news, json.dumps(what).encode() + b"\n")  # below PIPE_BUF: never mixed with another's
 
     def tell_repair(self, page: int, left: Left) -> None:
-        self.tell(news="repair", slot=self.engine.number, left=left.slot, page=self.engine.layout.describe(page))
+        where = self.engine.layout.describe(page)
+        self.tell(news="repair", slot=self.engine.number, left=left.slot, transaction=left.transaction, page=where)
 
 
 class Worker(Process):
@@ -288,9 +289,7 @@ class Server(Process):
             line=line,
             page=layout.describe(page),
             frame=frame,
-            author=self.names.get(int(pid[1]), "a former worker")
-            if pid
-            else "an older change than the region remembers",
+            author=self.names[int(pid[1])] if pid else "an older change than the region remembers",
         )
 
     def stray(self, view: memoryview) -> tuple[int, str]:
@@ -432,6 +431,11 @@ class Run:
 
     # Ending
 
+    @property
+    def over(self) -> bool:
+        """True once the server has ended, whatever its workers do."""
+        return bool(select.select([self.pidfd], [], [], 0)[0])
+
     def kill(self, pid: int) -> None:
         self.found.killed.add(pid)
         signal.pidfd_send_signal(self.pidfds[pid], signal.SIGKILL)
@@ -516,7 +520,7 @@ class Director:
         while (elapsed := time.monotonic() - begin) < seconds or plan:
             if plan and elapsed >= plan[0][0]:
                 plan.pop(0)[1](run)
-            elif not run.pump(min(TICK, max(seconds - elapsed, 0.0))):
+            elif not run.pump(min(TICK, max(seconds - elapsed, 0.0))) or run.over:
                 raise DemoFailed("the server has ended")
             if elapsed - drawn >= TICK:
                 drawn = elapsed
@@ -537,7 +541,7 @@ class Director:
         self.found.rogues.append(news)
         end = "dead by SIGSEGV" if news["caught"] else "NOT CAUGHT"
         page = "the page is unhurt" if news["unhurt"] else "THE PAGE IS CHANGED"
-        self.say("rogue", "yellow", f"a process stores into {news['page']} without opening it: {end}, {page}")
+        self.say("rogue", "yellow", f"a rogue worker stores into {news['page']} without opening it: {end}, {page}")
         self.say("", "dim", news["line"])
 
     def kill_halfway(self, run: Run) -> None:
@@ -671,7 +675,7 @@ def recovered(news: News) -> str:
 
 def opening(news: News) -> str:
     if not any(news[what] for what in ("torn", "redone", "losers")):
-        return "the database is open; it was closed properly"
+        return "the database is open"
     return f"the database is open after {news['seconds']:.2f} s: {recovered(news)}"
 
 

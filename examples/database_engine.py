@@ -68,6 +68,7 @@ class Left(NamedTuple):
     slot: int
     incarnation: int
     mode: int
+    transaction: int
 
 
 def _on_alarm(*_: object) -> None:
@@ -120,7 +121,9 @@ class Latches:
     def left(self, latch: int) -> Left | None:
         """What the last holder left, if it died inside. The word stays; `enter` makes the latch wholly ours."""
         word = self.words[2 * latch]
-        return None if word & ~15 == self.me else Left(word >> 4 & 0xFFF, word >> 16, word & 15)
+        if word & ~15 == self.me:
+            return None
+        return Left(word >> 4 & 0xFFF, word >> 16, word & 15, self.words[2 * latch + 1])
 
     def mark(self, latch: int, mode: int) -> None:
         self.words[2 * latch] = self.me | mode
@@ -238,7 +241,7 @@ class Pool:
 
     @contextlib.contextmanager
     def opened(self, frame: int) -> Iterator[memoryview]:
-        """For everyone, as pages are; but the latch is ours, and those who keep to it do not store."""
+        """The page, for a store. It is open to everyone then, but who keeps to the latches leaves it to us."""
         self.protect(frame, pyshare.READ_WRITE)
         with self.view(frame) as page:
             yield page

@@ -20,6 +20,8 @@ from multiprocessing import reduction
 from types import TracebackType
 from typing import Any, Final, SupportsIndex
 
+import psutil
+
 from pyshare import _core, _names
 from pyshare._errors import RegionClosed, RegionExists
 
@@ -87,6 +89,17 @@ class Participant:
     engine: str
     fenced: bool
     tid: int
+
+    def process(self) -> psutil.Process | None:
+        """Its process, for its command line, status, memory; None where it cannot be seen from here.
+
+        That is when it is gone, or in another pid namespace, where its numbers mean somebody else.
+        """
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if any(thread.id == self.tid for thread in process.threads()):
+                return process
+        return None
 
 
 class Region(_core.Handle):

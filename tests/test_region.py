@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import os
 import pickle
@@ -188,6 +189,23 @@ def test_two_participants_in_one_process_work_side_by_side(attach: Callable[[Reg
         assert len(first.participants()) == 1
         assert first.mprotect(PAGE, PAGE, NONE) == 3
         assert first.buf[0] == 6
+
+
+def test_a_participants_process_is_known_while_it_lives(fork: Callable[..., Child]) -> None:
+    with pyshare.create(size=PAGE) as region:
+
+        def body(child: Child) -> None:
+            child.say()
+            child.hear()
+
+        child = fork(body)
+        child.hear()
+        me, other = sorted(region.participants(), key=lambda one: one.pid == child.pid)
+        assert [one.process().pid for one in (me, other)] == [os.getpid(), child.pid]
+        child.say()
+        child.wait()
+        assert other.process() is None
+        assert dataclasses.replace(me, tid=child.pid).process() is None, "the number means somebody else"
 
 
 def test_two_participants_in_one_process_change_at_once() -> None:
