@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, Child, idle, until
-from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, tell, word
+from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, mapped, tell, word
 
 import pyshare
-from pyshare import NONE, READ, READ_WRITE, Region
+from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, Region
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -274,6 +274,33 @@ def test_participants_in_other_pid_namespaces(fork: Fork, joined: Joined) -> Non
         assert other.wait() == signal.SIGKILL
         region.mprotect(4 * PAGE, PAGE, READ)
         agreed(region)
+
+
+@pytest.mark.parametrize("where", ["here", "in another namespace"])
+def test_a_lost_agent_is_not_death(fork: Fork, where: str) -> None:
+    """Only its thread is gone, and threads of its process may store; the next call there starts another."""
+
+    def body(child: Child) -> None:
+        child.say(str(os.getpid()))
+        child.hear()
+        assert region.generation == 1
+        idle(child)
+
+    with pyshare.create(size=8 * PAGE, max_participants=8) as region:
+        if where == "here":
+            child = fork(body, point="A1_wait=exit")
+            pid = child.pid
+        else:
+            child, pid = elsewhere(fork, body, "A1_wait=exit")
+        name = int(child.hear())
+        until(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1)
+        with pytest.raises(PropagationTimeout) as caught:
+            region.mprotect(0, PAGE, READ, timeout=0.5)
+        assert caught.value.pids == [name]
+        assert mapped(pid, region) == [(0, region.size, READ_WRITE)]
+        tell(child, "call")
+        region.mprotect(PAGE, PAGE, NONE)
+        agreed(region, pid)
 
 
 @pytest.mark.parametrize("point", ["C2_save", "C4_map", "C6_await", "C7_complete"])
