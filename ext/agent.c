@@ -345,6 +345,8 @@ void ps_agent_stop(struct ps_region *region) {
             ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
                         ps_sys_now() + PS_MS);
         }
+        /* acquire: it may have left, and ended, between the two looks; what it did came before. */
+        (void)atomic_load_explicit(&region->agent, memory_order_acquire);
     }
     ps_region_reserve(region); /* without an agent to leave, this is the crash path: the byte is free, so we are dead */
 }
