@@ -114,8 +114,13 @@ static void be_ready(struct ps_region *region) {
 
 static uint64_t change(struct ps_region *region, uint64_t first, uint64_t pages, uint32_t prot) {
     struct ps_outcome outcome;
+    int64_t deadline = ps_sys_now() + TIMEOUT;
     be_ready(region);
-    int rc = ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, ps_sys_now() + TIMEOUT, &outcome);
+    int rc = ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, deadline, &outcome);
+    while (rc ==
+           PS_ESIGNAL) /* a second of silence, on a busy machine: as the binding, we see to our signals and go on */
+        rc = outcome.generation ? ps_await(region, outcome.generation, deadline, &outcome)
+                                : ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, deadline, &outcome);
     CHECK(!rc, "ps_change: %d, change %lu, silent %u: pid %u", rc, outcome.generation, outcome.silent,
           outcome.silent ? outcome.pids[0] : 0);
     return outcome.generation;
