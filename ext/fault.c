@@ -28,7 +28,7 @@
 #include "participant.h"
 
 #define ALTERNATE_STACK (64u * 1024u)
-#define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change */
+#define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change, or of an install */
 #define FAULTS 100000           /* of one copy: a page whose protection changes all the time is refused at last */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
@@ -280,13 +280,24 @@ static void call(const struct sigaction *handler, int signal, siginfo_t *info, v
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* Another thread is putting ours on top, and what it found there may not be in the chain yet.  Not for ever: in the
+ * handler we may have interrupted that thread. */
+static void await_install(struct ps_chain *chain) {
+    int64_t end = ps_sys_now() + PATIENCE;
+    while (atomic_load_explicit(&chain->busy, memory_order_acquire) && ps_sys_now() < end)
+        ps_sys_wait((struct ps_watch){&chain->busy, 1}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
+}
+
 static void pass_on(int signal, siginfo_t *info, void *context, bool by_kernel, struct ps_offer *offer) {
     struct ps_chain *chain = ps_process_chain(signal);
-    struct ps_handlers *below = &chain->copy[atomic_load_explicit(&chain->active, memory_order_acquire)];
-    uint32_t level = offer->level < below->count ? offer->level : below->count;
+    await_install(chain);
+    uint32_t version = atomic_load_explicit(&chain->version, memory_order_acquire); /* pairs with remember */
+    struct ps_handlers *below = &chain->copy[version % 2];
+    uint32_t level = offer->version == version && offer->level < below->count ? offer->level : below->count;
     struct sigaction *next = level ? &below->handler[level - 1] : NULL;
     bool plain = next && !(next->sa_flags & SA_SIGINFO);
     offer->level = level ? level - 1 : 0;
+    offer->version = version;
     if (plain && next->sa_handler == SIG_IGN && !by_kernel)
         return;
     if (!next || (plain && (next->sa_handler == SIG_DFL || next->sa_handler == SIG_IGN)))
@@ -381,23 +392,27 @@ static bool same(const struct sigaction *a, const struct sigaction *b) {
 
 /* The other copy of the chain, with what was found on top; a handler found before moves up. */
 static void remember(struct ps_chain *chain, const struct sigaction *found) {
-    uint32_t active = atomic_load_explicit(&chain->active, memory_order_relaxed);
-    struct ps_handlers *from = &chain->copy[active], *to = &chain->copy[!active];
+    uint32_t version = atomic_load_explicit(&chain->version, memory_order_relaxed);
+    struct ps_handlers *from = &chain->copy[version % 2], *to = &chain->copy[(version + 1) % 2];
     uint32_t skip = from->count == PS_CHAIN; /* full: forget the oldest */
     to->count = 0;
     for (uint32_t i = skip; i < from->count; i++)
         if (!same(&from->handler[i], found))
             to->handler[to->count++] = from->handler[i];
     to->handler[to->count++] = *found;
-    atomic_store_explicit(&chain->active, !active, memory_order_release); /* pairs with pass_on */
+    atomic_store_explicit(&chain->version, version + 1, memory_order_release); /* pairs with pass_on */
 }
 
 static void install(int signal) {
     struct ps_chain *chain = ps_process_chain(signal);
     struct sigaction found, ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
     sigaction(signal, NULL, &found);
-    if (is_ours(&found) || atomic_exchange_explicit(&chain->busy, 1, memory_order_acquire))
-        return; /* another thread is at it */
+    if (is_ours(&found))
+        return;
+    if (atomic_exchange_explicit(&chain->busy, 1, memory_order_acquire)) {
+        await_install(chain);
+        return;
+    }
     sigaction(signal, NULL, &found);
     if (!is_ours(&found)) {
         struct sigaction replaced;

@@ -174,9 +174,9 @@ void ps_fault_stack(void);
 /* process.c: this process's table and its other mutable state */
 #define PS_CHAIN 8 /* handlers below ours that are remembered, for one signal */
 
-/* Handlers found when ours was installed, oldest first.  Two copies: one is read, the other written. */
+/* Handlers found when ours was installed, oldest first.  Copy version % 2 is read, the other written. */
 struct ps_chain {
-    _Atomic uint32_t busy, active;
+    _Atomic uint32_t busy, version;
     struct ps_handlers {
         uint32_t count;
         struct sigaction handler[PS_CHAIN];
@@ -185,10 +185,11 @@ struct ps_chain {
 
 /* A thread's latest fault, as it goes down the chain. */
 struct ps_offer {
-    uint64_t fault;  /* which: instruction, address and stack pointer, mixed */
-    uintptr_t frame; /* of on_fault, while a handler that it called runs; left over where that one jumped out */
-    uint32_t level;  /* handlers that have not had it */
-    bool returned;   /* one had it, and returned */
+    uint64_t fault;   /* which: instruction, address and stack pointer, mixed */
+    uintptr_t frame;  /* of on_fault, while a handler that it called runs; left over where that one jumped out */
+    uint32_t level;   /* handlers that have not had it, of the chain ... */
+    uint32_t version; /* ... as it was then: one that came on top meanwhile has not */
+    bool returned;    /* one had it, and returned */
 };
 
 struct ps_faults { /* of a thread; only its own signal handler touches it */
