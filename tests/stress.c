@@ -5,7 +5,7 @@
  * Participants of one region:
  *   - the crowd: HOLDERS participants in one process, each with two callers, an accessor and its agent; joiners,
  *     which attach, work and leave again and again; and forks of it all, which rejoin in the child handler,
- *     change, and are killed;
+ *     change, and are killed; the callers get signals meanwhile;
  *   - strays: processes that attach, change at random, and are killed in the middle of it.
  * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
  * do (promises 1 and 2), by the copy that survives faults.  The shared pages everybody changes; at the end, when
@@ -70,6 +70,7 @@ static int memory; /* the region's descriptor */
 static int64_t end;
 static struct ps_region *holder[HOLDERS];
 static struct caller caller[CALLERS];
+static pthread_t thread[CALLERS + HOLDERS + JOINERS + 1]; /* the callers first */
 static _Atomic uint64_t joins, accesses, forks;
 /* Between fork() and exec() a sanitizer's allocator may be locked by a thread that is not there: whoever makes
  * threads (the core allocates nothing else) holds this for reading, whoever forks for writing. */
@@ -105,7 +106,7 @@ static void leave(struct ps_region *region) {
     ps_release(region);
 }
 
-/* As the binding does before each call: a lost agent is started again. */
+/* As the binding does: before each call a lost agent is started again; after a signal the call goes on. */
 static void be_ready(struct ps_region *region) {
     struct ps_outcome outcome;
     int rc = ps_ready(region, &outcome);
@@ -117,8 +118,7 @@ static uint64_t change(struct ps_region *region, uint64_t first, uint64_t pages,
     int64_t deadline = ps_sys_now() + TIMEOUT;
     be_ready(region);
     int rc = ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, deadline, &outcome);
-    while (rc ==
-           PS_ESIGNAL) /* a second of silence, on a busy machine: as the binding, we see to our signals and go on */
+    while (rc == PS_ESIGNAL)
         rc = outcome.generation ? ps_await(region, outcome.generation, deadline, &outcome)
                                 : ps_change(region, first * PS_PAGE, pages * PS_PAGE, prot, deadline, &outcome);
     CHECK(!rc, "ps_change: %d, change %lu, silent %u: pid %u", rc, outcome.generation, outcome.silent,
@@ -236,9 +236,16 @@ static void kill_at_work(pid_t pid, int heard, uint64_t *state) {
           "a killed process ended by itself, with status %x", status);
 }
 
+static void on_signal(int signal) {
+    (void)signal;
+}
+
 static void *fork_and_kill(void *argument) {
     uint64_t state = 300 + *(uint64_t *)argument;
+    sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_signal}, NULL); /* no SA_RESTART: it ends a wait */
     for (; !over(); count(&forks)) {
+        for (int i = 0; i < CALLERS; i++)
+            pthread_kill(thread[i], SIGUSR1);
         int ends[2];
         CHECK(!pipe(ends), "%d", errno);
         pthread_rwlock_wrlock(&making_threads);
@@ -262,7 +269,6 @@ static void settle_and_compare(void) {
 }
 
 static void crowd(void) {
-    pthread_t thread[CALLERS + HOLDERS + JOINERS + 1];
     uint64_t number[JOINERS + 1], turns = 0;
     int made = 0;
     for (int i = 0; i < HOLDERS; i++)
