@@ -302,8 +302,8 @@ RECOVERING_ORDERS = [
 def comparable(fate: Fate) -> Fate:
     """Without what differs from process to process: addresses, where the other threads are, and loaded modules.
 
-    Each traceback once: a faulthandler that was enabled after us cannot take itself away from under us.  And without the
-    beginning of one frame more: a thread's last frame may lead faulthandler to memory that is no frame any more.
+    Each traceback once: a faulthandler that was enabled after us cannot take itself away from under us.  And without
+    the beginning of one frame more: a thread's last frame may lead faulthandler to memory that is no frame any more.
     """
     code, out, err = fate
     other = r"\nThread 0x\w+ \(most recent call first\):\n(  File .*\n)*"
