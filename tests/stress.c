@@ -19,6 +19,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -72,16 +73,42 @@ static struct ps_region *holder[HOLDERS];
 static struct caller caller[CALLERS];
 static pthread_t thread[CALLERS + HOLDERS + JOINERS + 1]; /* the callers first */
 static _Atomic uint64_t joins, accesses, forks;
-/* Between fork() and exec() a sanitizer's allocator may be locked by a thread that is not there: whoever makes
- * threads (the core allocates nothing else) holds this for reading, whoever forks for writing. */
-static pthread_rwlock_t making_threads = PTHREAD_RWLOCK_INITIALIZER;
-
 static uint64_t below(uint64_t *state, uint64_t limit) {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
     return *state % limit;
 }
+
+/* A sanitizer's own allocator stays locked in a child that was forked while another thread was in it. The core
+ * allocates nothing, but threads that begin or end do: there, a fork waits until none of the joiners' does. */
+#ifndef __has_feature
+#define __has_feature(name) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer) || defined(__SANITIZE_THREAD__) ||               \
+    __has_feature(thread_sanitizer)
+static pthread_rwlock_t threads = PTHREAD_RWLOCK_INITIALIZER;
+
+static void threads_may_change(void) {
+    pthread_rwlock_rdlock(&threads);
+}
+static void threads_may_not_change(void) {
+    pthread_rwlock_wrlock(&threads);
+}
+static void threads_changed(int tid) {
+    while (tid && ps_sys_thread_exists(tid))
+        sched_yield();
+    pthread_rwlock_unlock(&threads);
+}
+#else
+static void threads_may_change(void) {
+}
+static void threads_may_not_change(void) {
+}
+static void threads_changed(int tid) {
+    (void)tid;
+}
+#endif
 
 static bool over(void) {
     return ps_sys_now() >= end;
@@ -200,14 +227,17 @@ static void *use(void *argument) {
 static void *join_and_leave(void *argument) {
     uint64_t state = 200 + *(uint64_t *)argument;
     for (; !over(); count(&joins)) {
-        pthread_rwlock_rdlock(&making_threads);
+        threads_may_change();
         struct ps_region *region = attach();
-        pthread_rwlock_unlock(&making_threads);
+        threads_changed(0);
         for (uint64_t i = below(&state, 4); i; i--) {
             change_others(region, &state);
             use_data(region, &state);
         }
+        int tid = region->tid;
+        threads_may_change();
         leave(region);
+        threads_changed(tid);
     }
     return NULL;
 }
@@ -248,11 +278,11 @@ static void *fork_and_kill(void *argument) {
             pthread_kill(thread[i], SIGUSR1);
         int ends[2];
         CHECK(!pipe(ends), "%d", errno);
-        pthread_rwlock_wrlock(&making_threads);
+        threads_may_not_change();
         pid_t pid = fork();
         if (!pid)
             change_until_killed(holder[0], ends, state);
-        pthread_rwlock_unlock(&making_threads);
+        threads_changed(0);
         CHECK(pid > 0, "%d", errno);
         close(ends[1]);
         kill_at_work(pid, ends[0], &state);

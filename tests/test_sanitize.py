@@ -5,9 +5,11 @@ A few seconds each, and once at full speed without a sanitizer; `make sanitize` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -79,17 +81,22 @@ def run(program: Path, seconds: float, seed: int) -> str:
     """
     reports = program.with_suffix(".report")
     options = dict.fromkeys(("TSAN_OPTIONS", "ASAN_OPTIONS"), f"log_path={reports}")
-    done = subprocess.run(
+    process = subprocess.Popen(
         [program, str(seconds), str(seed)],
         env={**os.environ, **options},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=seconds + 120,
-        check=False,
+        process_group=0,
     )
+    try:
+        output, errors = process.communicate(timeout=seconds + 120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what is left of it, should it have failed or hung
+            os.killpg(process.pid, signal.SIGKILL)
     found = "\n".join(path.read_text() for path in sorted(reports.parent.glob(reports.name + "*")))
-    assert (done.returncode, found, done.stderr) == (0, "", ""), f"seed {seed}\n{found}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert (process.returncode, found, errors) == (0, "", ""), f"seed {seed}\n{found}\n{output}\n{errors}"
+    return output
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
