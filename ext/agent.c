@@ -86,49 +86,54 @@ static void report(struct ps_region *region, uint64_t generation, int rc) {
 /* seq_cst exchange, a full barrier: the waiter's flag is read by the very store that it waits for. */
 static bool acknowledge(struct ps_region *region, uint64_t generation) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    atomic_store_explicit(&region->applied, generation, memory_order_relaxed);
     atomic_store_explicit(&slot->applied, generation, memory_order_relaxed);
     uint32_t seen = atomic_exchange_explicit(&slot->ack, (uint32_t)generation & PS_ACK_MASK, memory_order_seq_cst);
     return seen & PS_ACK_WAITING;
 }
 
-void ps_agent_follow(struct ps_region *region, uint64_t generation) {
+/* Fails only where the deadline passes while another process that holds the claim is stopped, or another thread of
+ * ours waits for that. */
+int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline) {
     bool waited_for = false;
-    ps_page_lock(region);
-    uint64_t applied = atomic_load_explicit(&region->applied, memory_order_relaxed);
+    int rc = ps_pages_take(region, deadline);
+    if (rc)
+        return rc;
+    uint64_t applied = ps_applied(region);
     if (applied < generation || region->unsynced) {
         PS_POINT(A2_apply);
         report(region, generation, catch_up(region, applied, generation));
         PS_POINT(A4_ack);
         waited_for = acknowledge(region, applied < generation ? generation : applied);
     }
-    ps_page_unlock(region);
+    ps_pages_give(region);
     if (waited_for)
         ps_sys_wake(&ps_slot(region, region->slot)->ack, 1, FUTEX_BITSET_MATCH_ANY);
+    return 0;
 }
 
 /* A change that failed here is undone by a new generation; where the caller gave up instead, nobody undoes it,
  * and we must not keep rights that the map took away. */
 void ps_agent_settle(struct ps_region *region) {
-    if (!region->failed)
+    if (!region->failed || ps_pages_take(region, PS_NEVER))
         return;
-    ps_page_lock(region);
-    if (region->failed && nobody_undoes(region, atomic_load_explicit(&region->applied, memory_order_relaxed)))
+    if (region->failed && nobody_undoes(region, ps_applied(region)))
         fence(region);
-    ps_page_unlock(region);
+    ps_pages_give(region);
 }
 
 /* Everything, for a joiner, under the writer lock. */
 static int sync_all(struct ps_region *region) {
-    ps_page_lock(region);
+    int rc = ps_pages_take(region, PS_NEVER);
+    if (rc)
+        return rc;
     uint64_t generation = ps_generation(region);
-    int rc = ps_engine_apply(region, 0, region->shape.pages);
+    rc = ps_engine_apply(region, 0, region->shape.pages);
     PS_POINT(J3_apply);
     if (!rc) {
         region->failed = region->fenced = false;
         acknowledge(region, generation);
     }
-    ps_page_unlock(region);
+    ps_pages_give(region);
     return rc;
 }
 
@@ -153,7 +158,7 @@ static int own_descriptors(struct ps_region *region) {
     region->tid = ps_sys_gettid();
     if (!ps_cached_leads(region->memory.fd, &region->memory))
         return -EBADF;
-    int rc = ps_sys_private_table((int[2]){region->memory.fd, entry});
+    int rc = ps_sys_private_table((int[]){region->memory.fd, entry}, 2);
     if (rc)
         return rc;
     region->own = ps_sys_reopen(region->memory.fd);
@@ -161,7 +166,7 @@ static int own_descriptors(struct ps_region *region) {
     rc = region->own < 0 ? region->own : hold_entry(region);
     /* The copies of the program's own numbers go; what we opened stays. */
     if (!rc)
-        rc = ps_sys_private_table((int[2]){region->own, region->own_entry});
+        rc = ps_sys_private_table((int[]){region->own, region->own_entry}, 2);
     return rc;
 }
 
@@ -216,7 +221,9 @@ static void leave(struct ps_region *region) {
 
 /* Our predecessor was lost; its slot, the OFD lock (by the mapping) and the mapping itself are still ours. */
 static int succeed(struct ps_region *region) {
-    ps_page_lock(region);
+    int rc = ps_page_lock(region, region->join_deadline);
+    if (rc)
+        return rc;
     region->unsynced = true;
     ps_page_unlock(region);
     return mark_death(region);
@@ -256,7 +263,7 @@ static void follow_for_ever(struct ps_region *region) {
         /* acquire: pairs with C5 and U3: the map and the ring entry are those of this generation, or newer. */
         uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
         ps_fault_install(); /* before access ends: faulthandler may have come above us, or taken us away with itself */
-        ps_agent_follow(region, generation);
+        ps_agent_follow(region, generation, PS_NEVER);
         ps_agent_settle(region);
         PS_POINT(A1_wait);
         ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, bit,
@@ -304,8 +311,9 @@ static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *out
 
 /* One of the threads that find it missing, or lost, starts it.  Under the page lock: between the look at a lost one
  * and the store, another thread may have started its successor, and two would follow one map. */
-static bool is_to_start(struct ps_region *region) {
-    ps_page_lock(region);
+static bool is_to_start(struct ps_region *region, int64_t deadline) {
+    if (ps_page_lock(region, deadline))
+        return false;
     uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
     bool missing = seen == PS_AGENT_NONE || (seen == PS_AGENT_RUNNING && ps_slot_lost(region));
     if (missing)
@@ -316,7 +324,7 @@ static bool is_to_start(struct ps_region *region) {
 
 int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     uint32_t seen;
-    if (is_to_start(region)) {
+    if (is_to_start(region, deadline)) {
         region->join_deadline = deadline;
         int rc = spawn(region);
         if (rc) {

@@ -348,8 +348,9 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
     else
         PS_POINT(U3_publish);
     wake_others(region);
-    ps_fault_install(); /* while the others are at it */
-    ps_agent_follow(region, generation);
+    ps_fault_install();                            /* while the others are at it */
+    ps_claim_void(region);
+    ps_agent_follow(region, generation, PS_NEVER);
 }
 
 static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {

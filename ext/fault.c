@@ -96,15 +96,16 @@ static int unreachable(struct ps_region *region, uint64_t page, bool store, stru
 
 /* The map allows an access that our page tables refused: they are late, or we are fenced. */
 static int mend(struct ps_region *region, uint64_t page) {
-    ps_page_lock(region);
-    int rc = region->fenced ? -EACCES : ps_engine_apply(region, page, 1);
-    ps_page_unlock(region);
+    int rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
+    if (rc)
+        return rc;
+    rc = region->fenced ? -EACCES : ps_engine_apply(region, page, 1);
+    ps_pages_give(region);
     return rc;
 }
 
 static bool pending(const struct ps_region *region) {
-    return ps_change_open(region) ||
-           atomic_load_explicit(&region->applied, memory_order_acquire) < ps_generation(region);
+    return ps_change_open(region) || ps_applied(region) < ps_generation(region);
 }
 
 /* A copy that faults must fault into our handler, not into a faulthandler that was enabled on top of it.  Page tables

@@ -25,13 +25,15 @@
 #include <stdint.h>
 
 #define PS_MAGIC 0x0065726168737970u /* "pyshare\0", little endian */
-#define PS_VERSION 1u
+#define PS_VERSION 2u
 
 #define PS_NAME_MAX 200   /* characters of a region's name */
 #define PS_SLOTS_MAX 2047 /* slot + 1 fits 11 bits of an owner word */
 #define PS_RING 1024      /* latest changes; a power of two */
 #define PS_SECTIONS 16
 #define PS_LINE 64
+#define PS_LOCKS 1024  /* user locks of a region */
+#define PS_CLOSERS 64u /* changes that wait for leases at the same time; one bit each in a mask */
 
 /* An owner word names a participant for ever (until its slot's epoch wraps,
  * after 2^20 joins of one slot): WAITING | epoch | slot + 1.  0: nobody. */
@@ -58,7 +60,7 @@ enum ps_state {
 enum ps_kind { PS_SET = 0, PS_UNDO = 1 };
 
 /* What a participant can do; tells callers which way a change may go. */
-#define PS_CAN_UFFD 0x1u /* its mapping can be changed through its userfaultfd */
+#define PS_CAN_UFFD 0x1u /* its mapping follows by userfaultfd; it can be changed from outside */
 #define PS_CAN_RWP 0x2u  /* ... including no-access (Linux 7.2) */
 
 #define PS_SLOT_FENCED 0x1u /* its whole mapping is no-access until it re-syncs */
@@ -69,7 +71,37 @@ enum ps_section_kind {
     PS_SEC_RING = 2,  /* ps_shm_ring[PS_RING] */
     PS_SEC_CUR = 3,   /* one byte a page: protection ^ initial protection */
     PS_SEC_OLD = 4,   /* the same, frozen while the record is open */
-    PS_SEC_LEASE = 5, /* one 64-bit lease word a page: closer half, holder half */
+    PS_SEC_LEASE = 5, /* one held word (below) a page */
+    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS] */
+    PS_SEC_LAST = PS_SEC_LOCK,
+};
+
+/* A held word says who has a page leased, or a lock: two owner words.
+ * Low half: the holder, 0 for nobody; its WAITING: somebody sleeps on that half.
+ * High half: next, a waiter that slept and lost: nobody else takes the word before
+ * it does; its WAITING: it sleeps on that half.
+ * W: taker by CAS from a free word, a dead holder's, or one reserved for it, seq_cst (a lease-taker then
+ * looks at the closers); waiters set WAITING and `next` by CAS; the holder clears its half at the end, seq_cst.
+ * R: anybody, acquire.  Crash: names a dead owner: taken over, and the next holder is told. */
+#define PS_HELD_HOLDER UINT64_C(0xffffffff)
+#define PS_HELD_WAITING UINT64_C(0x80000000)
+#define PS_HELD_NEXT_SHIFT 32
+#define PS_HELD_NEXT_WAITING (PS_HELD_WAITING << PS_HELD_NEXT_SHIFT)
+
+struct ps_shm_lock {
+    _Atomic uint64_t held;         /* W: as a held word.  R: as a held word */
+    uint64_t pad[PS_LINE / 8 - 1]; /* W: nobody.  R: nobody */
+};
+
+/* A change that is going to take place, or does: nobody takes a lease on its pages. */
+struct ps_shm_closer {
+    /* W: caller of a change by CAS 0 -> its owner word, before it looks at lease words; 0 at its end, release,
+     * and wakes who sleeps on it (WAITING).  Anybody who finds the owner gone clears it by CAS.
+     * R: lease-takers, acquire.  Crash: names a dead owner. */
+    _Atomic uint32_t owner;
+    uint32_t pad;           /* W: nobody.  R: nobody */
+    _Atomic uint64_t first; /* W: owner, before its bit in `closers`.  R: lease-takers, relaxed; only compared */
+    _Atomic uint64_t count; /* W: as first.  R: as first */
 };
 
 struct ps_shm_section {
@@ -124,12 +156,20 @@ struct ps_shm_slot {
      * One word on purpose: with the flag in a second word wake-ups are lost without full fences.
      * Crash: stale; the caller finds the owner dead. */
     _Atomic uint32_t ack;
-    uint32_t pad0[3]; /* W: nobody.  R: nobody */
+    /* Who may change this participant's page tables to follow the map: 0 or an owner word.
+     * W: by CAS 0 -> its own word: the owner of the slot under its private page lock, or a remote caller; a remote
+     * caller's word by another one (it holds the writer lock, so the former is dead), and by the owner of the slot once
+     * the claimant is gone.  Released by exchange with 0, release.  R: those, acquire: pairs with the release:
+     * `applied` and the page tables are those that the last claimant left. Crash: of a remote caller: the participant
+     * stands where `applied` says; following again is idempotent. */
+    _Atomic uint32_t claim;
+    uint32_t pad0[2]; /* W: nobody.  R: nobody */
     /* W: owner at A3, before its acknowledgement: low 31 bits of the generation << 32 | errno; 0 after a
      * success.  R: caller after the acknowledgement (acquire on ack orders it).  Crash: ignored. */
     _Atomic uint64_t error;
-    _Atomic uint64_t applied; /* W: owner, relaxed, before ack.  R: anybody, for information */
-    uint64_t pad1[4];         /* W: nobody.  R: nobody */
+    /* W: under the claim, relaxed, before ack.  R: under the claim; else for information */
+    _Atomic uint64_t applied;
+    uint64_t pad1[4]; /* W: nobody.  R: nobody */
 
     /* Line 1: is the owner alive? */
     /* W: owner's agent: TID | FUTEX_WAITERS, release, before it takes any lock; the kernel ORs OWNER_DIED in
@@ -140,11 +180,10 @@ struct ps_shm_slot {
      * the word makes that safe against a new owner).  R: anybody, acquire.  epoch << 4 | state.
      * Crash: JOINING or LIVE with a free OFD byte: dead. */
     _Atomic uint32_t status;
-    /* Who may change this participant's page tables for a generation; claimed by CAS by its agent or a
-     * remote caller.  W: owner at J1 (0).  R: nobody yet: a participant without PS_CAN_UFFD is changed by
-     * itself alone, under its process-private apply lock. */
-    _Atomic uint64_t claim;
-    uint64_t pad2[6]; /* W: nobody.  R: nobody */
+    /* W: whoever wants the agent's attention on its socket: 1; its agent exchanges it with 0.  R: its agent, acquire.
+     * Crash: 1: it looks once for nothing. */
+    _Atomic uint32_t asked;
+    uint32_t pad2[13]; /* W: nobody.  R: nobody */
 
     /* Line 2: who it is.  W: owner at J1 unless said otherwise, published by J4.  R: anybody, relaxed;
      * compared with what the kernel says before it means anything. */
@@ -154,7 +193,11 @@ struct ps_shm_slot {
     _Atomic uint64_t pidns;        /* W: owner: inode of its pid namespace, 0 unknown.  R: anybody */
     _Atomic uint32_t capabilities; /* W: owner: PS_CAN_*.  R: anybody */
     _Atomic uint32_t flags;        /* W: owner's agent: PS_SLOT_*, release.  R: anybody */
-    uint64_t pad3[4];              /* W: nobody.  R: nobody */
+    /* Where its userfaultfd is to be had; whoever gets one there proves it (borrow.c). */
+    _Atomic uint32_t uffd;   /* W: owner: number in its agent's table.  R: anybody */
+    _Atomic uint32_t socket; /* W: owner: the five hexadecimal digits of its agent's abstract socket.  R: anybody */
+    _Atomic uint64_t canary; /* W: owner: address of its canary page.  R: anybody */
+    uint64_t pad3[2];        /* W: nobody.  R: nobody */
 };
 
 struct ps_shm_header {
@@ -192,12 +235,26 @@ struct ps_shm_header {
     /* Line 14: the record. */
     /* W: caller, field by field as it says.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_record record;
+
+    /* Line 15: leases and changes.  A taker stores its word, then looks here; a change stores here, then looks at the
+     * words: one of them sees the other. */
+    /* W: caller of a change: its bit, seq_cst, after the entry; cleared with the entry, by anybody who finds its
+     * owner gone too.  R: lease-takers, seq_cst after their CAS.  Crash: a bit whose entry names a dead owner. */
+    _Alignas(PS_LINE) _Atomic uint64_t closers;
+    /* W: the first lease-taker: 1, seq_cst, before its CAS; never back.  R: changes, seq_cst after their bit: 0: no
+     * lease word need be looked at */
+    _Atomic uint32_t leases;
+    uint32_t pad1; /* W: nobody.  R: nobody */
+    /* W: as its fields say.  R: as its fields say */
+    _Alignas(PS_LINE) struct ps_shm_closer closer[PS_CLOSERS];
 };
 
 static_assert(sizeof(struct ps_shm_section) == 24, "section");
 static_assert(sizeof(struct ps_shm_record) == 64, "record: one line");
 static_assert(sizeof(struct ps_shm_ring) == 64, "ring entry: one line");
 static_assert(sizeof(struct ps_shm_slot) == 3 * PS_LINE, "slot: three lines");
+static_assert(sizeof(struct ps_shm_lock) == PS_LINE, "lock: one line");
+static_assert(sizeof(struct ps_shm_closer) == 24, "closer");
 static_assert(sizeof(struct ps_shm_header) <= 4096, "header: one page");
 static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "atomics are plain words");
 static_assert((PS_RING & (PS_RING - 1)) == 0, "ring: a power of two");

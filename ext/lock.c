@@ -1,18 +1,21 @@
 /* lock.c - words owned by (slot, epoch), and two that are private.
  *
- * Lives here: the writer lock and its take-over from the dead; the
- * locks of one process.
+ * Lives here: the writer lock and its take-over from the dead; the claim on
+ * a participant's page tables; the locks of one process.
  *
  * The writer lock word (see PS_OWNER_*) and its transitions:
  *   0              -> me               CAS, acquire; with WAITING if we have slept: others may sleep still
  *   owner          -> owner | WAITING  CAS, before sleeping
  *   dead owner     -> me | WAITING     CAS, acquire; only one of several who saw the death wins
  *   me [| WAITING] -> 0                exchange, release; wakes one if WAITING was set
+ * A claim knows 0 -> me, dead owner -> me, me -> 0: it is held for microseconds.
  * Invariants
  *  1. A holder is known by (slot, epoch), which no namespace can confuse.
  *  2. No wait without a backstop: a wake-up can die with the process it woke.
- *  3. The page lock is only held over changes of our own page tables.
- * Runs in: caller, agent (joining), fork child's agent.
+ *  3. The page lock and a claim are only held over changes of page tables.
+ *  4. Every wait ends at a deadline, or with the holder: also where that is one
+ *     thread of this process.
+ * Runs in: caller, agent, fork child's agent.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,7 +23,9 @@
 
 #include "participant.h"
 
-static uint32_t own_word(const struct ps_region *region) {
+#define SPIN 200 /* looks at a claim before sleeping: as long as a change of a page takes */
+
+uint32_t ps_owner_word(const struct ps_region *region) {
     return region->epoch << PS_OWNER_SLOT_BITS | (region->slot + 1);
 }
 
@@ -38,7 +43,7 @@ uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner) {
 }
 
 /* The holder's (slot, epoch) has left, died, or made room for another. */
-static bool owner_gone(struct ps_region *region, uint32_t owner) {
+bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
     uint32_t slot = owner_slot(owner);
     uint32_t status = atomic_load_explicit(&ps_slot(region, slot)->status, memory_order_acquire);
     if (status >> PS_STATE_BITS != owner_epoch(owner))
@@ -63,7 +68,7 @@ static int wait_for_owner(struct ps_region *region, _Atomic uint32_t *word, uint
 
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
     _Atomic uint32_t *word = &ps_header(region)->lock;
-    uint32_t mine = own_word(region), slept = 0;
+    uint32_t mine = ps_owner_word(region), slept = 0;
     for (;;) {
         uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
         if (!seen) { /* acquire: pairs with the release in ps_unlock: the last holder's record is whole */
@@ -74,7 +79,7 @@ int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
         }
         if (owner_slot(seen) >= region->shape.slots)
             return ps_corrupt(region, "lock");
-        if (owner_gone(region, seen)) { /* acquire: what the dead one stored before it died */
+        if (ps_owner_gone(region, seen)) { /* acquire: what the dead one stored before it died */
             if (atomic_compare_exchange_strong_explicit(word, &seen, mine | PS_OWNER_WAITING, memory_order_acquire,
                                                         memory_order_relaxed))
                 return 0;
@@ -103,25 +108,109 @@ void ps_unlock(struct ps_region *region) {
         ps_sys_wake(word, 1, FUTEX_BITSET_MATCH_ANY);
 }
 
-/* -- Locks private to the process, reset in a forked child ---------------------------------------------------- */
+/* -- The claim on a participant's page tables ------------------------------------------------------------------ */
 
-void ps_private_lock(_Atomic uint32_t *word) {
-    uint32_t seen = 0;
-    if (atomic_compare_exchange_strong_explicit(word, &seen, 1, memory_order_acquire, memory_order_relaxed))
-        return;
-    while (atomic_exchange_explicit(word, 2, memory_order_acquire))
-        ps_sys_wait((struct ps_watch){word, 2}, FUTEX_BITSET_MATCH_ANY, PS_NEVER);
+/* Ours; a remote caller has it for the time of an ioctl, or died with it. */
+static int claim_own(struct ps_region *region, int64_t deadline) {
+    _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
+    uint32_t mine = ps_owner_word(region), seen = 0;
+    for (int looks = 0;; looks++) {
+        /* acquire: pairs with the release in ps_claim_release: `applied` is what the last claimant left. */
+        if (atomic_compare_exchange_weak_explicit(word, &seen, mine, memory_order_acquire, memory_order_relaxed))
+            return 0;
+        if (seen && looks >= SPIN) {
+            if (owner_slot(seen) >= region->shape.slots)
+                return ps_corrupt(region, "claim");
+            if (seen == mine || ps_owner_gone(region, seen))
+                continue; /* with `seen`: take it over */
+            int64_t now = ps_sys_now();
+            if (now >= deadline)
+                return -ETIMEDOUT;
+            ps_sys_wait((struct ps_watch){word, seen}, FUTEX_BITSET_MATCH_ANY, now + PS_MS / 10);
+        }
+        __builtin_ia32_pause();
+        seen = 0;
+    }
+}
+
+bool ps_claim_other(struct ps_region *region, uint32_t index, uint32_t epoch) {
+    _Atomic uint32_t *word = &ps_slot(region, index)->claim;
+    uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
+    if (seen == (epoch << PS_OWNER_SLOT_BITS | (index + 1)))
+        return false; /* it is at work itself */
+    /* A third party's is of a caller that died with the writer lock, which we hold.  acquire: as in claim_own. */
+    return atomic_compare_exchange_strong_explicit(word, &seen, ps_owner_word(region), memory_order_acquire,
+                                                   memory_order_relaxed);
+}
+
+/* As in ps_claim_other, of our own: before we wait for it with the writer lock. */
+void ps_claim_void(struct ps_region *region) {
+    _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
+    uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
+    if (seen && seen != ps_owner_word(region))
+        atomic_compare_exchange_strong_explicit(word, &seen, 0, memory_order_acq_rel, memory_order_relaxed);
+}
+
+/* release: pairs with the acquire of the next claimant.  Nobody is woken: who waits looks every 0.1 ms. */
+void ps_claim_release(struct ps_region *region, uint32_t index) {
+    uint32_t mine = ps_owner_word(region);
+    atomic_compare_exchange_strong_explicit(&ps_slot(region, index)->claim, &mine, 0, memory_order_release,
+                                            memory_order_relaxed);
+}
+
+/* -- Locks private to the process, reset in a forked child ------------------------------------------------------
+ *
+ * A word is 0 or the thread id of its holder, with PRIVATE_WAITING if somebody sleeps.  A thread alone can be ended
+ * by a seccomp filter: then whoever waits takes over. */
+
+#define PRIVATE_WAITING 0x80000000u
+
+int ps_private_lock(_Atomic uint32_t *word, int64_t deadline) {
+    uint32_t mine = (uint32_t)ps_process_tid(), seen = 0, slept = 0;
+    while (
+        !atomic_compare_exchange_weak_explicit(word, &seen, mine | slept, memory_order_acquire, memory_order_relaxed)) {
+        if (!seen)
+            continue;
+        uint32_t waited = seen | PRIVATE_WAITING;
+        if (seen != waited &&
+            !atomic_compare_exchange_strong_explicit(word, &seen, waited, memory_order_relaxed, memory_order_relaxed)) {
+            seen = 0;
+            continue;
+        }
+        int64_t now = ps_sys_now(), backstop = now + PS_BACKSTOP;
+        if (now >= deadline)
+            return -ETIMEDOUT;
+        slept = PRIVATE_WAITING;
+        int rc = ps_sys_wait((struct ps_watch){word, waited}, FUTEX_BITSET_MATCH_ANY,
+                             backstop < deadline ? backstop : deadline);
+        bool gone = rc == -ETIMEDOUT && !ps_sys_thread_exists((int)(waited & ~PRIVATE_WAITING));
+        seen = gone ? waited : 0; /* gone: take it from there */
+    }
+    return 0;
 }
 
 void ps_private_unlock(_Atomic uint32_t *word) {
-    if (atomic_exchange_explicit(word, 0, memory_order_release) == 2)
+    if (atomic_exchange_explicit(word, 0, memory_order_release) & PRIVATE_WAITING)
         ps_sys_wake(word, 1, FUTEX_BITSET_MATCH_ANY);
 }
 
-void ps_page_lock(struct ps_region *region) {
-    ps_private_lock(&region->page_lock);
+int ps_page_lock(struct ps_region *region, int64_t deadline) {
+    return ps_private_lock(&region->page_lock, deadline);
 }
 
 void ps_page_unlock(struct ps_region *region) {
     ps_private_unlock(&region->page_lock);
+}
+
+/* The page lock and the claim: what whoever makes our page tables follow the map holds. */
+int ps_pages_take(struct ps_region *region, int64_t deadline) {
+    int rc = ps_page_lock(region, deadline);
+    if (!rc && (rc = claim_own(region, deadline)))
+        ps_page_unlock(region);
+    return rc;
+}
+
+void ps_pages_give(struct ps_region *region) {
+    ps_claim_release(region, region->slot);
+    ps_page_unlock(region);
 }

@@ -6,10 +6,10 @@
  * Invariants
  *  1. Handles lie in the static table of process.c and are never freed: a
  *     signal handler may look at one at any time.
- *  2. `page_lock` is held over changes of our own page tables only, never over
- *     a wait for another process.  `descriptor_lock` is held while the cached
- *     descriptors are looked at, fetched or forgotten: fork looks at them from
- *     any thread.  Lock order: the shared writer lock, page_lock, descriptor_lock.
+ *  2. `page_lock` is held over changes of our own page tables only.
+ *     `descriptor_lock` is held while the cached descriptors are looked at,
+ *     fetched or forgotten: fork looks at them from any thread.  Lock order:
+ *     the shared writer lock, page_lock, the own claim, descriptor_lock.
  *  3. Shared memory is mapped exactly while `agent` is RUNNING or STOPPING;
  *     in every other state the address range is reserved, no-access.
  */
@@ -26,6 +26,11 @@
 #define PS_PAGE 4096u
 #define PS_GUARD (64u * 1024u)  /* no-access, on both sides of the data */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
+
+/* A word of `here`: thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD while it is held; after that the time of the end,
+ * CLOCK_BOOTTIME ms << 1; 0: never held. */
+#define PS_HERE_HELD 1u
+#define PS_HERE_IN_PLACE 2u /* so that the page is writable at its public address */
 
 /* What the header said at attach. */
 struct ps_shape {
@@ -65,7 +70,7 @@ struct ps_region {
     _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard; 0: none */
     uint64_t span;          /* its bytes */
     struct ps_shape shape;
-    _Atomic uint32_t descriptor_lock; /* 0 free, 1 held, 2 held and waited for */
+    _Atomic uint32_t descriptor_lock; /* lock.c */
     struct ps_cached memory, entry;   /* under descriptor_lock: the memfd; the name's entry */
 
     _Atomic uint32_t agent; /* enum ps_agent_state, and the futex on which its starter waits */
@@ -79,10 +84,14 @@ struct ps_region {
     uint32_t slot, epoch; /* epoch 0: no slot */
     uint32_t pid, cpus;   /* as of the join: this process, and how many CPUs it may use */
 
-    _Atomic uint32_t page_lock;  /* 0 free, 1 held, 2 held and waited for */
-    _Atomic uint64_t applied;    /* under page_lock: the last generation that our page tables follow */
+    _Atomic uint32_t page_lock;  /* lock.c */
     _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
     _Atomic bool unsynced;       /* under page_lock: follow the whole map, whatever `applied` says */
+
+    /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
+     * the shared word, release.  R: anybody, acquire. */
+    _Atomic uint64_t *here;
+    _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
 
     _Atomic(const char *) corrupt; /* the field that made PS_ECORRUPT */
 };
@@ -115,6 +124,9 @@ static inline struct ps_shm_slot *ps_slot(const struct ps_region *region, uint32
 static inline struct ps_shm_ring *ps_ring(const struct ps_region *region, uint64_t generation) {
     return (struct ps_shm_ring *)ps_section(region, PS_SEC_RING) + generation % PS_RING;
 }
+static inline uint64_t ps_applied(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_slot(region, region->slot)->applied, memory_order_relaxed);
+}
 static inline bool ps_running(const struct ps_region *region) {
     return atomic_load_explicit(&region->agent, memory_order_acquire) == PS_AGENT_RUNNING;
 }
@@ -134,14 +146,21 @@ static inline enum ps_state ps_state_of(uint32_t status) {
     return (enum ps_state)(status & PS_STATE_MASK);
 }
 
-/* lock.c: words owned by (slot, epoch) */
+/* lock.c: the writer lock, claims, private locks */
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
+uint32_t ps_owner_word(const struct ps_region *region); /* ours */
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
-void ps_private_lock(_Atomic uint32_t *word);
+bool ps_owner_gone(struct ps_region *region, uint32_t owner);
+bool ps_claim_other(struct ps_region *region, uint32_t slot, uint32_t epoch);
+void ps_claim_void(struct ps_region *region);
+void ps_claim_release(struct ps_region *region, uint32_t slot);
+int ps_private_lock(_Atomic uint32_t *word, int64_t deadline);
 void ps_private_unlock(_Atomic uint32_t *word);
-void ps_page_lock(struct ps_region *region);
+int ps_page_lock(struct ps_region *region, int64_t deadline);
 void ps_page_unlock(struct ps_region *region);
+int ps_pages_take(struct ps_region *region, int64_t deadline);
+void ps_pages_give(struct ps_region *region);
 
 /* change.c: the record and the map */
 bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
@@ -155,7 +174,7 @@ void ps_engine_fence(struct ps_region *region);
 /* agent.c: following the map */
 int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 void ps_agent_stop(struct ps_region *region);
-void ps_agent_follow(struct ps_region *region, uint64_t generation);
+int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
 void ps_agent_settle(struct ps_region *region);
 
 /* names.c */
@@ -200,6 +219,7 @@ struct ps_faults { /* of a thread; only its own signal handler touches it */
 };
 
 int ps_process_start(void);
+int ps_process_tid(void);    /* of the calling thread */
 bool ps_process_known(void); /* false in a child made by a raw clone() */
 struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);

@@ -28,6 +28,7 @@ static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
 static _Thread_local struct ps_faults faults;
+static _Thread_local int thread_id;       /* 0: not asked yet */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int start_result;
@@ -39,6 +40,12 @@ struct ps_chain *ps_process_chain(int signal) {
 
 struct ps_faults *ps_process_faults(void) {
     return &faults;
+}
+
+int ps_process_tid(void) {
+    if (!thread_id)
+        thread_id = ps_sys_gettid();
+    return thread_id;
 }
 
 static uint32_t use_of(const struct ps_region *region) {
@@ -58,7 +65,7 @@ struct ps_region *ps_process_find(uintptr_t address) {
 static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
     region->page_lock = region->descriptor_lock = 0;
-    region->applied = 0;
+    region->leased = 0;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;
@@ -74,6 +81,7 @@ struct ps_region *ps_process_claim(void) {
         forget_participation(&regions[i]);
         regions[i].memory.fd = regions[i].entry.fd = -1;
         regions[i].corrupt = NULL;
+        regions[i].here = NULL;
         /* Fails where another thread has raised it past i already. */
         while (used <= i && !atomic_compare_exchange_weak_explicit(&regions_used, &used, i + 1, memory_order_acq_rel,
                                                                    memory_order_acquire))
@@ -117,6 +125,7 @@ static void in_child(void) {
     bool parent_known = atomic_load_explicit(&known, memory_order_acquire) != NULL;
     struct ps_outcome outcome;
     forks++;
+    thread_id = 0;
     reserve_all();
     if (!parent_known)
         return;

@@ -51,6 +51,8 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
         return pages;
     case PS_SEC_LEASE:
         return pages * sizeof(uint64_t);
+    case PS_SEC_LOCK:
+        return PS_LOCKS * sizeof(struct ps_shm_lock);
     default:
         return 0;
     }
@@ -58,7 +60,7 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
 
 static void lay_out(struct ps_shm_header *header) {
     uint64_t at = PS_PAGE;
-    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LEASE; kind++) {
+    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LAST; kind++) {
         uint64_t length = section_length((enum ps_section_kind)kind, header->pages, header->slots);
         header->section[kind - 1] = (struct ps_shm_section){.kind = kind, .offset = at, .length = length};
         at = whole_pages(at + length);
@@ -114,7 +116,7 @@ static const char *check_sections(const struct ps_shm_header *header, struct ps_
             return "section length";
         shape->offset[section->kind] = section->offset;
     }
-    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LEASE; kind++)
+    for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LAST; kind++)
         if (!shape->offset[kind])
             return "section table";
     return NULL;
@@ -267,7 +269,7 @@ static int fetch(struct ps_region *region, struct ps_cached *cached) {
 }
 
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached) {
-    ps_private_lock(&region->descriptor_lock);
+    ps_private_lock(&region->descriptor_lock, PS_NEVER);
     int fd = ps_cached_leads(cached->fd, cached) ? cached->fd : fetch(region, cached);
     ps_private_unlock(&region->descriptor_lock);
     return fd;
@@ -282,6 +284,10 @@ int ps_query_fd(struct ps_region *region) {
 }
 
 /* -- What it is ---------------------------------------------------------------------------------------------- */
+
+static uint64_t here_length(const struct ps_region *region) {
+    return (region->shape.pages + PS_LOCKS) * sizeof *region->here;
+}
 
 void *ps_address(const struct ps_region *region) {
     return (char *)ps_header(region) + ps_data_offset(&region->shape);
@@ -307,6 +313,16 @@ const char *ps_corrupt_field(const struct ps_region *region) {
     return atomic_load_explicit(&region->corrupt, memory_order_relaxed);
 }
 
+/* A forked child finds it zero: it holds nothing of what its parent holds. */
+static int map_here(struct ps_region *region) {
+    uint64_t length = here_length(region);
+    void *got = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED)
+        return -errno;
+    region->here = got;
+    return madvise(got, length, MADV_WIPEONFORK) || madvise(got, length, MADV_DONTDUMP) ? -errno : 0;
+}
+
 /* -- Attach, close ------------------------------------------------------------------------------------------- */
 
 static int cache(struct ps_cached *cached, int fd, bool entry) {
@@ -323,7 +339,7 @@ static int cache(struct ps_cached *cached, int fd, bool entry) {
 }
 
 static void forget(struct ps_region *region, struct ps_cached *cached) {
-    ps_private_lock(&region->descriptor_lock);
+    ps_private_lock(&region->descriptor_lock, PS_NEVER);
     if (ps_cached_leads(cached->fd, cached))
         close(cached->fd);
     cached->fd = -1;
@@ -357,6 +373,8 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
     if (!rc)
         rc = ps_region_place(region);
     if (!rc)
+        rc = map_here(region);
+    if (!rc)
         rc = ps_agent_start(region, deadline, outcome);
     if (rc) {
         *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
@@ -388,6 +406,9 @@ void ps_release(struct ps_region *region) {
     uintptr_t base = atomic_exchange_explicit(&region->base, 0, memory_order_acq_rel);
     if (base)
         munmap((void *)base, region->span);
+    if (region->here)
+        munmap((void *)region->here, here_length(region));
+    region->here = NULL;
     atomic_store_explicit(&region->use, PS_UNUSED, memory_order_release);
 }
 

@@ -43,7 +43,7 @@ static void take(struct ps_region *region, uint32_t index) {
     /* release: whoever sees JOINING of the new epoch no longer trusts anything it read under the old one. */
     atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_JOINING), memory_order_release);
     atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
-    atomic_store_explicit(&slot->claim, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->asked, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->flags, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->capabilities, 0, memory_order_relaxed);
     region->pid = (uint32_t)getpid();

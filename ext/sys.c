@@ -7,16 +7,20 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,6 +33,18 @@
 #endif
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+#ifndef PIDFD_THREAD
+#define PIDFD_THREAD O_EXCL /* Linux 6.9 */
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12) /* Linux 5.19 */
 #endif
 #ifndef MFD_EXEC
 #define MFD_EXEC 0x0010U
@@ -165,17 +181,25 @@ static int close_from_to(unsigned first, unsigned last, unsigned flags) {
     return first > last ? 0 : result(syscall(SYS_close_range, first, last, flags));
 }
 
-int ps_sys_private_table(const int keep[2]) {
-    unsigned low = (unsigned)(keep[0] < keep[1] ? keep[0] : keep[1]);
-    unsigned high = (unsigned)(keep[0] < keep[1] ? keep[1] : keep[0]);
-    if (keep[0] < 0 || keep[1] < 0) /* one of them only: high is it, low is "none" */
-        low = high = (unsigned)(keep[0] < 0 ? keep[1] : keep[0]);
+/* Descriptors from `from` on, up to the least that is kept; returns that one + 1, or 0 when none is left. */
+static unsigned close_to_next(const int *keep, int count, unsigned from, int *rc) {
+    unsigned next = UINT_MAX;
+    for (int i = 0; i < count; i++)
+        if (keep[i] >= (int)from && (unsigned)keep[i] < next)
+            next = (unsigned)keep[i];
+    *rc = next == UINT_MAX ? close_from_to(from, UINT_MAX, 0) : next ? close_from_to(from, next - 1, 0) : 0;
+    return next == UINT_MAX ? 0 : next + 1;
+}
+
+int ps_sys_private_table(const int *keep, int count) {
+    unsigned from = 0;
+    for (int i = 0; i < count; i++)
+        if (keep[i] >= (int)from)
+            from = (unsigned)keep[i] + 1;
     /* The first call unshares by copying all that it does not close; start with the largest part. */
-    int rc = close_from_to(high + 1, UINT_MAX, CLOSE_RANGE_UNSHARE);
-    if (!rc && low)
-        rc = close_from_to(0, low - 1, 0);
-    if (!rc && low != high)
-        rc = close_from_to(low + 1, high - 1, 0);
+    int rc = close_from_to(from, UINT_MAX, CLOSE_RANGE_UNSHARE);
+    for (from = 0; !rc && (from = close_to_next(keep, count, from, &rc));)
+        ;
     return rc;
 }
 
@@ -201,6 +225,182 @@ int ps_sys_mark_nothing(struct ps_robust *robust) {
     struct robust_list_head *head = (struct robust_list_head *)robust->head;
     head->list.next = &head->list;
     return result(syscall(SYS_set_robust_list, head, sizeof *head));
+}
+
+/* -- userfaultfd ------------------------------------------------------------------------------------------------ */
+
+int ps_sys_userfaultfd(void) {
+    struct uffdio_api api = {
+        .api = UFFD_API,
+        .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_SIGBUS,
+    };
+    int fd = result(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY));
+    int rc = fd < 0 ? fd : result(ioctl(fd, UFFDIO_API, &api));
+    if (rc < 0 && fd >= 0)
+        close(fd);
+    return rc < 0 ? rc : fd;
+}
+
+int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length) {
+    struct uffdio_register range = {.range = {at, length}, .mode = UFFDIO_REGISTER_MODE_WP};
+    return result(ioctl(fd, UFFDIO_REGISTER, &range));
+}
+
+int ps_sys_uffd_unregister(int fd, uintptr_t at, uint64_t length) {
+    struct uffdio_range range = {at, length};
+    return result(ioctl(fd, UFFDIO_UNREGISTER, &range));
+}
+
+int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on) {
+    struct uffdio_writeprotect range = {.range = {at, length}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+    return result(ioctl(fd, UFFDIO_WRITEPROTECT, &range));
+}
+
+int ps_sys_uffd_protected(int pid, uintptr_t at) {
+    char path[48], *end = path;
+    uint64_t entry;
+    put_text(&end, "/proc/");
+    put_number(&end, (unsigned long)pid);
+    put_text(&end, "/pagemap");
+    int fd = result(open(path, O_RDONLY | O_CLOEXEC));
+    if (fd < 0)
+        return fd;
+    ssize_t got = pread(fd, &entry, sizeof entry, (off_t)(at / 4096 * sizeof entry));
+    int rc = got < 0 ? -errno : got == sizeof entry ? (int)(entry >> 57 & 1) : -EIO;
+    close(fd);
+    return rc;
+}
+
+/* -- Descriptors of others --------------------------------------------------------------------------------------- */
+
+int ps_sys_fd_of_thread(int tid, int fd) {
+    int process = result(syscall(SYS_pidfd_open, tid, PIDFD_THREAD)); /* -EINVAL before Linux 6.9 */
+    if (process < 0)
+        return process;
+    int got = result(syscall(SYS_pidfd_getfd, process, fd, 0));
+    close(process);
+    return got;
+}
+
+int ps_sys_fd_high(int fd, int least) {
+    int high = result(fcntl(fd, F_DUPFD_CLOEXEC, least));
+    return high == -EINVAL ? result(fcntl(fd, F_DUPFD_CLOEXEC, 3)) : high; /* the limit lies below */
+}
+
+/* -- Sockets ------------------------------------------------------------------------------------------------------ */
+
+/* An abstract address: a zero byte and what follows it, here five hexadecimal digits (unix(7), "Autobind feature"). */
+#define DIGITS 5
+#define ADDRESS_LENGTH (offsetof(struct sockaddr_un, sun_path) + 1 + DIGITS)
+
+union control {
+    struct cmsghdr header; /* for its alignment */
+    char space[CMSG_SPACE(sizeof(struct ucred)) + CMSG_SPACE(sizeof(int))];
+};
+
+static int bind_anywhere(int fd, uint32_t *name) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    socklen_t length = sizeof address;
+    int rc = result(bind(fd, (struct sockaddr *)&address, sizeof address.sun_family));
+    if (!rc)
+        rc = result(getsockname(fd, (struct sockaddr *)&address, &length));
+    if (!rc && length != ADDRESS_LENGTH)
+        rc = -EINVAL;
+    *name = 0;
+    for (int i = 1; !rc && i <= DIGITS; i++) {
+        char digit = address.sun_path[i];
+        *name = *name << 4 | (uint32_t)(digit <= '9' ? digit - '0' : digit - 'a' + 10);
+    }
+    return rc;
+}
+
+int ps_sys_socket(uint32_t *name) {
+    int on = 1, fd = result(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    int rc = fd < 0 ? fd : result(setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof on));
+    if (!rc)
+        rc = bind_anywhere(fd, name);
+    if (rc < 0 && fd >= 0)
+        close(fd);
+    return rc < 0 ? rc : fd;
+}
+
+int ps_sys_socket_ask(int socket, uint32_t name) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    for (int i = 0; i < DIGITS; i++)
+        address.sun_path[1 + i] = "0123456789abcdef"[name >> 4 * (DIGITS - 1 - i) & 15];
+    return result(sendto(socket, "?", 1, MSG_NOSIGNAL, (struct sockaddr *)&address, ADDRESS_LENGTH));
+}
+
+/* The padding of a control message for one descriptor has room for a second: it must not stay open. */
+static int only_one(struct cmsghdr *rights) {
+    int fds[2] = {-1, -1};
+    size_t length = rights->cmsg_len - CMSG_LEN(0);
+    memcpy(fds, CMSG_DATA(rights), length < sizeof fds ? length : sizeof fds);
+    if (fds[1] >= 0)
+        close(fds[1]);
+    return fds[0];
+}
+
+/* One message: who sent it, by what address, and the descriptor in it (-1). */
+static int receive(int socket, struct sockaddr_un *from, socklen_t *length, struct ucred *who, int *fd) {
+    char byte;
+    union control control;
+    struct iovec io = {&byte, 1};
+    struct msghdr message = {.msg_name = from,
+                             .msg_namelen = sizeof *from,
+                             .msg_iov = &io,
+                             .msg_iovlen = 1,
+                             .msg_control = control.space,
+                             .msg_controllen = sizeof control.space};
+    int rc = result(recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT));
+    *fd = -1;
+    *length = message.msg_namelen;
+    *who = (struct ucred){.pid = 0, .uid = (uid_t)-1};
+    for (struct cmsghdr *at = rc < 0 ? NULL : CMSG_FIRSTHDR(&message); at; at = CMSG_NXTHDR(&message, at)) {
+        if (at->cmsg_level == SOL_SOCKET && at->cmsg_type == SCM_CREDENTIALS)
+            memcpy(who, CMSG_DATA(at), sizeof *who);
+        if (at->cmsg_level == SOL_SOCKET && at->cmsg_type == SCM_RIGHTS)
+            *fd = only_one(at);
+    }
+    return rc < 0 ? rc : 0;
+}
+
+static int send_fd(int socket, const struct sockaddr_un *to, socklen_t length, int fd) {
+    union control control = {.space = {0}};
+    struct iovec io = {"!", 1};
+    struct msghdr message = {.msg_name = (void *)to,
+                             .msg_namelen = length,
+                             .msg_iov = &io,
+                             .msg_iovlen = 1,
+                             .msg_control = control.space,
+                             .msg_controllen = CMSG_SPACE(sizeof fd)};
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof fd);
+    memcpy(CMSG_DATA(rights), &fd, sizeof fd);
+    return result(sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT));
+}
+
+int ps_sys_socket_answer(int socket, int fd) {
+    struct sockaddr_un from;
+    socklen_t length;
+    struct ucred who;
+    int sent, rc = receive(socket, &from, &length, &who, &sent);
+    if (rc)
+        return rc;
+    if (sent >= 0) /* nobody who asks sends one */
+        close(sent);
+    return who.uid == geteuid() ? send_fd(socket, &from, length, fd) : -EPERM;
+}
+
+int ps_sys_socket_take(int socket, int *pid, int *fd) {
+    struct sockaddr_un from;
+    socklen_t length;
+    struct ucred who;
+    int rc = receive(socket, &from, &length, &who, fd);
+    *pid = who.uid == geteuid() ? who.pid : 0;
+    return rc;
 }
 
 static struct flock ofd_byte(uint32_t byte) {

@@ -45,8 +45,8 @@ int ps_sys_memfd(const char *name);
 int ps_sys_reopen(int fd);
 /* The same through another thread of this process, which may have a table of its own. */
 int ps_sys_reopen_of(int pid, int tid, int fd);
-/* A private table for the calling thread that holds `keep` descriptors only (at most 2, others -1). */
-int ps_sys_private_table(const int keep[2]);
+/* A private table for the calling thread that holds the `count` descriptors of `keep` only (-1: none). */
+int ps_sys_private_table(const int *keep, int count);
 
 /* Away from nice and SCHED_IDLE, which the starter may have, where that is permitted. */
 void ps_sys_normal_priority(void);
@@ -62,6 +62,29 @@ int ps_sys_mark_nothing(struct ps_robust *robust);
 /* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has it); free? */
 int ps_sys_ofd_take(int fd, uint32_t byte);
 int ps_sys_ofd_free(int fd, uint32_t byte); /* 1, 0 or -errno */
+
+/* userfaultfd(2), write protection only; what a store to a protected page gets is SIGBUS.
+ * ENOENT: a part of the range is not registered (what lies before it is done).  ESRCH: that process has no memory left.
+ * A descriptor that was closed meanwhile gives EBADF, another file's ENOTTY or EINVAL. */
+int ps_sys_userfaultfd(void);
+int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length);
+int ps_sys_uffd_unregister(int fd, uintptr_t at, uint64_t length);
+int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on);
+/* 1, 0 or -errno: is the page write-protected in that process (pagemap, Documentation/admin-guide/mm/pagemap.rst)? */
+int ps_sys_uffd_protected(int pid, uintptr_t at);
+
+/* A descriptor of another thread's table, which may be one of its own (Linux 6.9). */
+int ps_sys_fd_of_thread(int tid, int fd);
+/* The same descriptor under another number, at or above `least` where the limit allows it, closed by exec. */
+int ps_sys_fd_high(int fd, int least);
+
+/* Abstract datagram sockets with a name that the kernel chose: five hexadecimal digits. */
+int ps_sys_socket(uint32_t *name);
+int ps_sys_socket_ask(int socket, uint32_t name);
+/* Answers what asked, if it is of our user, by `fd`; -EAGAIN when nobody asks (any more). */
+int ps_sys_socket_answer(int socket, int fd);
+/* An answer, and who sent it; -EAGAIN. */
+int ps_sys_socket_take(int socket, int *pid, int *fd);
 
 /* Who a process is, beyond its pid. 0 where /proc does not say. */
 uint64_t ps_sys_start_time(int pid);

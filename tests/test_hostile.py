@@ -38,7 +38,7 @@ SLOT_SIZE, RING_ENTRY, RING = 192, 64, 1024
 SLOTS_AT = PAGE  # the first section
 RING_AT = 2 * PAGE
 CUR_AT = RING_AT + RING * RING_ENTRY
-OLD_AT, LEASES_AT = CUR_AT + PAGE, CUR_AT + 2 * PAGE
+OLD_AT, LEASES_AT, LOCKS_AT = (CUR_AT + i * PAGE for i in (1, 2, 3))
 
 
 def new_region(pages: int = PAGES, slots: int = SLOTS) -> int:
@@ -167,9 +167,9 @@ def test_offsets(fd: int) -> None:
         assert peek(fd, RING_AT + 3 * RING_ENTRY) == 3
         assert os.pread(fd, 4, CUR_AT) == bytes([pyshare.READ ^ pyshare.READ_WRITE] * 3 + [0])
         assert os.pread(fd, 3, OLD_AT) == bytes(3)
-        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 6, SECTIONS), 24 * i) for i in range(6)]
+        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 7, SECTIONS), 24 * i) for i in range(7)]
         assert [(kind, at) for kind, _, at, _ in kinds] == [
-            (1, SLOTS_AT), (2, RING_AT), (3, CUR_AT), (4, OLD_AT), (5, LEASES_AT), (0, 0),
+            (1, SLOTS_AT), (2, RING_AT), (3, CUR_AT), (4, OLD_AT), (5, LEASES_AT), (6, LOCKS_AT), (0, 0),
         ]  # fmt: skip
 
 
