@@ -3,8 +3,8 @@
 """_core: the binding.
 
 Lives here: the extern block, the handle class with its buffer protocol, what
-makes numpy's arrays count as users of it, and the one table from result codes
-to exceptions.  Not here: protocol (ext/*.c),
+makes numpy's arrays count as users of it and faulthandler leave our handlers in
+place, and the one table from result codes to exceptions.  Not here: protocol (ext/*.c),
 checks of arguments that need no C (pyshare/_region.py).
 Invariants
  1. Nothing of Python is held while the core waits; what the core did is over,
@@ -78,8 +78,15 @@ cdef extern from "core.h" nogil:
         uint64_t applied
         bint alive
     int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd)
-    int ps_attach(int fd, int name_fd, int64_t deadline, ps_region **region, ps_outcome *outcome,
+    ctypedef enum engine_t "enum ps_engine":
+        pass
+    enum:
+        PS_ENGINE_AUTO
+        PS_ENGINE_MPROTECT
+        PS_ENGINE_UFFD
+    int ps_attach(int fd, int name_fd, engine_t engine, int64_t deadline, ps_region **region, ps_outcome *outcome,
                   const char **field)
+    void ps_fault_install()
     int ps_close(ps_region *region)
     void ps_release(ps_region *region)
     int ps_ready(ps_region *region, ps_outcome *outcome)
@@ -118,13 +125,18 @@ cdef extern from *:
     #if PY_VERSION_HEX < 0x030D0000
     #define Py_IsFinalizing _Py_IsFinalizing
     #endif
+    static enum ps_engine engine_of(const struct ps_region *region) {
+        return ps_engine(region);
+    }
     """
+    engine_t engine_of(const ps_region *region) nogil
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
     Py_ssize_t users_of_view(object view)
     Py_ssize_t Py_REFCNT(PyObject *object)
     bint Py_IsFinalizing()
 
 PAGE_SIZE = 4096
+ENGINES = {"auto": PS_ENGINE_AUTO, "mprotect": PS_ENGINE_MPROTECT, "uffd": PS_ENGINE_UFFD}
 MAX_PARTICIPANTS = PS_SLOTS_MAX
 NAME_MAX = PS_NAME_MAX
 LARGE = 1 << 16  # bytes from which a copy lets other threads run
@@ -354,6 +366,13 @@ cdef class Handle:
         finally:
             self.leave()
 
+    def _engine(self):
+        self.enter("engine")
+        try:
+            return "uffd" if engine_of(self.region) == PS_ENGINE_UFFD else "mprotect"
+        finally:
+            self.leave()
+
     def _fileno(self):
         cdef int fd
         self.enter("fileno")
@@ -364,7 +383,7 @@ cdef class Handle:
         return fd
 
     def _participants(self):
-        """[(pid, tid, applied, alive, capabilities, fenced)] of the live slots."""
+        """[(pid, tid, applied, alive, engine, fenced)] of the live slots."""
         cdef ps_participant one
         cdef uint32_t slot = 0
         cdef int rc
@@ -377,7 +396,8 @@ cdef class Handle:
                 if rc < 0:
                     return found
                 if rc:
-                    found.append((one.pid, one.tid, one.applied, bool(one.alive), one.capabilities,
+                    found.append((one.pid, one.tid, one.applied, bool(one.alive),
+                                  "uffd" if one.capabilities & PS_CAN_UFFD else "mprotect",
                                   bool(one.flags & PS_SLOT_FENCED)))
                 slot += 1
         finally:
@@ -531,6 +551,28 @@ cdef hold_arrays():
         types.extend(type.__subclasses__(cls))
 
 
+# faulthandler.disable() puts back the handlers that it found when it was enabled: ours are gone with its own, if we came
+# later.  Participants that are woken for a change notice; those that are changed from outside would not.
+
+cdef object disable_faulthandler = None
+
+
+def _disable_faulthandler():
+    """disable(): Disable the fault handler."""
+    was_enabled = disable_faulthandler()
+    ps_fault_install()
+    return was_enabled
+
+
+cdef hold_handlers():
+    """Where faulthandler is loaded: be told when it is disabled."""
+    global disable_faulthandler
+    faulthandler = sys.modules.get("faulthandler")
+    if disable_faulthandler is None and faulthandler is not None:
+        disable_faulthandler = faulthandler.disable
+        faulthandler.disable = _disable_faulthandler
+
+
 def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, str name):
     """A new region's descriptor; nobody participates yet."""
     cdef int fd = -1
@@ -540,7 +582,7 @@ def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, str name
     return fd
 
 
-def attach(cls, int fd, int name_fd, int64_t deadline):
+def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     """A participant: an instance of `cls`, which derives from Handle."""
     cdef ps_outcome outcome
     cdef const char *field = NULL
@@ -548,8 +590,9 @@ def attach(cls, int fd, int name_fd, int64_t deadline):
     cdef int rc
     cdef Handle handle = cls.__new__(cls)
     hold_arrays()
+    hold_handlers()
     with nogil:
-        rc = ps_attach(fd, name_fd, deadline, &region, &outcome, &field)
+        rc = ps_attach(fd, name_fd, <engine_t>engine, deadline, &region, &outcome, &field)
     if rc == PS_ETIMEOUT:
         raise_timeout(&outcome, "attach")
     if rc:

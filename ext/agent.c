@@ -11,11 +11,11 @@
  * Invariants
  *  1. The agent never takes the GIL, a malloc or stdio lock; all signals are
  *     blocked in it.
- *  2. Its table of descriptors is private and holds the memfd and the name's
- *     entry only: nothing that the program closes can be lost with them, and no
- *     pipe of the program stays open in it.
+ *  2. Its table of descriptors is private and holds the memfd, the name's
+ *     entry, the userfaultfd and its socket only: nothing that the program closes
+ *     can be lost with them, and no pipe of the program stays open in it.
  *  3. An acknowledgement follows the page tables: whoever follows holds the page
- *     lock from the first mprotect to the exchange.
+ *     lock and the claim from the first change of them to the exchange.
  *  4. Never more rights than the map gives once `applied` says so: on failure
  *     the agent reports and is undone, or fences itself.
  * Runs in: agent; ps_agent_follow and ps_agent_settle also in a caller.
@@ -36,6 +36,8 @@
 /* -- Following ------------------------------------------------------------------------------------------------- */
 
 static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
+    if (region->unsynced)
+        ps_engine_doubt(region);
     if (region->failed || region->fenced || region->unsynced || to - from > PS_RING)
         return ps_engine_apply(region, 0, region->shape.pages);
     for (uint64_t generation = from + 1; generation <= to; generation++) {
@@ -68,6 +70,8 @@ static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_ring entry;
     /* An entry that cannot be read may be an UNDO: nobody would undo that. */
     bool undo = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO);
+    if (region->unsynced && region->uffd && !rc) /* callers outside may count on our entries again */
+        atomic_fetch_or_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
     region->unsynced = false;
     if (rc && (undo || region->fenced || nobody_undoes(region, generation))) {
         fence(region);
@@ -153,21 +157,47 @@ static int hold_entry(struct ps_region *region) {
     return 0;
 }
 
+/* Its number, which the new thread has too, as long as it shares the program's table. */
+static int copy_of(const struct ps_cached *cached) {
+    int fd = atomic_load_explicit(&cached->fd, memory_order_relaxed);
+    return ps_cached_leads(fd, cached) ? fd : -1;
+}
+
 static int own_descriptors(struct ps_region *region) {
-    int entry = ps_cached_leads(region->entry.fd, &region->entry) ? region->entry.fd : -1;
+    int entry = copy_of(&region->entry), memory = copy_of(&region->memory);
     region->tid = ps_sys_gettid();
-    if (!ps_cached_leads(region->memory.fd, &region->memory))
+    region->own_userfault = copy_of(&region->userfault); /* a predecessor's */
+    region->own_entry = region->own_socket = -1;
+    if (memory < 0)
         return -EBADF;
-    int rc = ps_sys_private_table((int[]){region->memory.fd, entry}, 2);
+    int rc = ps_sys_private_table((int[]){memory, entry, region->own_userfault}, 3);
     if (rc)
         return rc;
-    region->own = ps_sys_reopen(region->memory.fd);
-    region->own_entry = -1;
+    region->own = ps_sys_reopen(memory);
     rc = region->own < 0 ? region->own : hold_entry(region);
     /* The copies of the program's own numbers go; what we opened stays. */
     if (!rc)
-        rc = ps_sys_private_table((int[]){region->own, region->own_entry}, 2);
+        rc = ps_sys_private_table((int[]){region->own, region->own_entry, region->own_userfault}, 3);
     return rc;
+}
+
+/* What callers outside need to change our page tables; without a socket they may still find another way. */
+static int offer(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    uintptr_t canary = (uintptr_t)ps_header(region) + region->shape.control_size;
+    uint32_t name = 0;
+    if (!region->uffd)
+        return 0;
+    int rc = ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE);
+    if (rc)
+        return rc;
+    region->own_socket = ps_sys_socket(&name);
+    atomic_store_explicit(&slot->uffd, (uint32_t)region->own_userfault, memory_order_relaxed);
+    atomic_store_explicit(&slot->socket, name, memory_order_relaxed);
+    atomic_store_explicit(&slot->canary, canary, memory_order_relaxed);
+    /* release: whoever finds it (acquire) finds the others. */
+    atomic_store_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
+    return 0;
 }
 
 static int mark_death(struct ps_region *region) {
@@ -195,6 +225,12 @@ static int join_slot(struct ps_region *region) {
     int rc = mark_death(region);
     if (!rc)
         rc = ps_region_map_data(region, region->own);
+    if (!rc)
+        rc = ps_engine_open(region);
+    if (!rc && region->uffd)
+        rc = ps_region_map_canary(region, region->own);
+    if (!rc)
+        rc = offer(region);
     if (rc)
         return rc;
     uint32_t owner;
@@ -217,6 +253,10 @@ static void leave(struct ps_region *region) {
     close(region->own);
     if (region->own_entry >= 0)
         close(region->own_entry);
+    if (region->own_userfault >= 0)
+        close(region->own_userfault);
+    if (region->own_socket >= 0)
+        close(region->own_socket);
 }
 
 /* Our predecessor was lost; its slot, the OFD lock (by the mapping) and the mapping itself are still ours. */
@@ -225,8 +265,15 @@ static int succeed(struct ps_region *region) {
     if (rc)
         return rc;
     region->unsynced = true;
+    if (region->uffd && region->own_userfault < 0) { /* and its userfaultfd with it, and all marks */
+        ps_engine_forget(region);
+        atomic_store_explicit(&ps_slot(region, region->slot)->capabilities, 0, memory_order_release);
+        rc = ps_engine_open(region);
+    }
+    if (!rc)
+        rc = offer(region);
     ps_page_unlock(region);
-    return mark_death(region);
+    return rc ? rc : mark_death(region);
 }
 
 static int join(struct ps_region *region) {
@@ -258,10 +305,11 @@ static void set_state(struct ps_region *region, enum ps_agent_state state) {
 static void follow_for_ever(struct ps_region *region) {
     _Atomic uint64_t *word = &ps_header(region)->generation;
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)word;
-    uint32_t bit = 1u << region->slot % 32;
+    uint32_t bit = ps_slot_bit(region->slot);
     while (ps_running(region)) {
         /* acquire: pairs with C5 and U3: the map and the ring entry are those of this generation, or newer. */
         uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
+        ps_borrow_answer(region);
         ps_fault_install(); /* before access ends: faulthandler may have come above us, or taken us away with itself */
         ps_agent_follow(region, generation, PS_NEVER);
         ps_agent_settle(region);
@@ -273,6 +321,7 @@ static void follow_for_ever(struct ps_region *region) {
 
 static void *agent_main(void *argument) {
     struct ps_region *region = argument;
+    ps_process_become_agent(region);
     ps_sys_normal_priority();
     int rc = join(region);
     if (!rc)
@@ -349,7 +398,7 @@ void ps_agent_stop(struct ps_region *region) {
         while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT &&
                ps_sys_thread_exists(region->tid)) {
             /* It may be about to sleep: wake again until it says that it has left. */
-            ps_sys_wake(low, INT32_MAX, 1u << region->slot % 32);
+            ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
             ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
                         ps_sys_now() + PS_MS);
         }

@@ -8,7 +8,7 @@
  *   C3_attempt   attempt := generation + 1: the record is open
  *   C4_map       cur := protection in the range
  *   C5_publish   ring entry; generation := attempt; wake
- *   C6_await     follow it here; wait for every live slot
+ *   C6_await     follow it here, and others from outside (remote.c); wait for every live slot
  *   C7_complete  complete := attempt: closed; unlock
  *   U1_kind      somebody cannot apply it: kind := UNDO
  *   U2_map       cur := old in the range
@@ -211,13 +211,9 @@ struct waiting {
     bool committed; /* nobody undoes it: who failed is waited for until it has fenced itself */
     bool early;     /* the deadline is not the caller's but the end of the grace, or of the patience */
     int spins;      /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
+    int socket;     /* of ours, for answers from agents that were asked for their userfaultfd; -1: none was */
     struct ps_outcome *outcome;
 };
-
-static bool acknowledged(uint32_t ack, uint64_t generation) {
-    /* Modulo 2^31: at or past, by less than half the circle. */
-    return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
-}
 
 /* relaxed: the acknowledgement, read before (acquire), orders it. */
 static bool failed_at(struct ps_shm_slot *slot, uint64_t generation) {
@@ -236,7 +232,7 @@ static void note_signal(struct waiting *waiting) {
 static struct waiting patient(int64_t deadline, struct ps_outcome *outcome) {
     int64_t end = ps_sys_now() + PATIENCE;
     bool early = end < deadline;
-    return (struct waiting){.deadline = early ? end : deadline, .early = early, .outcome = outcome};
+    return (struct waiting){.deadline = early ? end : deadline, .early = early, .socket = -1, .outcome = outcome};
 }
 
 /* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
@@ -256,7 +252,7 @@ static void sleep_on(struct ps_shm_slot *slot, uint32_t ack, int64_t now, struct
 
 /* Its page tables follow the generation, or it has no rights at all. */
 static bool follows(struct ps_shm_slot *slot, uint32_t ack, const struct waiting *waiting) {
-    if (!acknowledged(ack, waiting->generation))
+    if (!ps_acknowledged(ack, waiting->generation))
         return false;
     return !waiting->committed || !failed_at(slot, waiting->generation);
 }
@@ -326,18 +322,19 @@ static int find_error(struct ps_region *region, uint64_t generation, uint32_t *p
 
 /* -- The steps ------------------------------------------------------------------------------------------------- */
 
-static void wake_others(struct ps_region *region) {
+/* Agents whose slots have these bits. */
+static void wake(struct ps_region *region, uint32_t bits) {
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-    uint32_t own = 1u << region->slot % 32;
-    ps_sys_wake(low, INT32_MAX, ~own); /* our own agent need not run: we follow it ourselves */
-    if (ps_slots_used(region) > 32)
-        ps_sys_wake(low, INT32_MAX, own);
+    if (bits)
+        ps_sys_wake(low, INT32_MAX, bits);
 }
 
-/* Publishes `generation` unless a dead caller did, and follows it here.  A ring entry is written before its generation
- * is published and never again: an agent that fails must find out at any time whether this is an UNDO. */
-static void publish(struct ps_region *region, uint64_t generation, enum ps_kind kind) {
+/* Publishes `generation` unless a dead caller did, and follows it here and wherever we can.  A ring entry is written
+ * before its generation is published and never again: an agent that fails must find out at any time whether this is
+ * an UNDO. */
+static void publish(struct ps_region *region, uint64_t generation, enum ps_kind kind, int *socket) {
     struct ps_shm_header *header = ps_header(region);
+    struct ps_outside outside;
     if (atomic_load_explicit(&header->generation, memory_order_relaxed) < generation) {
         ring_write(region, generation, kind);
         /* seq_cst: agents that read it (acquire) see the map and the ring entry; and FUTEX_WAIT cannot miss it. */
@@ -347,10 +344,13 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
         PS_POINT(C5_publish);
     else
         PS_POINT(U3_publish);
-    wake_others(region);
-    ps_fault_install();                            /* while the others are at it */
+    bool any = ps_remote_plan(region, kind, &outside);
+    wake(region, ps_remote_out_of_reach(region, any));
+    ps_fault_install(); /* while the others are at it */
     ps_claim_void(region);
     ps_agent_follow(region, generation, PS_NEVER);
+    if (any)
+        wake(region, ps_remote_change(region, generation, &outside, socket));
 }
 
 static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {
@@ -358,7 +358,7 @@ static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint
     map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
     PS_POINT(U2_map);
     map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first + count / 2, count - count / 2);
-    publish(region, attempt + 1, PS_UNDO);
+    publish(region, attempt + 1, PS_UNDO, &waiting->socket);
     PS_POINT(U4_await);
     waiting->generation = attempt + 1;
     int rc = await_all(region, waiting);
@@ -383,7 +383,7 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
         map_fill(region, first, count / 2, prot);
         PS_POINT(C4_map);
         map_fill(region, first + count / 2, count - count / 2, prot);
-        publish(region, attempt, PS_SET);
+        publish(region, attempt, PS_SET, &waiting->socket);
         PS_POINT(C6_await);
         waiting->generation = waiting->outcome->generation = attempt;
         rc = await_all(region, waiting);
@@ -452,6 +452,7 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
         return rc;
     waiting = patient(deadline, outcome);
     rc = locked_change(region, first, count, prot, &waiting);
+    ps_borrow_collect(region, waiting.socket); /* whoever was asked has answered before it acknowledged */
     ps_unlock(region);
     return rc;
 }

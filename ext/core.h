@@ -34,6 +34,12 @@ enum {
 #define PS_REGIONS_MAX 1024
 #define PS_JOIN_TIMEOUT (INT64_C(5000) * 1000000) /* ns; of a forked child or a restarted agent */
 
+enum ps_engine {
+    PS_ENGINE_AUTO = 0,     /* uffd where the kernel allows it */
+    PS_ENGINE_MPROTECT = 1, /* by VMA: each participant changes its own */
+    PS_ENGINE_UFFD = 2,     /* by page-table entry: callers change those of others too */
+};
+
 /* What became of a change. */
 struct ps_outcome {
     uint64_t generation; /* 0: nothing was published */
@@ -65,8 +71,8 @@ struct ps_participant {
 
 /* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1. */
 int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd);
-int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **region, struct ps_outcome *outcome,
-              const char **field);
+int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **region,
+              struct ps_outcome *outcome, const char **field);
 int ps_close(struct ps_region *region);    /* access ends; the address range stays reserved */
 void ps_release(struct ps_region *region); /* ... until here; the handle is void */
 /* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
@@ -80,6 +86,7 @@ uint64_t ps_size(const struct ps_region *region);
 uint64_t ps_generation(const struct ps_region *region);
 uint32_t ps_max_participants(const struct ps_region *region);
 const char *ps_name(const struct ps_region *region);
+enum ps_engine ps_engine(const struct ps_region *region); /* in use: PS_ENGINE_MPROTECT or PS_ENGINE_UFFD */
 int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */
 
 /* Protection. */
@@ -94,6 +101,8 @@ int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participan
 /* Data, by accessors that cannot crash. */
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
 int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
+
+void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
 
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);

@@ -30,6 +30,7 @@
 #define ALTERNATE_STACK (64u * 1024u)
 #define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change, or of an install */
 #define FAULTS 100000           /* of one copy: a page whose protection changes all the time is refused at last */
+#define MARKS 100               /* ... of them SIGBUS, whose other meaning is that no memory is left */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
 #define NEAR (1u << 20)         /* how far from its caller's frame a handler is still inside of it */
@@ -99,7 +100,7 @@ static int mend(struct ps_region *region, uint64_t page) {
     int rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
     if (rc)
         return rc;
-    rc = region->fenced ? -EACCES : ps_engine_apply(region, page, 1);
+    rc = region->fenced ? -EACCES : ps_engine_mend(region, page);
     ps_pages_give(region);
     return rc;
 }
@@ -117,10 +118,16 @@ static void expect_fault(const struct ps_region *region) {
         ps_fault_install();
 }
 
+/* SIGBUS: no memory for the page; or, at a store by the uffd engine, a mark, which is late or just made. */
+static bool may_be_mark(const struct ps_region *region, bool store, uint32_t *marks) {
+    return store && region->uffd && (*marks)++ < MARKS;
+}
+
 static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
                 struct ps_refusal *refusal) {
     char *data = ps_address(region);
     uint64_t end = (offset + length + PS_PAGE - 1) / PS_PAGE;
+    uint32_t marks = 0;
     for (uint32_t faults = 0; length; faults++) {
         uint32_t prot;
         uint64_t page = allowed_up_to(region, offset / PS_PAGE, end, store, &prot);
@@ -140,7 +147,7 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
         uint64_t at = (copied.where & ~PS_COPY_NO_PAGE) - (uintptr_t)data;
         if (at / PS_PAGE != offset / PS_PAGE)
             return -EFAULT; /* the caller's own buffer */
-        if (copied.where & PS_COPY_NO_PAGE)
+        if (copied.where & PS_COPY_NO_PAGE && !may_be_mark(region, store, &marks))
             return -ENOMEM;
         if (faults == FAULTS || mend(region, at / PS_PAGE))
             return unreachable(region, at / PS_PAGE, store, refusal);
@@ -333,6 +340,8 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
                     FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
     if (!allows(ps_protection(region, page), store) || region->fenced)
         return false;
+    if (region->unsynced) /* a handler jumped out of an earlier violation here (ps_engine_refuse) */
+        mend(region, page);
     uint64_t retry = mix(fault, ps_generation(region), 0);
     if (retry != faults->retried)
         faults->retries = 0;
@@ -366,8 +375,14 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     uint64_t fault = mix((uint64_t)registers[REG_RIP], address, (uint64_t)registers[REG_RSP]);
     uint64_t at = region ? address - (uintptr_t)ps_address(region) : 0;
     bool store = registers[REG_ERR] & (1 << 1);
-    if (region && by_kernel && signal == SIGSEGV && ps_running(region) && at < region->shape.pages * PS_PAGE &&
-        outlive_change(region, at / PS_PAGE, store, fault)) {
+    bool data = region && ps_running(region) && at < region->shape.pages * PS_PAGE;
+    bool mark = data && signal == SIGBUS && region->uffd && store;
+    if (data && by_kernel && (mark || signal == SIGSEGV) && outlive_change(region, at / PS_PAGE, store, fault)) {
+        errno = saved;
+        return;
+    }
+    if (mark && !allows(ps_protection(region, at / PS_PAGE), store)) { /* else there is no memory for the page */
+        ps_engine_refuse(region, at / PS_PAGE);                        /* it comes again, as SIGSEGV */
         errno = saved;
         return;
     }

@@ -89,8 +89,8 @@ enum ps_section_kind {
 #define PS_HELD_NEXT_WAITING (PS_HELD_WAITING << PS_HELD_NEXT_SHIFT)
 
 struct ps_shm_lock {
-    _Atomic uint64_t held;         /* W: as a held word.  R: as a held word */
-    uint64_t pad[PS_LINE / 8 - 1]; /* W: nobody.  R: nobody */
+    _Atomic uint64_t held; /* W: as a held word.  R: as a held word */
+    uint64_t pad[7];       /* W: nobody.  R: nobody */
 };
 
 /* A change that is going to take place, or does: nobody takes a lease on its pages. */

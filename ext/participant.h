@@ -24,7 +24,8 @@
 #include "sys.h"
 
 #define PS_PAGE 4096u
-#define PS_GUARD (64u * 1024u)  /* no-access, on both sides of the data */
+#define PS_GUARD (64u * 1024u)  /* no-access, on both sides of the data; its first page is the canary (borrow.c) */
+#define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
 /* A word of `here`: thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD while it is held; after that the time of the end,
@@ -42,11 +43,25 @@ struct ps_shape {
     uint64_t offset[PS_SECTIONS]; /* by enum ps_section_kind */
 };
 
-/* A descriptor in the program's table that leads to an inode: a cache, checked before each use. */
+/* A descriptor in the program's table that leads to an inode: a cache, checked before each use, and fetched again
+ * from the agent's table. */
 struct ps_cached {
-    int fd;     /* -1: none */
-    bool entry; /* the name's entry, which is held by flock(LOCK_SH) */
+    enum ps_cached_kind {
+        PS_MEMORY,    /* the memfd */
+        PS_ENTRY,     /* the name's entry, which is held by flock(LOCK_SH) */
+        PS_USERFAULT, /* our userfaultfd; used without a check where another file's could do no harm */
+    } kind;
+    _Atomic int fd; /* -1: none */
     uint64_t device, inode;
+};
+
+/* Another participant's userfaultfd, or what is known of it. */
+struct ps_borrowed {
+    uint32_t epoch;    /* of the slot that it belongs to; 0: nothing is known */
+    _Atomic int fd;    /* -1: none; else in the program's table */
+    uint64_t inode;    /* of fd */
+    uintptr_t data;    /* where that process has the data */
+    int64_t next_look; /* without one: not asked again before then */
 };
 
 enum ps_use { /* of a place in the table */
@@ -70,19 +85,22 @@ struct ps_region {
     _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard; 0: none */
     uint64_t span;          /* its bytes */
     struct ps_shape shape;
-    _Atomic uint32_t descriptor_lock; /* lock.c */
-    struct ps_cached memory, entry;   /* under descriptor_lock: the memfd; the name's entry */
+    _Atomic uint32_t descriptor_lock;          /* lock.c */
+    struct ps_cached memory, entry, userfault; /* under descriptor_lock */
 
     _Atomic uint32_t agent; /* enum ps_agent_state, and the futex on which its starter waits */
     int join_result;        /* agent's, before it leaves STARTING */
     int64_t join_deadline;  /* starter's, before STARTING */
     uint32_t blocker;       /* owner word that a join waited for in vain */
     pthread_t thread;
-    int tid, own, own_entry; /* the agent's thread, and numbers in the agent's table */
+    int tid;                                       /* the agent's thread */
+    int own, own_entry, own_userfault, own_socket; /* numbers in its table; -1: none */
     struct ps_robust robust;
 
-    uint32_t slot, epoch; /* epoch 0: no slot */
-    uint32_t pid, cpus;   /* as of the join: this process, and how many CPUs it may use */
+    enum ps_engine engine; /* as asked for */
+    bool uffd;             /* our page tables follow by userfaultfd where chunks are armed: since the join */
+    uint32_t slot, epoch;  /* epoch 0: no slot */
+    uint32_t pid, cpus;    /* as of the join: this process, and how many CPUs it may use */
 
     _Atomic uint32_t page_lock;  /* lock.c */
     _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
@@ -91,7 +109,11 @@ struct ps_region {
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
      * the shared word, release.  R: anybody, acquire. */
     _Atomic uint64_t *here;
+    _Atomic uint8_t *chunk; /* behind it, a byte per chunk: engine.c's, under page_lock; SPLIT by a fault handler too */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
+
+    struct ps_borrowed *borrowed; /* a place per slot; written under the process's borrow lock; NULL: none is wanted
+                                   * yet. A forked child keeps them: they lead to the same participants */
 
     _Atomic(const char *) corrupt; /* the field that made PS_ECORRUPT */
 };
@@ -104,13 +126,19 @@ int ps_region_map_control(struct ps_region *region, int own);
 int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
+int ps_region_map_canary(struct ps_region *region, int own);
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached);
+int ps_cached_identify(struct ps_cached *cached, enum ps_cached_kind kind, int fd);
+void ps_cached_forget(struct ps_region *region, struct ps_cached *cached);
 bool ps_cached_leads(int fd, const struct ps_cached *cached);
 int ps_query_fd(struct ps_region *region);
 int ps_corrupt(struct ps_region *region, const char *field);
 
 static inline uint64_t ps_data_offset(const struct ps_shape *shape) {
     return shape->control_size + PS_GUARD;
+}
+static inline uint64_t ps_chunks(const struct ps_shape *shape) {
+    return (shape->pages + PS_CHUNK - 1) / PS_CHUNK;
 }
 static inline struct ps_shm_header *ps_header(const struct ps_region *region) {
     return (struct ps_shm_header *)atomic_load_explicit(&region->base, memory_order_relaxed);
@@ -137,10 +165,19 @@ void ps_slot_live(struct ps_region *region);
 void ps_slot_leave(struct ps_region *region);
 bool ps_slot_lost(const struct ps_region *region);
 bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
+void ps_slot_bury(struct ps_region *region, uint32_t slot, uint32_t status);
 uint32_t ps_slots_used(const struct ps_region *region);
 
 static inline uint32_t ps_status(uint32_t epoch, enum ps_state state) {
     return epoch << PS_STATE_BITS | (uint32_t)state;
+}
+/* Of the bitset with which its agent sleeps on the generation. */
+static inline uint32_t ps_slot_bit(uint32_t slot) {
+    return 1u << slot % 32;
+}
+/* Modulo 2^31: at or past, by less than half the circle. */
+static inline bool ps_acknowledged(uint32_t ack, uint64_t generation) {
+    return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
 }
 static inline enum ps_state ps_state_of(uint32_t status) {
     return (enum ps_state)(status & PS_STATE_MASK);
@@ -170,6 +207,36 @@ bool ps_change_open(const struct ps_region *region);
 /* engine.c: page tables */
 int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count);
 void ps_engine_fence(struct ps_region *region);
+int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
+int ps_engine_open(struct ps_region *region);
+int ps_engine_mend(struct ps_region *region, uint64_t page);
+void ps_engine_forget(struct ps_region *region);
+void ps_engine_doubt(struct ps_region *region);
+void ps_engine_refuse(struct ps_region *region, uint64_t page);
+
+/* borrow.c: the userfaultfds of other participants */
+int ps_borrow(struct ps_region *region, uint32_t slot, uint32_t status, int *socket);
+uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t slot);
+void ps_borrow_lost(struct ps_region *region, uint32_t slot);
+void ps_borrow_collect(struct ps_region *region, int socket);
+int ps_borrow_own(struct ps_region *region);
+void ps_borrow_answer(struct ps_region *region);
+void ps_borrow_give_back(struct ps_region *region);
+
+/* remote.c: following in the place of others */
+#define PS_OUTSIDE_RUNS 16u /* system calls a participant; a change with more of them goes the other way */
+struct ps_outside {         /* what a change does to page-table entries */
+    uint32_t count;
+    struct {
+        uint64_t first, count;
+        bool protect;
+    } run[PS_OUTSIDE_RUNS];
+};
+bool ps_remote_plan(const struct ps_region *region, enum ps_kind kind, struct ps_outside *outside);
+/* Bits (ps_slot_bit) of the participants that must follow by themselves: certainly; after those who could be reached
+ * were. */
+uint32_t ps_remote_out_of_reach(struct ps_region *region, bool any);
+uint32_t ps_remote_change(struct ps_region *region, uint64_t generation, const struct ps_outside *outside, int *socket);
 
 /* agent.c: following the map */
 int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
@@ -187,7 +254,6 @@ struct ps_copied {
     uintptr_t where; /* the address that could not be reached, with PS_COPY_NO_PAGE; 0 if all were copied */
 };
 struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
-void ps_fault_install(void);
 void ps_fault_stack(void);
 
 /* process.c: this process's table and its other mutable state */
@@ -219,8 +285,12 @@ struct ps_faults { /* of a thread; only its own signal handler touches it */
 };
 
 int ps_process_start(void);
-int ps_process_tid(void);    /* of the calling thread */
-bool ps_process_known(void); /* false in a child made by a raw clone() */
+int ps_process_tid(void); /* of the calling thread */
+void ps_process_become_agent(const struct ps_region *region);
+bool ps_process_is_agent(const struct ps_region *region); /* the calling thread, with the table that it has */
+_Atomic uint32_t *ps_process_borrow_lock(void);
+void ps_process_took(int fd); /* whatever we thought to have under this number is something else by now */
+bool ps_process_known(void);  /* false in a child made by a raw clone() */
 struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);
 struct ps_chain *ps_process_chain(int signal);

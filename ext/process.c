@@ -28,7 +28,9 @@ static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
 static _Thread_local struct ps_faults faults;
-static _Thread_local int thread_id;       /* 0: not asked yet */
+static _Thread_local int thread_id; /* 0: not asked yet */
+static _Thread_local const struct ps_region *agent_of;
+static _Atomic uint32_t borrow_lock;      /* lock.c */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int start_result;
@@ -48,6 +50,18 @@ int ps_process_tid(void) {
     return thread_id;
 }
 
+void ps_process_become_agent(const struct ps_region *region) {
+    agent_of = region;
+}
+
+bool ps_process_is_agent(const struct ps_region *region) {
+    return agent_of == region;
+}
+
+_Atomic uint32_t *ps_process_borrow_lock(void) {
+    return &borrow_lock;
+}
+
 static uint32_t use_of(const struct ps_region *region) {
     return atomic_load_explicit(&region->use, memory_order_acquire);
 }
@@ -61,6 +75,21 @@ struct ps_region *ps_process_find(uintptr_t address) {
     return NULL;
 }
 
+void ps_process_took(int fd) {
+    for (uint32_t i = 0, used = atomic_load_explicit(&regions_used, memory_order_acquire); i < used; i++) {
+        int lost = fd;
+        if (use_of(&regions[i]) == PS_UNUSED)
+            continue;
+        atomic_compare_exchange_strong_explicit(&regions[i].userfault.fd, &lost, -1, memory_order_relaxed,
+                                                memory_order_relaxed);
+        for (uint32_t slot = 0; regions[i].borrowed && slot < regions[i].shape.slots; slot++) {
+            lost = fd;
+            atomic_compare_exchange_strong_explicit(&regions[i].borrowed[slot].fd, &lost, -1, memory_order_relaxed,
+                                                    memory_order_relaxed);
+        }
+    }
+}
+
 /* As in a process that has just been forked: no agent, no slot, no lock held. */
 static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
@@ -69,7 +98,8 @@ static void forget_participation(struct ps_region *region) {
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;
-    region->own = region->own_entry = -1;
+    region->own = region->own_entry = region->own_userfault = region->own_socket = -1;
+    region->uffd = false;
 }
 
 struct ps_region *ps_process_claim(void) {
@@ -79,7 +109,8 @@ struct ps_region *ps_process_claim(void) {
                                                      memory_order_relaxed))
             continue;
         forget_participation(&regions[i]);
-        regions[i].memory.fd = regions[i].entry.fd = -1;
+        regions[i].memory.fd = regions[i].entry.fd = regions[i].userfault.fd = -1;
+        regions[i].borrowed = NULL;
         regions[i].corrupt = NULL;
         regions[i].here = NULL;
         /* Fails where another thread has raised it past i already. */
@@ -126,6 +157,8 @@ static void in_child(void) {
     struct ps_outcome outcome;
     forks++;
     thread_id = 0;
+    agent_of = NULL;
+    borrow_lock = 0;
     reserve_all();
     if (!parent_known)
         return;
@@ -134,11 +167,13 @@ static void in_child(void) {
     int64_t deadline = ps_sys_now() + PS_JOIN_TIMEOUT;
     for (uint32_t i = 0; i < regions_used; i++) {
         uint32_t use = use_of(&regions[i]);
-        if (use != PS_UNUSED)
+        if (use != PS_UNUSED) {
             forget_participation(&regions[i]);
-        if (use == PS_OPEN)
-            ps_agent_start(&regions[i], deadline, &outcome); /* or detached: ps_ready tries again */
-        else if (use == PS_OPENING || use == PS_CLOSING)     /* by a thread that is not here */
+            ps_cached_forget(&regions[i], &regions[i].userfault); /* it changes our parent's page tables */
+        }
+        if (use == PS_OPEN && !ps_agent_start(&regions[i], deadline, &outcome)) /* or detached: ps_ready tries again */
+            ps_cached_get(&regions[i], &regions[i].userfault);
+        if (use == PS_OPENING || use == PS_CLOSING) /* by a thread that is not here */
             ps_region_discard(&regions[i]);
     }
     chains[0].busy = chains[1].busy = 0;

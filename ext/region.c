@@ -237,6 +237,10 @@ int ps_region_map_data(struct ps_region *region, int own) {
                       region->shape.control_size);
 }
 
+int ps_region_map_canary(struct ps_region *region, int own) {
+    return map_shared((uintptr_t)ps_header(region) + region->shape.control_size, PS_PAGE, PROT_NONE, own, 0);
+}
+
 int ps_region_unmap_data(struct ps_region *region) {
     return map_at((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
 }
@@ -251,7 +255,7 @@ bool ps_cached_leads(int fd, const struct ps_cached *cached) {
 /* flock(LOCK_SH) on a name's entry in the program's table too: a child that has been forked and has not joined yet
  * inherits it, so the name does not look stale if the parent ends in between. */
 static int take_hold(struct ps_cached *cached, int fd) {
-    if (fd >= 0 && (!ps_cached_leads(fd, cached) || (cached->entry && flock(fd, LOCK_SH | LOCK_NB)))) {
+    if (fd >= 0 && (!ps_cached_leads(fd, cached) || (cached->kind == PS_ENTRY && flock(fd, LOCK_SH | LOCK_NB)))) {
         close(fd);
         fd = -EBADF;
     }
@@ -262,10 +266,13 @@ static int take_hold(struct ps_cached *cached, int fd) {
 /* The program may close anything, and its numbers come back as other files: check, and fetch again from the
  * agent's table. */
 static int fetch(struct ps_region *region, struct ps_cached *cached) {
-    int agents = cached->entry ? region->own_entry : region->own;
+    int agents = cached->kind == PS_MEMORY  ? region->own
+                 : cached->kind == PS_ENTRY ? region->own_entry
+                                            : region->own_userfault;
     if (agents < 0 || !ps_running(region) || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
         return -EBADF;
-    return take_hold(cached, ps_sys_reopen_of(getpid(), region->tid, agents));
+    return take_hold(cached, cached->kind == PS_USERFAULT ? ps_borrow_own(region)
+                                                          : ps_sys_reopen_of(getpid(), region->tid, agents));
 }
 
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached) {
@@ -280,13 +287,13 @@ int ps_fd(struct ps_region *region) {
 }
 
 int ps_query_fd(struct ps_region *region) {
-    return ps_sys_gettid() == region->tid ? region->own : ps_fd(region);
+    return ps_process_is_agent(region) ? region->own : ps_fd(region);
 }
 
 /* -- What it is ---------------------------------------------------------------------------------------------- */
 
 static uint64_t here_length(const struct ps_region *region) {
-    return (region->shape.pages + PS_LOCKS) * sizeof *region->here;
+    return (region->shape.pages + PS_LOCKS) * sizeof *region->here + ps_chunks(&region->shape);
 }
 
 void *ps_address(const struct ps_region *region) {
@@ -309,36 +316,49 @@ const char *ps_name(const struct ps_region *region) {
     return region->shape.name;
 }
 
+enum ps_engine ps_engine(const struct ps_region *region) {
+    return region->uffd ? PS_ENGINE_UFFD : PS_ENGINE_MPROTECT;
+}
+
 const char *ps_corrupt_field(const struct ps_region *region) {
     return atomic_load_explicit(&region->corrupt, memory_order_relaxed);
 }
 
-/* A forked child finds it zero: it holds nothing of what its parent holds. */
+/* A forked child finds it zero: it holds nothing of what its parent holds, and nothing is mapped. */
 static int map_here(struct ps_region *region) {
     uint64_t length = here_length(region);
     void *got = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED)
         return -errno;
     region->here = got;
+    region->chunk = (_Atomic uint8_t *)(region->here + region->shape.pages + PS_LOCKS);
     return madvise(got, length, MADV_WIPEONFORK) || madvise(got, length, MADV_DONTDUMP) ? -errno : 0;
 }
 
 /* -- Attach, close ------------------------------------------------------------------------------------------- */
 
-static int cache(struct ps_cached *cached, int fd, bool entry) {
+int ps_cached_identify(struct ps_cached *cached, enum ps_cached_kind kind, int fd) {
     struct stat file;
-    *cached = (struct ps_cached){.fd = -1, .entry = entry};
+    cached->kind = kind;
+    atomic_store_explicit(&cached->fd, -1, memory_order_relaxed);
     if (fd < 0)
         return 0;
     if (fstat(fd, &file))
         return -errno;
     cached->device = file.st_dev;
     cached->inode = file.st_ino;
+    return 0;
+}
+
+static int cache(struct ps_cached *cached, enum ps_cached_kind kind, int fd) {
+    int rc = ps_cached_identify(cached, kind, fd);
+    if (rc || fd < 0)
+        return rc;
     int got = take_hold(cached, ps_sys_reopen(fd));
     return got < 0 ? got : 0;
 }
 
-static void forget(struct ps_region *region, struct ps_cached *cached) {
+void ps_cached_forget(struct ps_region *region, struct ps_cached *cached) {
     ps_private_lock(&region->descriptor_lock, PS_NEVER);
     if (ps_cached_leads(cached->fd, cached))
         close(cached->fd);
@@ -346,16 +366,22 @@ static void forget(struct ps_region *region, struct ps_cached *cached) {
     ps_private_unlock(&region->descriptor_lock);
 }
 
+static void forget_all(struct ps_region *region) {
+    ps_cached_forget(region, &region->memory);
+    ps_cached_forget(region, &region->entry);
+    ps_cached_forget(region, &region->userfault);
+    ps_borrow_give_back(region);
+}
+
 /* Of a region that did not open, or whose opening or closing thread did not come along in a fork. */
 void ps_region_discard(struct ps_region *region) {
     atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
-    forget(region, &region->memory);
-    forget(region, &region->entry);
+    forget_all(region);
     ps_release(region);
 }
 
-int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, struct ps_outcome *outcome,
-              const char **field) {
+int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **out,
+              struct ps_outcome *outcome, const char **field) {
     struct ps_shape shape;
     outcome->silent = 0;
     int rc = ps_region_validate(fd, &shape, field);
@@ -367,9 +393,10 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
     if (!region)
         return PS_EREGIONS;
     region->shape = shape;
-    rc = cache(&region->memory, fd, false);
+    region->engine = engine;
+    rc = cache(&region->memory, PS_MEMORY, fd);
     if (!rc)
-        rc = cache(&region->entry, name_fd, true);
+        rc = cache(&region->entry, PS_ENTRY, name_fd);
     if (!rc)
         rc = ps_region_place(region);
     if (!rc)
@@ -382,6 +409,7 @@ int ps_attach(int fd, int name_fd, int64_t deadline, struct ps_region **out, str
         return rc;
     }
     atomic_store_explicit(&region->use, PS_OPEN, memory_order_release);
+    ps_cached_get(region, &region->userfault); /* so that the marks do not go with the agent */
     ps_fault_stack();
     ps_fault_install();
     *out = region;
@@ -394,8 +422,7 @@ int ps_close(struct ps_region *region) {
                                                                         memory_order_acq_rel, memory_order_relaxed))
         return PS_ECLOSED;
     ps_agent_stop(region);
-    forget(region, &region->memory);
-    forget(region, &region->entry);
+    forget_all(region);
     atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
     return 0;
 }
@@ -418,5 +445,8 @@ int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
         return PS_ECLOSED;
     if (ps_running(region) && !ps_slot_lost(region))
         return 0;
-    return ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
+    int rc = ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
+    if (!rc)
+        ps_cached_get(region, &region->userfault);
+    return rc;
 }

@@ -141,6 +141,17 @@ static bool process_gone(const struct ps_shm_slot *slot) {
     return pidns && pidns == ps_sys_pid_namespace() && pid != getpid() && ps_sys_process_gone(pid, start);
 }
 
+/* The participant that had `status` is gone. */
+void ps_slot_bury(struct ps_region *region, uint32_t index, uint32_t status) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    /* Fails if the slot has a new owner by now; the old one is dead all the same. */
+    if (ps_state_of(status) == PS_LIVE)
+        atomic_compare_exchange_strong_explicit(&slot->status, &status, ps_status(status >> PS_STATE_BITS, PS_DEAD),
+                                                memory_order_acq_rel, memory_order_relaxed);
+    /* The kernel woke one of those who sleep on this word; pass it on. */
+    ps_sys_wake(&slot->live, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
 /* Is the participant that had `status` gone for good? True only if none of its threads can store any more:
  * its OFD byte is free (the mapping went with it), or the kernel says of its process that no thread has memory
  * left, which on a process with much memory comes sooner.  The second question costs more, so it is asked once
@@ -154,12 +165,7 @@ bool ps_slot_dead(struct ps_region *region, uint32_t index, uint32_t status) {
     bool marked = atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
     if (!byte_free(region, index) && !(marked && process_gone(slot)))
         return false;
-    /* Fails if the slot has a new owner by now; the old one is dead all the same. */
-    if (ps_state_of(status) == PS_LIVE)
-        atomic_compare_exchange_strong_explicit(&slot->status, &now, ps_status(status >> PS_STATE_BITS, PS_DEAD),
-                                                memory_order_acq_rel, memory_order_relaxed);
-    /* The kernel woke one of those who sleep on this word; pass it on. */
-    ps_sys_wake(&slot->live, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    ps_slot_bury(region, index, status);
     return true;
 }
 

@@ -328,7 +328,7 @@ int ps_sys_socket_ask(int socket, uint32_t name) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     for (int i = 0; i < DIGITS; i++)
         address.sun_path[1 + i] = "0123456789abcdef"[name >> 4 * (DIGITS - 1 - i) & 15];
-    return result(sendto(socket, "?", 1, MSG_NOSIGNAL, (struct sockaddr *)&address, ADDRESS_LENGTH));
+    return result(sendto(socket, "", 1, MSG_NOSIGNAL, (struct sockaddr *)&address, ADDRESS_LENGTH));
 }
 
 /* The padding of a control message for one descriptor has room for a second: it must not stay open. */
@@ -341,35 +341,49 @@ static int only_one(struct cmsghdr *rights) {
     return fds[0];
 }
 
-/* One message: who sent it, by what address, and the descriptor in it (-1). */
-static int receive(int socket, struct sockaddr_un *from, socklen_t *length, struct ucred *who, int *fd) {
-    char byte;
+struct message {
+    struct sockaddr_un from;
+    struct ucred who;
+    int fd; /* -1: none came with it */
+    uint32_t number;
+};
+
+static int receive(int socket, struct message *got) {
     union control control;
-    struct iovec io = {&byte, 1};
-    struct msghdr message = {.msg_name = from,
-                             .msg_namelen = sizeof *from,
+    struct iovec io = {&got->number, sizeof got->number};
+    struct msghdr message = {.msg_name = &got->from,
+                             .msg_namelen = sizeof got->from,
                              .msg_iov = &io,
                              .msg_iovlen = 1,
                              .msg_control = control.space,
                              .msg_controllen = sizeof control.space};
     int rc = result(recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT));
-    *fd = -1;
-    *length = message.msg_namelen;
-    *who = (struct ucred){.pid = 0, .uid = (uid_t)-1};
-    for (struct cmsghdr *at = rc < 0 ? NULL : CMSG_FIRSTHDR(&message); at; at = CMSG_NXTHDR(&message, at)) {
+    got->fd = -1;
+    got->who = (struct ucred){.pid = 0, .uid = (uid_t)-1};
+    if (rc < 0)
+        return rc;
+    for (struct cmsghdr *at = CMSG_FIRSTHDR(&message); at; at = CMSG_NXTHDR(&message, at)) {
         if (at->cmsg_level == SOL_SOCKET && at->cmsg_type == SCM_CREDENTIALS)
-            memcpy(who, CMSG_DATA(at), sizeof *who);
+            memcpy(&got->who, CMSG_DATA(at), sizeof got->who);
         if (at->cmsg_level == SOL_SOCKET && at->cmsg_type == SCM_RIGHTS)
-            *fd = only_one(at);
+            got->fd = only_one(at);
     }
-    return rc < 0 ? rc : 0;
+    return 0;
 }
 
-static int send_fd(int socket, const struct sockaddr_un *to, socklen_t length, int fd) {
+int ps_sys_socket_answer(int socket, int fd, uint32_t number) {
+    struct message asked;
+    int rc = receive(socket, &asked);
+    if (rc)
+        return rc;
+    if (asked.fd >= 0) /* nobody who asks sends one */
+        close(asked.fd);
+    if (asked.who.uid != geteuid())
+        return -EPERM;
     union control control = {.space = {0}};
-    struct iovec io = {"!", 1};
-    struct msghdr message = {.msg_name = (void *)to,
-                             .msg_namelen = length,
+    struct iovec io = {&number, sizeof number};
+    struct msghdr message = {.msg_name = &asked.from,
+                             .msg_namelen = ADDRESS_LENGTH,
                              .msg_iov = &io,
                              .msg_iovlen = 1,
                              .msg_control = control.space,
@@ -379,28 +393,24 @@ static int send_fd(int socket, const struct sockaddr_un *to, socklen_t length, i
     rights->cmsg_type = SCM_RIGHTS;
     rights->cmsg_len = CMSG_LEN(sizeof fd);
     memcpy(CMSG_DATA(rights), &fd, sizeof fd);
-    return result(sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT));
+    rc = result(sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT));
+    return rc < 0 ? rc : 0;
 }
 
-int ps_sys_socket_answer(int socket, int fd) {
-    struct sockaddr_un from;
-    socklen_t length;
-    struct ucred who;
-    int sent, rc = receive(socket, &from, &length, &who, &sent);
-    if (rc)
-        return rc;
-    if (sent >= 0) /* nobody who asks sends one */
-        close(sent);
-    return who.uid == geteuid() ? send_fd(socket, &from, length, fd) : -EPERM;
-}
-
-int ps_sys_socket_take(int socket, int *pid, int *fd) {
-    struct sockaddr_un from;
-    socklen_t length;
-    struct ucred who;
-    int rc = receive(socket, &from, &length, &who, fd);
-    *pid = who.uid == geteuid() ? who.pid : 0;
+int ps_sys_socket_take(int socket, int *pid, int *fd, uint32_t *number) {
+    struct message answer;
+    int rc = receive(socket, &answer);
+    *pid = answer.who.uid == geteuid() ? answer.who.pid : 0;
+    *fd = answer.fd;
+    *number = answer.number;
     return rc;
+}
+
+int ps_sys_socket_wait(int socket, int64_t deadline) {
+    int64_t left = deadline - ps_sys_now();
+    struct pollfd poller = {.fd = socket, .events = POLLIN};
+    int rc = result(poll(&poller, 1, left <= 0 ? 0 : (int)(left / PS_MS) + 1));
+    return rc < 0 ? rc : rc ? 0 : -ETIMEDOUT;
 }
 
 static struct flock ofd_byte(uint32_t byte) {

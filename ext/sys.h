@@ -78,13 +78,14 @@ int ps_sys_fd_of_thread(int tid, int fd);
 /* The same descriptor under another number, at or above `least` where the limit allows it, closed by exec. */
 int ps_sys_fd_high(int fd, int least);
 
-/* Abstract datagram sockets with a name that the kernel chose: five hexadecimal digits. */
+/* Abstract datagram sockets with a name that the kernel chose: five hexadecimal digits.  One side asks, the other
+ * answers by a descriptor and a number; -EAGAIN where no message is waiting. */
 int ps_sys_socket(uint32_t *name);
 int ps_sys_socket_ask(int socket, uint32_t name);
-/* Answers what asked, if it is of our user, by `fd`; -EAGAIN when nobody asks (any more). */
-int ps_sys_socket_answer(int socket, int fd);
-/* An answer, and who sent it; -EAGAIN. */
-int ps_sys_socket_take(int socket, int *pid, int *fd);
+int ps_sys_socket_answer(int socket, int fd, uint32_t number); /* -EPERM: to another user, so not */
+/* `pid` is the answering process as the kernel sees it, 0 if it is of another user. */
+int ps_sys_socket_take(int socket, int *pid, int *fd, uint32_t *number);
+int ps_sys_socket_wait(int socket, int64_t deadline);
 
 /* Who a process is, beyond its pid. 0 where /proc does not say. */
 uint64_t ps_sys_start_time(int pid);

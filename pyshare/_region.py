@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import errno
 import mmap
 import os
 import warnings
@@ -63,11 +62,11 @@ def _deadline(timeout: Timeout) -> int:
     return _core.deadline_of(_default_timeout if isinstance(timeout, _Default) else timeout)
 
 
-def _check_engine(engine: str) -> None:
-    if engine == "uffd":
-        raise OSError(errno.EOPNOTSUPP, "engine 'uffd' is not in this version; use 'auto' or 'mprotect'")
-    if engine not in ("auto", "mprotect"):
+def _check_engine(engine: str) -> int:
+    number = _core.ENGINES.get(engine) if isinstance(engine, str) else None
+    if number is None:
         raise ValueError(f"engine must be 'auto', 'mprotect' or 'uffd', not {engine!r}")
+    return number
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +77,8 @@ class Participant:
         pid: its process, as that process sees itself (in its own pid namespace).
         applied: the last generation that its page tables follow.
         alive: False once it is known to be gone; its slot is free for the next one.
-        engine: how its mapping is changed: "mprotect".
+        engine: "uffd" where other participants change its page tables from outside (userfaultfd(2)), "mprotect" where
+            it changes them itself when it is woken.
         fenced: True while its whole mapping is no-access, because it could not apply a change.
         tid: the thread id of its agent.
     """
@@ -152,8 +152,8 @@ class Region(_core.Handle):
 
     @property
     def engine(self) -> str:
-        """How this process's mapping is changed: "mprotect"."""
-        return "mprotect"
+        """How this process's mapping is changed: "uffd" (page-table entries, from outside too) or "mprotect" (VMAs)."""
+        return str(self._engine())
 
     @property
     def closed(self) -> bool:
@@ -257,8 +257,8 @@ class Region(_core.Handle):
     def participants(self) -> list[Participant]:
         """Who has the region mapped now; dead ones that nobody has noticed yet have ``alive`` False."""
         return [
-            Participant(pid=pid, applied=applied, alive=alive, engine="mprotect", fenced=fenced, tid=tid)
-            for pid, tid, applied, alive, _capabilities, fenced in self._participants()
+            Participant(pid=pid, applied=applied, alive=alive, engine=engine, fenced=fenced, tid=tid)
+            for pid, tid, applied, alive, engine, fenced in self._participants()
         ]
 
     # -- Data ------------------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ class Region(_core.Handle):
         self._write(offset, data, self._size)
 
 
-def _join(fd: int, entry: int, deadline: int) -> Region:
-    region: Region = _core.attach(Region, fd, entry, deadline)
+def _join(fd: int, entry: int, engine: int, deadline: int | None = None) -> Region:
+    region: Region = _core.attach(Region, fd, entry, engine, _deadline(DEFAULT) if deadline is None else deadline)
     region._name, region._size, _, _ = region._facts()
     return region
 
@@ -323,7 +323,7 @@ def create(
         mode: permission bits of the memory and the name, less the umask; its owner's are needed to attach.
         prot: the protection of every page at first.
         max_participants: 1 to 2,047.
-        engine: "auto" or "mprotect".
+        engine: "uffd", "mprotect", or "auto": "uffd" where the kernel allows it, else "mprotect".
         replace: let the name move here from a live region of the same owner; whoever has that one keeps it.
 
     Raises:
@@ -343,7 +343,7 @@ def create(
     max_participants = _core.integer(max_participants, "max_participants")
     if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
         raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
-    _check_engine(engine)
+    wanted = _check_engine(engine)
     if name is not None and not replace:
         with contextlib.suppress(FileNotFoundError), _names.live(name):
             raise RegionExists(
@@ -352,15 +352,15 @@ def create(
     mode = _names.masked(mode)
     fd = _core.create(size, bits, max_participants, mode, name or "")
     try:
-        return _join(fd, -1, _deadline(DEFAULT)) if name is None else _create_named(fd, name, mode, replace)
+        return _join(fd, -1, wanted) if name is None else _create_named(fd, name, mode, replace, wanted)
     finally:
         os.close(fd)
 
 
-def _create_named(fd: int, name: str, mode: int, replace: bool) -> Region:
+def _create_named(fd: int, name: str, mode: int, replace: bool, engine: int) -> Region:
     entry = _names.NewEntry(fd)
     try:
-        region = _join(fd, entry.fd, _deadline(DEFAULT))
+        region = _join(fd, entry.fd, engine)
         try:
             entry.publish(name, mode, replace)
         except BaseException:
@@ -392,7 +392,7 @@ def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Ti
 
     Args:
         name_or_fd: a name, or a descriptor, which is duplicated: the caller's own stays open and stays the caller's.
-        engine: "auto" or "mprotect".
+        engine: "uffd", "mprotect", or "auto": "uffd" where the kernel allows it, else "mprotect".
         timeout: seconds to wait for a change that is under way; None for ever.
 
     Raises:
@@ -403,7 +403,7 @@ def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Ti
         PropagationTimeout: the lock was held for the whole timeout.
         OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM.
     """
-    _check_engine(engine)
+    wanted = _check_engine(engine)
     deadline = _deadline(timeout)
     with _lead(name_or_fd, deadline) as (fd, entry):
-        return _join(fd, entry, deadline)
+        return _join(fd, entry, wanted, deadline)

@@ -31,7 +31,7 @@ Joined = Callable[..., Child]
 @pytest.fixture
 def region() -> Iterator[Region]:
     """Its slots are taken by this process, a bystander and a victim (at most), so a dead one's must be used again."""
-    with pyshare.create(size=16 * PAGE, max_participants=3) as made:
+    with pyshare.create(size=16 * PAGE, max_participants=3, engine="mprotect") as made:
         yield made
 
 

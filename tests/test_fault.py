@@ -40,7 +40,7 @@ Stage = Callable[[tuple[str, ...], str], Fate]
 
 @pytest.fixture
 def region() -> Iterator[Region]:
-    with pyshare.create(size=16 * PAGE) as region:
+    with pyshare.create(size=16 * PAGE, engine="mprotect") as region:
         yield region
 
 

@@ -43,7 +43,7 @@ SOON = 0.5  # the same, where somebody is meant to answer before it does
 
 @pytest.fixture
 def region() -> Iterator[Region]:
-    with pyshare.create(size=32 * PAGE, max_participants=16) as made:
+    with pyshare.create(size=32 * PAGE, max_participants=16, engine="mprotect") as made:
         yield made
 
 

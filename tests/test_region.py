@@ -302,7 +302,7 @@ def test_participants_are_the_living(region: Region, fork: Fork) -> None:
     found = {p.pid: p for p in region.participants()}
     assert set(found) == {os.getpid(), *(child.pid for child in children)}
     for pid, one in found.items():
-        assert (one.applied, one.alive, one.fenced, one.engine) == (1, True, False, "mprotect")
+        assert (one.applied, one.alive, one.fenced, one.engine) == (1, True, False, region.engine)
         assert os.path.exists(f"/proc/{pid}/task/{one.tid}")
     children[0].kill()
     children[1].say()

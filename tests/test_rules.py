@@ -84,6 +84,7 @@ DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek
 MAY_CALL = {
     "agent.c": {"close", "flock", "sigfillset", "pthread_create", "pthread_sigmask"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
+    "borrow.c": {"close", "fstat", "mmap", "munmap"},
     "change.c": {"getpid", "lseek"},
     "engine.c": {"mprotect"},
     "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
@@ -91,6 +92,7 @@ MAY_CALL = {
     "names.c": DESCRIPTORS,
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
     "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
+    "remote.c": set(),
     "slot.c": {"getpid"},
     "sys.c": DESCRIPTORS
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
