@@ -125,6 +125,14 @@ void ps_agent_settle(struct ps_region *region) {
     ps_pages_give(region);
 }
 
+/* For a lease that ends, and whose pages cannot be closed otherwise. */
+void ps_agent_fence(struct ps_region *region) {
+    if (ps_pages_take(region, PS_NEVER))
+        return;
+    fence(region);
+    ps_pages_give(region);
+}
+
 /* Everything, for a joiner, under the writer lock. */
 static int sync_all(struct ps_region *region) {
     int rc = ps_pages_take(region, PS_NEVER);

@@ -91,14 +91,10 @@ uint32_t ps_protection(const struct ps_region *region, uint64_t page) {
     return (map_byte(region, page) ^ region->shape.initial) & PROT_MASK;
 }
 
-/* The first page from `page` on whose byte the memfd really holds: a hole of the map is read by nobody. */
+/* The first page from `page` on whose byte the memfd really holds. */
 static uint64_t skip_hole(struct ps_region *region, uint64_t page, uint64_t end) {
-    int fd = ps_query_fd(region);
     uint64_t map = region->shape.offset[PS_SEC_CUR];
-    off_t found = fd < 0 ? -1 : lseek(fd, (off_t)(map + page), SEEK_DATA);
-    if (found < 0)
-        return fd >= 0 && errno == ENXIO ? end : page; /* no data from here to the end of the file */
-    return (uint64_t)found < map + end ? (uint64_t)found - map : end;
+    return ps_region_skip_hole(region, map + page, map + end) - map;
 }
 
 uint64_t ps_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot) {
@@ -420,6 +416,20 @@ static void begin(struct ps_region *region, uint64_t first, uint64_t count, uint
     PS_POINT(C3_attempt);
 }
 
+/* Of a caller that died in it, with all that it had changed; whoever is silent then follows late. */
+int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
+    struct ps_outcome outcome;
+    int rc = ps_lock(region, deadline, blocker);
+    if (rc)
+        return rc;
+    struct waiting waiting = patient(deadline, &outcome);
+    if (ps_change_open(region))
+        rc = settle(region, &waiting);
+    ps_agent_settle(region);
+    ps_unlock(region);
+    return rc == PS_ECORRUPT ? rc : 0;
+}
+
 static int locked_change(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot,
                          struct waiting *waiting) {
     PS_POINT(C1_lock);
@@ -437,11 +447,10 @@ static int locked_change(struct ps_region *region, uint64_t first, uint64_t coun
     return rc;
 }
 
-int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
-              struct ps_outcome *outcome) {
-    uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
+/* No lease is held in the range, and none can be taken. */
+static int closed_change(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot, int64_t deadline,
+                         struct ps_outcome *outcome) {
     uint32_t blocker;
-    outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
     struct waiting waiting = patient(deadline, outcome);
     int rc = ps_lock(region, waiting.deadline, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
@@ -454,5 +463,18 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     rc = locked_change(region, first, count, prot, &waiting);
     ps_borrow_collect(region, waiting.socket); /* whoever was asked has answered before it acknowledged */
     ps_unlock(region);
+    return rc;
+}
+
+int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
+              struct ps_outcome *outcome) {
+    uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
+    struct ps_shm_closer *closer;
+    outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
+    int rc = ps_lease_close(region, first, count, deadline, outcome, &closer);
+    if (rc)
+        return rc;
+    rc = closed_change(region, first, count, prot, deadline, outcome);
+    ps_lease_open(region, closer);
     return rc;
 }

@@ -29,9 +29,11 @@ enum {
                              with ps_await, or (nothing published) with ps_change */
     PS_EREGIONS = -5007,  /* this process has PS_REGIONS_MAX regions open */
     PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
+    PS_ENESTED = -5009,   /* the calling thread holds it itself */
 };
 
 #define PS_REGIONS_MAX 1024
+#define PS_TRY INT64_MIN                          /* a deadline, of leases and locks: -EAGAIN instead of any wait */
 #define PS_JOIN_TIMEOUT (INT64_C(5000) * 1000000) /* ns; of a forked child or a restarted agent */
 
 enum ps_engine {
@@ -77,6 +79,7 @@ int ps_close(struct ps_region *region);    /* access ends; the address range sta
 void ps_release(struct ps_region *region); /* ... until here; the handle is void */
 /* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
+int ps_ready_now(const struct ps_region *region); /* 1; 0: it takes the former; PS_ECLOSED */
 uint32_t ps_forks(void); /* how many forks lie between the first region's process and this one */
 const char *ps_corrupt_field(const struct ps_region *region);
 
@@ -103,6 +106,21 @@ int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length
 int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
 
 void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
+/* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;
+ * PS_ESIGNAL: as that, and the caller may try again; nothing is held after any result but 0. */
+struct ps_lease {
+    uint64_t first, count; /* pages */
+    bool window;           /* asked for: stores go by ps_window, the page tables at the public address stay */
+    bool in_place;         /* results: the page tables had to be opened; */
+    bool abandoned;        /* somebody died with one of the pages */
+};
+int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
+                  struct ps_refusal *refusal);
+int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_t deadline); /* 0, or PS_TRY's */
+void *ps_window(const struct ps_region *region); /* of the data's second mapping; there while a lease by it is */
+int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
+                      struct ps_outcome *outcome);
+void ps_user_lock_give(struct ps_region *region, uint32_t index);
 
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);

@@ -37,7 +37,7 @@ enum {
 
 static bool leased_here(const struct ps_region *region, uint64_t page) {
     uint32_t held = PS_HERE_HELD | PS_HERE_IN_PLACE;
-    return (atomic_load_explicit(&region->here[page], memory_order_acquire) & held) == held;
+    return (ps_here(region, page) & held) == held;
 }
 
 /* As ps_run, of what our page tables should be: what the map says, and read-write where we hold a lease. */
@@ -267,23 +267,22 @@ static bool all_armed(const struct ps_region *region, uint64_t first, uint64_t c
     return true;
 }
 
-/* What our own leases of these pages have changed (region->here).  No change of protection concerns these pages now;
- * but arming their chunk concerns its other pages too. */
+/* A lease in place begins or ends: its words in `here` have been written, the page tables follow them.  No change of
+ * protection concerns these pages now; but arming their chunk concerns its other pages too. */
 int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
     int rc = ps_page_lock(region, deadline);
     if (rc)
         return rc;
-    if (!region->uffd || all_armed(region, first, count)) {
-        rc = ps_engine_apply(region, first, count);
-        ps_page_unlock(region);
-        return rc;
-    }
+    bool arms = region->uffd && !all_armed(region, first, count);
+    if (arms && (rc = ps_claim_own(region, deadline)))
+        goto out;
+    if (region->unsynced)
+        ps_engine_doubt(region);
+    rc = region->fenced ? -EACCES : ps_engine_apply(region, first, count);
+    if (arms)
+        ps_claim_release(region, region->slot);
+out:
     ps_page_unlock(region);
-    rc = ps_pages_take(region, deadline);
-    if (rc)
-        return rc;
-    rc = ps_engine_apply(region, first, count);
-    ps_pages_give(region);
     return rc;
 }
 

@@ -58,13 +58,22 @@ static bool allows(uint32_t prot, bool store) {
     return prot & (store ? PROT_WRITE : PROT_READ | PROT_WRITE); /* on x86-64 a writable page can be read */
 }
 
-/* The first page of a range whose protection forbids the access, or the page past it. */
+/* A store that the map forbids all, and a lease allows us: by window to its thread alone. */
+static bool leased_for(const struct ps_region *region, uint64_t page, uint32_t prot, bool store) {
+    uint32_t in_place = PS_HERE_HELD | PS_HERE_IN_PLACE;
+    return store && prot == PROT_READ && ((ps_here(region, page) & in_place) == in_place || ps_here_own(region, page));
+}
+
+/* The first page of a range where neither the map nor a lease allows the access, or the page past it. */
 static uint64_t allowed_up_to(struct ps_region *region, uint64_t page, uint64_t end, bool store, uint32_t *prot) {
     while (page < end) {
         uint64_t run = ps_run(region, page, end, prot);
-        if (!allows(*prot, store))
+        if (allows(*prot, store))
+            page += run;
+        else if (leased_for(region, page, *prot, store))
+            page++;
+        else
             return page;
-        page += run;
     }
     return end;
 }
@@ -85,7 +94,7 @@ static int refuse(struct ps_region *region, uint64_t page, bool store, struct ps
     refusal->page = page;
     refusal->required = store ? PROT_WRITE : PROT_READ;
     refusal->author = look(region, page, &refusal->actual);
-    return allows(refusal->actual, store) ? 0 : PS_EREFUSED;
+    return allows(refusal->actual, store) || leased_for(region, page, refusal->actual, store) ? 0 : PS_EREFUSED;
 }
 
 /* The map allows it, but this process could not follow the map there. */
@@ -123,9 +132,27 @@ static bool may_be_mark(const struct ps_region *region, bool store, uint32_t *ma
     return store && region->uffd && (*marks)++ < MARKS;
 }
 
+static bool by_window(const struct ps_region *region, uint64_t page) {
+    return ps_here_own(region, page) && !(ps_here(region, page) & PS_HERE_IN_PLACE) &&
+           !allows(ps_protection(region, page), true);
+}
+
+/* Where a store at `offset` goes, and how much of it: to the window, as far as pages are ours by window only. */
+static char *way(const struct ps_region *region, uint64_t offset, bool store, uint64_t *length) {
+    char *data = ps_address(region);
+    if (!store || !atomic_load_explicit(&region->window, memory_order_acquire))
+        return data;
+    uint64_t page = offset / PS_PAGE, end = (offset + *length + PS_PAGE - 1) / PS_PAGE;
+    bool window = by_window(region, page);
+    while (++page < end && by_window(region, page) == window)
+        ;
+    if (page < end)
+        *length = page * PS_PAGE - offset;
+    return window ? ps_window(region) : data;
+}
+
 static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
                 struct ps_refusal *refusal) {
-    char *data = ps_address(region);
     uint64_t end = (offset + length + PS_PAGE - 1) / PS_PAGE;
     uint32_t marks = 0;
     for (uint32_t faults = 0; length; faults++) {
@@ -137,13 +164,15 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
             continue;
         }
         expect_fault(region);
+        uint64_t part = length;
+        char *data = way(region, offset, store, &part);
         struct ps_copied copied =
-            store ? ps_copy_bytes(data + offset, other, length) : ps_copy_bytes(other, data + offset, length);
-        offset += length - copied.left;
-        other += length - copied.left;
-        length = copied.left;
-        if (!length)
-            return 0;
+            store ? ps_copy_bytes(data + offset, other, part) : ps_copy_bytes(other, data + offset, part);
+        offset += part - copied.left;
+        other += part - copied.left;
+        length -= part - copied.left;
+        if (!copied.left)
+            continue;
         uint64_t at = (copied.where & ~PS_COPY_NO_PAGE) - (uintptr_t)data;
         if (at / PS_PAGE != offset / PS_PAGE)
             return -EFAULT; /* the caller's own buffer */
@@ -203,6 +232,29 @@ static void put_region(struct text *text, const struct ps_region *region) {
     put(text, region->shape.name[0] ? "'" : "");
 }
 
+static void put_since(struct text *text, struct ps_author author) {
+    if (!author.known) {
+        put(text, " since a change older than the last 1024");
+        return;
+    }
+    put(text, author.generation ? " since change " : " since it was created (change ");
+    put_number(text, author.generation);
+    put(text, author.generation ? " by pid " : ") by pid ");
+    put_number(text, author.pid);
+    put(text, ", ");
+    put_age(text, author.time);
+}
+
+static void put_lease(struct text *text, const struct ps_region *region, uint64_t page) {
+    uint64_t here = ps_here(region, page);
+    if (here & PS_HERE_HELD) {
+        put(text, "; this process's lease on it is by window, at another address");
+    } else if (here) {
+        put(text, "; this process's lease on the page ended ");
+        put_age(text, (here >> 1) * PS_MS);
+    }
+}
+
 /* Why the page cannot be accessed that way. */
 static void put_reason(struct text *text, struct ps_region *region, uint64_t page) {
     if (atomic_load_explicit(&region->use, memory_order_acquire) == PS_SHUT) {
@@ -222,23 +274,20 @@ static void put_reason(struct text *text, struct ps_region *region, uint64_t pag
     struct ps_author author = look(region, page, &prot);
     put(text, " is ");
     put_protection(text, prot);
-    if (!author.known) {
-        put(text, " since a change older than the last 1024");
-        return;
-    }
-    put(text, author.generation ? " since change " : " since it was created (change ");
-    put_number(text, author.generation);
-    put(text, author.generation ? " by pid " : ") by pid ");
-    put_number(text, author.pid);
-    put(text, ", ");
-    put_age(text, author.time);
+    put_since(text, author);
+    put_lease(text, region, page);
 }
 
 static void tell(struct ps_region *region, uintptr_t address, int signal, const greg_t *registers) {
-    uint64_t at = address - (uintptr_t)ps_address(region);
+    uint64_t at = address - (uintptr_t)ps_address(region), data = region->shape.pages * PS_PAGE;
     struct text text = {.length = 0};
     put(&text, "pyshare: ");
-    if (at >= region->shape.pages * PS_PAGE) {
+    if (at - ps_window_offset(&region->shape) < data) { /* closed, or a child's, or no memory is left */
+        put(&text, "access by a lease's window, which this process has not open, to ");
+        put_region(&text, region);
+        put(&text, " at offset ");
+        put_number(&text, at - ps_window_offset(&region->shape));
+    } else if (at >= data) {
         put(&text, "access outside the data of ");
         put_region(&text, region);
     } else {

@@ -37,6 +37,11 @@ static uint32_t owner_epoch(uint32_t owner) {
     return owner >> PS_OWNER_SLOT_BITS & PS_EPOCH_MASK;
 }
 
+/* It names a slot that there is. */
+bool ps_owner_known(const struct ps_region *region, uint32_t owner) {
+    return owner_slot(owner) < region->shape.slots;
+}
+
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner) {
     uint32_t slot = owner_slot(owner);
     return slot < region->shape.slots ? atomic_load_explicit(&ps_slot(region, slot)->pid, memory_order_relaxed) : 0;
@@ -52,17 +57,16 @@ bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
     return state == PS_FREE || state == PS_DEAD || ps_slot_dead(region, slot, status);
 }
 
-/* Sleeps until the word changes or its owner's agent dies. */
-static int wait_for_owner(struct ps_region *region, _Atomic uint32_t *word, uint32_t owner, int64_t deadline) {
+/* Sleeps until the watched word changes or the owner's agent dies; 0: look again. */
+int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
     struct ps_shm_slot *slot = ps_slot(region, owner_slot(owner));
-    struct ps_watch lock = {word, owner};
     struct ps_watch live = {&slot->live, atomic_load_explicit(&slot->live, memory_order_acquire)};
     int64_t now = ps_sys_now();
     if (now >= deadline)
         return -ETIMEDOUT;
     bool marked = live.value & FUTEX_OWNER_DIED; /* nobody will wake us again: death comes any moment */
     int64_t backstop = now + (marked ? PS_BACKSTOP / 8 : PS_BACKSTOP);
-    int rc = ps_sys_wait_two(lock, live, backstop < deadline ? backstop : deadline);
+    int rc = ps_sys_wait_two(watch, live, backstop < deadline ? backstop : deadline);
     return rc == -EINTR ? PS_ESIGNAL : 0;
 }
 
@@ -77,7 +81,7 @@ int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
                 return 0;
             continue;
         }
-        if (owner_slot(seen) >= region->shape.slots)
+        if (!ps_owner_known(region, seen))
             return ps_corrupt(region, "lock");
         if (ps_owner_gone(region, seen)) { /* acquire: what the dead one stored before it died */
             if (atomic_compare_exchange_strong_explicit(word, &seen, mine | PS_OWNER_WAITING, memory_order_acquire,
@@ -92,7 +96,7 @@ int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
             seen |= PS_OWNER_WAITING;
         }
         slept = PS_OWNER_WAITING;
-        int rc = wait_for_owner(region, word, seen, deadline);
+        int rc = ps_owner_wait(region, (struct ps_watch){word, seen}, seen, deadline);
         if (rc) {
             *blocker = seen;
             return rc;
@@ -111,7 +115,7 @@ void ps_unlock(struct ps_region *region) {
 /* -- The claim on a participant's page tables ------------------------------------------------------------------ */
 
 /* Ours; a remote caller has it for the time of an ioctl, or died with it. */
-static int claim_own(struct ps_region *region, int64_t deadline) {
+int ps_claim_own(struct ps_region *region, int64_t deadline) {
     _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
     uint32_t mine = ps_owner_word(region), seen = 0;
     for (int looks = 0;; looks++) {
@@ -119,7 +123,7 @@ static int claim_own(struct ps_region *region, int64_t deadline) {
         if (atomic_compare_exchange_weak_explicit(word, &seen, mine, memory_order_acquire, memory_order_relaxed))
             return 0;
         if (seen && looks >= SPIN) {
-            if (owner_slot(seen) >= region->shape.slots)
+            if (!ps_owner_known(region, seen))
                 return ps_corrupt(region, "claim");
             if (seen == mine || ps_owner_gone(region, seen))
                 continue; /* with `seen`: take it over */
@@ -138,7 +142,7 @@ bool ps_claim_other(struct ps_region *region, uint32_t index, uint32_t epoch) {
     uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
     if (seen == (epoch << PS_OWNER_SLOT_BITS | (index + 1)))
         return false; /* it is at work itself */
-    /* A third party's is of a caller that died with the writer lock, which we hold.  acquire: as in claim_own. */
+    /* A third party's is of a caller that died with the writer lock, which we hold.  acquire: as in ps_claim_own. */
     return atomic_compare_exchange_strong_explicit(word, &seen, ps_owner_word(region), memory_order_acquire,
                                                    memory_order_relaxed);
 }
@@ -205,7 +209,7 @@ void ps_page_unlock(struct ps_region *region) {
 /* The page lock and the claim: what whoever makes our page tables follow the map holds. */
 int ps_pages_take(struct ps_region *region, int64_t deadline) {
     int rc = ps_page_lock(region, deadline);
-    if (!rc && (rc = claim_own(region, deadline)))
+    if (!rc && (rc = ps_claim_own(region, deadline)))
         ps_page_unlock(region);
     return rc;
 }

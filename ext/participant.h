@@ -28,10 +28,12 @@
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
-/* A word of `here`: thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD while it is held; after that the time of the end,
- * CLOCK_BOOTTIME ms << 1; 0: never held. */
+/* A word of `here`: while it is held thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD, and in the high half the dead
+ * owner's word that ours took the place of, or 0; after that the time of the end, CLOCK_BOOTTIME ms << 1; 0: unknown.
+ */
 #define PS_HERE_HELD 1u
 #define PS_HERE_IN_PLACE 2u /* so that the page is writable at its public address */
+#define PS_HERE_DEAD_SHIFT 32
 
 /* What the header said at attach. */
 struct ps_shape {
@@ -82,7 +84,7 @@ enum ps_agent_state {
 
 struct ps_region {
     _Atomic uint32_t use;   /* enum ps_use */
-    _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard; 0: none */
+    _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard, window, guard; 0: none */
     uint64_t span;          /* its bytes */
     struct ps_shape shape;
     _Atomic uint32_t descriptor_lock;          /* lock.c */
@@ -111,6 +113,8 @@ struct ps_region {
     _Atomic uint64_t *here;
     _Atomic uint8_t *chunk; /* behind it, a byte per chunk: engine.c's, under page_lock; SPLIT by a fault handler too */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
+    _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
+    _Atomic bool window;     /* under page_lock: the data is mapped a second time, for leases by window */
 
     struct ps_borrowed *borrowed; /* a place per slot; written under the process's borrow lock; NULL: none is wanted
                                    * yet. A forked child keeps them: they lead to the same participants */
@@ -125,6 +129,8 @@ int ps_region_reserve(struct ps_region *region);
 int ps_region_map_control(struct ps_region *region, int own);
 int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
+int ps_region_map_window(struct ps_region *region);
+uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_discard(struct ps_region *region);
 int ps_region_map_canary(struct ps_region *region, int own);
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached);
@@ -139,6 +145,10 @@ static inline uint64_t ps_data_offset(const struct ps_shape *shape) {
 }
 static inline uint64_t ps_chunks(const struct ps_shape *shape) {
     return (shape->pages + PS_CHUNK - 1) / PS_CHUNK;
+}
+/* Of the second mapping of the data, from the first. */
+static inline uint64_t ps_window_offset(const struct ps_shape *shape) {
+    return shape->pages * PS_PAGE + PS_GUARD;
 }
 static inline struct ps_shm_header *ps_header(const struct ps_region *region) {
     return (struct ps_shm_header *)atomic_load_explicit(&region->base, memory_order_relaxed);
@@ -164,6 +174,7 @@ int ps_slot_claim(struct ps_region *region, int own);
 void ps_slot_live(struct ps_region *region);
 void ps_slot_leave(struct ps_region *region);
 bool ps_slot_lost(const struct ps_region *region);
+bool ps_slot_marked(const struct ps_region *region);
 bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
 void ps_slot_bury(struct ps_region *region, uint32_t slot, uint32_t status);
 uint32_t ps_slots_used(const struct ps_region *region);
@@ -188,7 +199,10 @@ int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
 uint32_t ps_owner_word(const struct ps_region *region); /* ours */
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
+bool ps_owner_known(const struct ps_region *region, uint32_t owner);
 bool ps_owner_gone(struct ps_region *region, uint32_t owner);
+int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
+int ps_claim_own(struct ps_region *region, int64_t deadline);
 bool ps_claim_other(struct ps_region *region, uint32_t slot, uint32_t epoch);
 void ps_claim_void(struct ps_region *region);
 void ps_claim_release(struct ps_region *region, uint32_t slot);
@@ -203,6 +217,13 @@ void ps_pages_give(struct ps_region *region);
 bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
 bool ps_change_open(const struct ps_region *region);
+
+int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
+
+/* lease.c: held words, and the changes that wait for them */
+int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
+                   struct ps_outcome *outcome, struct ps_shm_closer **closer);
+void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
 
 /* engine.c: page tables */
 int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count);
@@ -243,6 +264,7 @@ int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome
 void ps_agent_stop(struct ps_region *region);
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
 void ps_agent_settle(struct ps_region *region);
+void ps_agent_fence(struct ps_region *region);
 
 /* names.c */
 void ps_name_write_row(struct ps_region *region, bool present);
@@ -295,5 +317,14 @@ struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);
 struct ps_chain *ps_process_chain(int signal);
 struct ps_faults *ps_process_faults(void);
+
+/* A word of `here`, by page or pages + lock; does the calling thread hold that? */
+static inline uint64_t ps_here(const struct ps_region *region, uint64_t index) {
+    return atomic_load_explicit(&region->here[index], memory_order_acquire);
+}
+static inline bool ps_here_own(const struct ps_region *region, uint64_t index) {
+    uint32_t here = (uint32_t)ps_here(region, index);
+    return here & PS_HERE_HELD && here >> 2 == (uint32_t)ps_process_tid();
+}
 
 #endif

@@ -95,6 +95,7 @@ static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
     region->page_lock = region->descriptor_lock = 0;
     region->leased = 0;
+    region->window = false;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;

@@ -11,7 +11,7 @@
  *     which holds the OFD lock of the slot.  A mapping keeps its description
  *     alive, so that byte is free only when no thread can reach the memory any
  *     more, whatever became of descriptors.
- *  3. Every shared mapping is DONTFORK and DONTDUMP.
+ *  3. Every shared mapping is DONTFORK and DONTDUMP, and of that description.
  * Runs in: caller, agent, fork child.
  * Not here: who may use the pages (change.c, engine.c).
  */
@@ -199,7 +199,7 @@ static int map_at(uintptr_t address, uint64_t length, int prot, int flags, int f
 
 int ps_region_place(struct ps_region *region) {
     uint64_t data = ps_data_offset(&region->shape);
-    region->span = data + region->shape.pages * PS_PAGE + PS_GUARD;
+    region->span = data + 2 * ps_window_offset(&region->shape);
     if (region->span > PS_FAR_SIZE / 2)
         return -ENOMEM;
     uint64_t room = (PS_FAR_SIZE - region->span) / CHUNK - data / CHUNK - 1;
@@ -241,8 +241,23 @@ int ps_region_map_canary(struct ps_region *region, int own) {
     return map_shared((uintptr_t)ps_header(region) + region->shape.control_size, PS_PAGE, PROT_NONE, own, 0);
 }
 
+/* The window too. */
 int ps_region_unmap_data(struct ps_region *region) {
-    return map_at((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
+    return map_at((uintptr_t)ps_address(region), 2 * ps_window_offset(&region->shape), PROT_NONE, RESERVED | MAP_FIXED,
+                  -1, 0);
+}
+
+/* A second mapping of the data, always writable.  It must keep the slot's byte as the first one does, and `own` is in
+ * a table that a caller cannot reach: mremap(2) with an old size of 0 maps more of what is mapped already, by the same
+ * description and with the same flags.  The last page of the control segment, which is writable, DONTFORK and
+ * DONTDUMP, lies before the data in the memfd as well; here it goes again. */
+int ps_region_map_window(struct ps_region *region) {
+    uintptr_t last = (uintptr_t)ps_header(region) + region->shape.control_size - PS_PAGE;
+    uintptr_t at = (uintptr_t)ps_address(region) + ps_window_offset(&region->shape) - PS_PAGE;
+    uint64_t length = PS_PAGE + region->shape.pages * PS_PAGE;
+    if (mremap((void *)last, 0, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)at) == MAP_FAILED)
+        return -errno;
+    return map_at(at, PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
 }
 
 /* -- Descriptors --------------------------------------------------------------------------------------------- */
@@ -288,6 +303,15 @@ int ps_fd(struct ps_region *region) {
 
 int ps_query_fd(struct ps_region *region) {
     return ps_process_is_agent(region) ? region->own : ps_fd(region);
+}
+
+/* The first byte of the memfd from `at` on, before `end`, that it really holds: nobody need read a hole. */
+uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end) {
+    int fd = ps_query_fd(region);
+    off_t found = fd < 0 ? -1 : lseek(fd, (off_t)at, SEEK_DATA);
+    if (found < 0)
+        return fd >= 0 && errno == ENXIO ? end : at; /* no data from here to the end of the file */
+    return (uint64_t)found < end ? (uint64_t)found : end;
 }
 
 /* -- What it is ---------------------------------------------------------------------------------------------- */
@@ -439,13 +463,20 @@ void ps_release(struct ps_region *region) {
     atomic_store_explicit(&region->use, PS_UNUSED, memory_order_release);
 }
 
-int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
-    outcome->silent = 0;
+int ps_ready_now(const struct ps_region *region) {
     if (!ps_process_known() || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
         return PS_ECLOSED;
+    return ps_running(region) && ps_slot_marked(region);
+}
+
+int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
+    outcome->silent = 0;
+    int rc = ps_ready_now(region);
+    if (rc)
+        return rc < 0 ? rc : 0;
     if (ps_running(region) && !ps_slot_lost(region))
         return 0;
-    int rc = ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
+    rc = ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
     if (!rc)
         ps_cached_get(region, &region->userfault);
     return rc;

@@ -112,6 +112,12 @@ void ps_slot_leave(struct ps_region *region) {
     region->epoch = 0;
 }
 
+/* Our agent lives, as far as a look tells. */
+bool ps_slot_marked(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_slot(region, region->slot)->live, memory_order_acquire) ==
+           ((uint32_t)region->tid | FUTEX_WAITERS);
+}
+
 /* Our own agent ended, though nobody asked it to (a seccomp filter can do that).  The word is a hint that anybody
  * can write: two agents at once would pull the mapping from under each other.  The kernel marks it shortly before
  * the thread is gone. */
