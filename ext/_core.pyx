@@ -23,12 +23,17 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
+import enum
 import errno
 import operator
 import os
 import sys
+import warnings
 
 from pyshare import _errors
+
+cdef extern from "stdbool.h":
+    ctypedef unsigned char flag "bool"
 
 cdef extern from "sys.h" nogil:
     int64_t PS_NEVER
@@ -52,6 +57,9 @@ cdef extern from "core.h" nogil:
         PS_ETIMEOUT
         PS_ESIGNAL
         PS_EREGIONS
+        PS_ENESTED
+        PS_LOCKS
+    int64_t PS_TRY
     struct ps_region:
         pass
     struct ps_outcome:
@@ -77,6 +85,12 @@ cdef extern from "core.h" nogil:
         uint32_t flags
         uint64_t applied
         bint alive
+    struct ps_lease:
+        uint64_t first
+        uint64_t count
+        bint window
+        bint in_place
+        bint abandoned
     int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd)
     ctypedef enum engine_t "enum ps_engine":
         pass
@@ -90,6 +104,7 @@ cdef extern from "core.h" nogil:
     int ps_close(ps_region *region)
     void ps_release(ps_region *region)
     int ps_ready(ps_region *region, ps_outcome *outcome)
+    int ps_ready_now(const ps_region *region)
     uint32_t ps_forks()
     const char *ps_corrupt_field(const ps_region *region)
     void *ps_address(const ps_region *region)
@@ -104,6 +119,11 @@ cdef extern from "core.h" nogil:
     uint64_t ps_run(ps_region *region, uint64_t page, uint64_t end, uint32_t *prot)
     int ps_read(ps_region *region, uint64_t offset, void *to, uint64_t length, ps_refusal *refusal)
     int ps_write(ps_region *region, uint64_t offset, const void *data, uint64_t length, ps_refusal *refusal)
+    int ps_lease_take(ps_region *region, ps_lease *lease, int64_t deadline, ps_outcome *outcome, ps_refusal *refusal)
+    int ps_lease_give(ps_region *region, const ps_lease *lease, int64_t deadline)
+    void *ps_window(const ps_region *region)
+    int ps_user_lock_take(ps_region *region, uint32_t index, int64_t deadline, flag *abandoned, ps_outcome *outcome)
+    void ps_user_lock_give(ps_region *region, uint32_t index)
     int ps_name_format(int name_fd, int region_fd)
     int ps_name_find(int name_fd, int *region_fd)
     int ps_name_leads_to(int name_fd, int region_fd)
@@ -141,9 +161,32 @@ MAX_PARTICIPANTS = PS_SLOTS_MAX
 NAME_MAX = PS_NAME_MAX
 LARGE = 1 << 16  # bytes from which a copy lets other threads run
 
+cdef enum:
+    FEW = 16  # pages that are taken without letting other threads run, where nobody has them
+
+
+class _Default(enum.Enum):
+    DEFAULT = "DEFAULT"
+
+    def __repr__(self):
+        return "DEFAULT"
+
+
+DEFAULT = _Default.DEFAULT
+cdef object default_timeout = 5.0
+
+
+def set_default_timeout(seconds):
+    """What ``timeout=DEFAULT`` means from now on in this process: seconds, or None to wait for ever. 5.0 at first."""
+    global default_timeout
+    deadline_of(seconds)
+    default_timeout = seconds
+
 
 def deadline_of(timeout):
-    """A timeout in seconds, or None, as an absolute deadline of the core."""
+    """A timeout in seconds, None or DEFAULT, as an absolute deadline of the core."""
+    if timeout is DEFAULT:
+        timeout = default_timeout
     if timeout is None:
         return INT64_MAX
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
@@ -211,6 +254,9 @@ cdef raise_code(int code, str doing, str field=None):
     if code == PS_EFULL:
         raise _errors.ParticipantLimit(
             f"{doing}: every slot of the region is taken; create it with a larger max_participants")
+    if code == PS_ENESTED:
+        raise _errors.ShareError(
+            f"{doing}: this thread holds a lease on some of these pages, and would wait for itself; release it first")
     if code == PS_EREGIONS:
         raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
     raise OSError(-code, f"{doing}: {os.strerror(-code)}")
@@ -228,7 +274,8 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
         message = (f"{doing}: change {outcome.generation} is made, but pid {who} has not acknowledged it in time; "
                    "it applies the change before anything else it acknowledges")
     else:
-        message = f"{doing}: nothing was changed: pid {who} held the region's lock, or was silent, until the timeout"
+        message = (f"{doing}: nothing was changed: pid {who} held a lease on these pages or the region's lock, or was "
+                   "silent, until the timeout")
     raise _errors.PropagationTimeout(message, pids=pids, generation=outcome.generation or None)
 
 
@@ -261,7 +308,8 @@ cdef class Handle:
     cdef ps_region *left     # closed: the address range stays reserved until we die
     cdef PyObject *memory    # the Memory, borrowed, while there is one
     cdef Py_ssize_t calls    # threads inside the core
-    cdef uint32_t forks      # ps_forks() when they were counted: a child has none of its parent's threads
+    cdef Py_ssize_t holds    # leases and locks held
+    cdef uint32_t forks      # ps_forks() when they were counted: a child has none of its parent's
     cdef object view         # the cached memoryview of .buf
     cdef object __weakref__
 
@@ -271,8 +319,8 @@ cdef class Handle:
         cdef int rc
         if self.region is NULL:
             raise_code(PS_ECLOSED, doing)
-        self.calls = self.inside() + 1
-        self.forks = ps_forks()
+        self.count()
+        self.calls += 1
         with nogil:
             rc = ps_ready(self.region, &outcome)
         if rc:
@@ -282,10 +330,13 @@ cdef class Handle:
             raise_code(rc, doing, self.corrupt_field())
 
     cdef leave(self):
-        self.calls = max(0, self.inside() - 1)  # 0: forked meanwhile, by a signal handler
+        self.count()
+        self.calls = max(0, self.calls - 1)  # 0: forked meanwhile, by a signal handler
 
-    cdef Py_ssize_t inside(self):
-        return self.calls if self.forks == ps_forks() else 0
+    cdef void count(self) noexcept:
+        if self.forks != ps_forks():
+            self.calls = self.holds = 0
+            self.forks = ps_forks()
 
     cdef corrupt_field(self):
         cdef const char *field = ps_corrupt_field(self.region)
@@ -296,14 +347,20 @@ cdef class Handle:
     cdef fill(self, Py_buffer *buffer, int flags):
         self.enter("buffer")
         try:
-            if self.memory is NULL:
-                made = Memory.__new__(Memory, self)
-                if self.memory is NULL:  # still: a finaliser may have run
-                    self.memory = <PyObject *>made
-            PyBuffer_FillInfo(buffer, <object>self.memory, ps_address(self.region),
-                              <Py_ssize_t>ps_size(self.region), 0, flags)
+            self.fill_with(buffer, flags, ps_address(self.region), ps_size(self.region))
         finally:
             self.leave()
+
+    cdef fill_lease(self, Py_buffer *buffer, int flags, Lease lease):
+        cdef void *at = ps_window(self.region) if lease.at.window else ps_address(self.region)
+        self.fill_with(buffer, flags, <char *>at + lease.at.first * PS_PAGE_SIZE, lease.length)
+
+    cdef fill_with(self, Py_buffer *buffer, int flags, void *at, uint64_t length):
+        if self.memory is NULL:
+            made = Memory.__new__(Memory, self)
+            if self.memory is NULL:  # still: a finaliser may have run
+                self.memory = <PyObject *>made
+        PyBuffer_FillInfo(buffer, <object>self.memory, at, <Py_ssize_t>length, 0, flags)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         hold_arrays()
@@ -315,16 +372,17 @@ cdef class Handle:
     # -- Life --
 
     def _exported(self):
-        """Is anybody but the cached view using the memory, or a thread inside a call?"""
+        """Is anybody but the cached view using the memory, or a thread inside a call, or something held?"""
+        self.count()
         cdef Py_ssize_t cached = 0 if self.view is None else users_of_view(self.view)
         cdef Py_ssize_t users = 0 if self.memory is NULL else Py_REFCNT(self.memory)
-        return self.inside() > 0 or cached > 1 or users > (cached > 0)
+        return self.calls > 0 or self.holds > 0 or cached > 1 or users > (cached > 0)
 
     def _close(self):
         if self._exported():
             raise BufferError(
-                "cannot close: memoryviews or arrays of the region exist, or another thread is using it; "
-                "release them first")
+                "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, or another thread "
+                "is using it; release them first")
         if self.view is not None:
             self.view.release()
             self.view = None
@@ -466,6 +524,139 @@ cdef class Handle:
         finally:
             self.leave()
 
+    # -- Leases and locks --
+
+    cdef bint is_ready(self) except -1:
+        """A participant, at a look; if not, `enter` tries to make it one, or says why it cannot be."""
+        return self.region is not NULL and ps_ready_now(self.region) == 1
+
+    def lease(self, offset, length, *, timeout=DEFAULT, window=False):
+        """This process alone may write whole pages, given by offset and length in bytes, until the lease is released.
+
+        Over pages that are READ for everybody; they stay so for all others. ``with region.lease(...) as lease:`` writes
+        through ``lease.view`` and releases at the end. Over pages that are READ_WRITE a lease keeps other leases and
+        changes of their protection away, and no stores. Whoever else wants one of the pages, in whatever process or
+        thread, waits for its end; so does ``mprotect`` of them. Costs the same however many processes participate.
+
+        Args:
+            window: the view is of a second mapping of the region in this process, which is always writable, so a lease
+                costs no change of page tables, and a hundredth of the time. The price: a store through the view that
+                runs past the leased pages is not caught, nor is one through an array or a slice that is left over when
+                the lease has ended. A stray store to the pages at the region's own address still is.
+
+        Raises:
+            ProtectionError: a page is neither READ nor writable. Nothing is held.
+            PropagationTimeout: somebody (``pids``) held a page, or was changing it, for ``timeout`` seconds.
+            ShareError: this thread holds a lease on one of the pages already.
+            ValueError: a range that is not page aligned or not inside.
+            OSError: the page tables cannot be changed (ENOMEM: the limit of mappings, vm.max_map_count).
+            KeyboardInterrupt: after Ctrl-C; nothing is held.
+            RegionClosed, CorruptRegion.
+
+        A holder that dies leaves the pages to the next one, whose lease is ``abandoned``. A forked child holds nothing
+        of what its parent does. Pages are taken in ascending order, so two ranges cannot block each other for ever.
+        """
+        cdef Lease lease = Lease.__new__(Lease)
+        if self.region is NULL:
+            raise_code(PS_ECLOSED, "lease")
+        offset, length = integer(offset, "offset"), integer(length, "length")
+        check_pages(offset, length, ps_size(self.region))
+        if timeout is not DEFAULT:
+            deadline_of(timeout)
+        lease.at.first = <uint64_t>offset // PS_PAGE_SIZE
+        lease.at.count = (<uint64_t>length + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
+        lease.at.window = window
+        lease.length = length
+        self.take_lease(lease, timeout)
+        lease.handle = self
+        lease.forks = self.forks
+        self.holds += 1
+        return lease
+
+    cdef take_lease(self, Lease lease, timeout):
+        cdef ps_outcome outcome
+        cdef ps_refusal refusal
+        cdef int rc = -1
+        cdef int64_t deadline
+        if lease.at.count <= FEW and self.is_ready():
+            self.count()
+            rc = ps_lease_take(self.region, &lease.at, PS_TRY, &outcome, &refusal)
+            if not rc:
+                return
+        deadline = deadline_of(timeout)
+        self.enter("lease")
+        try:
+            while True:
+                with nogil:
+                    rc = ps_lease_take(self.region, &lease.at, deadline, &outcome, &refusal)
+                if rc != PS_ESIGNAL:
+                    break
+                PyErr_CheckSignals()  # nothing is held
+            if rc == PS_ETIMEOUT:
+                raise_held(&outcome, "lease")
+            if rc == PS_EREFUSED:
+                self.refused(rc, &refusal, "lease")
+            if rc:
+                raise_code(rc, "lease", self.corrupt_field())
+        finally:
+            self.leave()
+
+    def lock(self, index, *, timeout=DEFAULT):
+        """This thread alone holds lock ``index``, of the region's 1,024, until it is released.
+
+        Mutual exclusion between processes, their threads, and pid namespaces, which no death can block:
+        ``with region.lock(3) as lock:``. What it protects is up to the program. Not recursive.
+
+        Raises:
+            PropagationTimeout: somebody (``pids``) held it for ``timeout`` seconds.
+            ShareError: this thread holds it already.
+            ValueError: index is not 0 to 1,023.
+            KeyboardInterrupt: after Ctrl-C; it is not held.
+            RegionClosed, CorruptRegion.
+
+        A holder that dies leaves it to the next one, whose lock is ``abandoned``: what it protects may be half done. A
+        forked child does not hold what its parent holds.
+        """
+        cdef Lock lock = Lock.__new__(Lock)
+        number = integer(index, "index")
+        if not 0 <= number < PS_LOCKS:
+            raise ValueError(f"index must be 0 to {PS_LOCKS - 1}, not {number}")
+        if timeout is not DEFAULT:
+            deadline_of(timeout)
+        lock.index = number
+        self.take_lock(lock, timeout)
+        lock.handle = self
+        lock.forks = self.forks
+        self.holds += 1
+        return lock
+
+    cdef take_lock(self, Lock lock, timeout):
+        cdef ps_outcome outcome
+        cdef int rc
+        cdef int64_t deadline
+        if self.is_ready():
+            self.count()
+            rc = ps_user_lock_take(self.region, lock.index, PS_TRY, &lock.left, &outcome)
+            if not rc:
+                return
+        deadline = deadline_of(timeout)
+        self.enter("lock")
+        try:
+            while True:
+                with nogil:
+                    rc = ps_user_lock_take(self.region, lock.index, deadline, &lock.left, &outcome)
+                if rc != PS_ESIGNAL:
+                    break
+                PyErr_CheckSignals()  # it is not held
+            if rc == PS_ETIMEOUT:
+                raise_held(&outcome, "lock")
+            if rc == PS_ENESTED:
+                raise _errors.ShareError(f"lock: this thread holds lock {lock.index} already; locks are not recursive")
+            if rc:
+                raise_code(rc, "lock", self.corrupt_field())
+        finally:
+            self.leave()
+
     # -- Data --
 
     cdef refused(self, int rc, ps_refusal *refusal, str doing):
@@ -516,6 +707,164 @@ cdef class Handle:
                 self.leave()
         finally:
             PyBuffer_Release(&source)
+
+
+cdef raise_held(ps_outcome *outcome, str doing):
+    pids = pids_of(outcome)
+    who = ", ".join(map(str, pids))
+    raise _errors.PropagationTimeout(f"{doing}: pid {who} held it until the timeout; nothing is held", pids=pids)
+
+
+cdef warn_dropped(str what):
+    warnings.warn(f"{what} was dropped while held; release it, or use it in a with statement", ResourceWarning)
+
+
+@cython.final
+@cython.freelist(16)
+@cython.no_gc_clear  # __dealloc__ needs the handle
+cdef class Lease:
+    """Pages that this process alone may write; made by :meth:`Region.lease`, a context manager.
+
+    It belongs to the thread that took it, and may be released by any. Dropped while held, it is released with a
+    ResourceWarning. In a forked child it is not held.
+    """
+
+    cdef Handle handle  # NULL: never taken
+    cdef ps_lease at
+    cdef uint64_t length
+    cdef uint32_t forks
+    cdef bint over
+    cdef object seen  # the memoryview of .view, once somebody has asked
+
+    def __init__(self):
+        raise TypeError("take a lease with region.lease()")
+
+    @property
+    def held(self):
+        """True until it is released."""
+        return self.is_held()
+
+    cdef bint is_held(self) noexcept:
+        return self.handle is not None and not self.over and self.forks == ps_forks()
+
+    @property
+    def abandoned(self):
+        """True if somebody died while holding one of the pages, which may be half written."""
+        return bool(self.at.abandoned)
+
+    @property
+    def view(self):
+        """A writable memoryview of exactly these pages; ValueError once the lease has ended, also for who kept it."""
+        if self.seen is None or not self.is_held():
+            self.seen = memoryview(self)
+        return self.seen
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        if not self.is_held():
+            raise ValueError("the lease has ended")
+        self.handle.fill_lease(buffer, flags, self)
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        """As in Handle."""
+
+    def release(self):
+        """Others may have the pages now. Nothing happens where the lease has ended already.
+
+        Arrays and slices made from ``view`` that are left over show the pages as the region's protection has them: a
+        store through one is a violation, whose line on stderr says when the lease ended.
+        """
+        if self.is_held():
+            self.end()
+
+    cdef end(self):
+        cdef Handle handle = self.handle
+        self.over = True
+        if self.seen is not None:
+            try:
+                self.seen.release()
+            except BufferError:  # somebody has a buffer of it; the pages are closed all the same
+                pass
+            self.seen = None
+        if self.at.count > FEW or ps_lease_give(handle.region, &self.at, PS_TRY):
+            with nogil:
+                ps_lease_give(handle.region, &self.at, PS_NEVER)
+        handle.holds -= 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.is_held():
+            self.end()
+
+    # A __del__ would run once for all objects of a place in the free list.
+    def __dealloc__(self):
+        if self.is_held() and not Py_IsFinalizing():
+            self.end()
+            warn_dropped(f"a lease of {self.length} bytes at offset {self.at.first * PS_PAGE_SIZE}")
+
+    def __repr__(self):
+        cdef uint64_t offset = self.at.first * PS_PAGE_SIZE
+        state = "held" if self.is_held() else "ended"
+        return f"<pyshare.Lease offset {offset}, {self.length} bytes, {state}>"
+
+
+@cython.final
+@cython.freelist(16)
+@cython.no_gc_clear
+cdef class Lock:
+    """One of a region's locks, held; made by :meth:`Region.lock`, a context manager.
+
+    It belongs to the thread that took it, and may be released by any. Dropped while held, it is released with a
+    ResourceWarning. In a forked child it is not held.
+    """
+
+    cdef Handle handle
+    cdef uint32_t index
+    cdef uint32_t forks
+    cdef bint over
+    cdef flag left
+
+    def __init__(self):
+        raise TypeError("take a lock with region.lock()")
+
+    @property
+    def held(self):
+        """True until it is released."""
+        return self.is_held()
+
+    cdef bint is_held(self) noexcept:
+        return self.handle is not None and not self.over and self.forks == ps_forks()
+
+    @property
+    def abandoned(self):
+        """True if the last holder died while holding it: what it protects may be half done."""
+        return bool(self.left)
+
+    def release(self):
+        """Others may have it now. Nothing happens where it has been released already."""
+        if self.is_held():
+            self.end()
+
+    cdef end(self):
+        self.over = True
+        ps_user_lock_give(self.handle.region, self.index)
+        self.handle.holds -= 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.is_held():
+            self.end()
+
+    def __dealloc__(self):  # as in Lease
+        if self.is_held() and not Py_IsFinalizing():
+            self.end()
+            warn_dropped(f"lock {self.index}")
+
+    def __repr__(self):
+        return f"<pyshare.Lock {self.index}, {'held' if self.is_held() else 'released'}>"
 
 
 # numpy.ndarray(buffer=region) would keep the region itself and no buffer, so that close() could not know of the array.

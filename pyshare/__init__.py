@@ -4,6 +4,7 @@ The public names; no code.  Regions are in _region.py, names in _names.py,
 errors in _errors.py, everything that touches memory in _core (ext/).
 """
 
+from pyshare._core import DEFAULT, Lease, Lock, set_default_timeout
 from pyshare._errors import (
     CorruptRegion,
     ParticipantLimit,
@@ -15,7 +16,7 @@ from pyshare._errors import (
     ShareError,
 )
 from pyshare._names import names, unlink
-from pyshare._region import DEFAULT, Participant, Prot, Region, attach, create, set_default_timeout
+from pyshare._region import Participant, Prot, Region, attach, create
 
 NONE, READ, WRITE, READ_WRITE, EXEC = Prot.NONE, Prot.READ, Prot.WRITE, Prot.READ_WRITE, Prot.EXEC
 
@@ -29,6 +30,8 @@ __all__ = [
     "READ_WRITE",
     "WRITE",
     "CorruptRegion",
+    "Lease",
+    "Lock",
     "Participant",
     "ParticipantLimit",
     "PropagationTimeout",

@@ -17,12 +17,15 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing import reduction
 from types import TracebackType
-from typing import Any, Final, SupportsIndex
+from typing import Any, SupportsIndex
 
 import psutil
 
 from pyshare import _core, _names
+from pyshare._core import DEFAULT
 from pyshare._errors import RegionClosed, RegionExists
+
+Timeout = float | _core._Default | None
 
 
 class Prot(enum.IntFlag):
@@ -36,30 +39,6 @@ class Prot(enum.IntFlag):
     WRITE = mmap.PROT_WRITE
     READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
     EXEC = mmap.PROT_EXEC
-
-
-class _Default(enum.Enum):
-    DEFAULT = "DEFAULT"
-
-    def __repr__(self) -> str:
-        return "DEFAULT"
-
-
-DEFAULT: Final = _Default.DEFAULT
-Timeout = float | None | _Default
-
-_default_timeout: float | None = 5.0
-
-
-def set_default_timeout(seconds: float | None) -> None:
-    """What ``timeout=DEFAULT`` means from now on in this process: seconds, or None to wait for ever. 5.0 at first."""
-    global _default_timeout
-    _core.deadline_of(seconds)
-    _default_timeout = seconds
-
-
-def _deadline(timeout: Timeout) -> int:
-    return _core.deadline_of(_default_timeout if isinstance(timeout, _Default) else timeout)
 
 
 def _check_engine(engine: str) -> int:
@@ -237,7 +216,7 @@ class Region(_core.Handle):
             KeyboardInterrupt: after Ctrl-C; if the change was published it is made, as after a timeout.
             RegionClosed, CorruptRegion, ParticipantLimit.
         """
-        return self._change(offset, length, prot, _default_timeout if timeout is DEFAULT else timeout, self._size)
+        return self._change(offset, length, prot, timeout, self._size)
 
     def protection(self, offset: int) -> Prot:
         """The protection of the page that holds this byte, as it was asked for."""
@@ -292,7 +271,7 @@ class Region(_core.Handle):
 
 
 def _join(fd: int, entry: int, engine: int, deadline: int | None = None) -> Region:
-    region: Region = _core.attach(Region, fd, entry, engine, _deadline(DEFAULT) if deadline is None else deadline)
+    region: Region = _core.attach(Region, fd, entry, engine, _core.deadline_of(DEFAULT) if deadline is None else deadline)
     region._name, region._size, _, _ = region._facts()
     return region
 
@@ -404,6 +383,6 @@ def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Ti
         OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM.
     """
     wanted = _check_engine(engine)
-    deadline = _deadline(timeout)
+    deadline = _core.deadline_of(timeout)
     with _lead(name_or_fd, deadline) as (fd, entry):
         return _join(fd, entry, wanted, deadline)
