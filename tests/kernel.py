@@ -17,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Child
+from conftest import PATIENCE, Child, idle
 
 import pyshare
 from pyshare import READ, Prot, Region, _core
 
 PAGE = 4096
-LOCK, GENERATION, ATTEMPT, COMPLETE = 704, 768, 896, 904  # offsets in ext/layout.h: lines 11, 12 and 14
-WAITING = 0x80000000  # in the lock word: somebody sleeps on it
+SECTIONS, LOCK, GENERATION = 288, 704, 768  # offsets in ext/layout.h: in line 4, lines 11 and 12
+ATTEMPT, COMPLETE, CLOSERS = 896, 904, 960  # lines 14 and 15
+LEASES, LOCKS = 5, 6  # kinds of sections
+WAITING = 0x80000000  # in an owner word: somebody sleeps on it
 
 Runs = list[tuple[int, int, Prot]]
 
@@ -95,6 +97,13 @@ def readable(runs: Runs) -> Runs:
 def word(region: Region, offset: int, kind: str = "I") -> int:
     """A word of the control segment."""
     return int(struct.unpack(kind, os.pread(region.fileno(), struct.calcsize(kind), offset))[0])
+
+
+def held(region: Region, kind: int, index: int) -> tuple[int, int]:
+    """Who holds a page (LEASES) or a lock (LOCKS), and who is to have it next: owner words, 0 for nobody."""
+    section = word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
+    value = word(region, section + index * (8 if kind == LEASES else 64), "Q")
+    return value & ~WAITING & 0xFFFFFFFF, value >> 32 & ~WAITING
 
 
 def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:
@@ -193,3 +202,28 @@ def in_background(*calls: Callable[[], object]) -> Iterator[list[object]]:
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def elsewhere(
+    fork: Callable[..., Child], body: Callable[[Child], object], point: str | None = None
+) -> tuple[Child, int]:
+    """A child in another pid namespace, spoken to through its parent, which ends as it does; and its pid here."""
+
+    def outer(child: Child) -> None:
+        if libc.unshare(0x20000000):  # CLONE_NEWPID: whoever is forked from now on lives in a new one
+            child.say("0")
+            return
+        first = Child(idle)  # number 1, which no signal from within can end
+        assert first.hear() == "ok"
+        inner = Child(lambda self: (self.hear(), body(child)), point=point)
+        child.say(str(inner.pid))
+        inner.say("go")
+        code = abs(inner.wait())
+        first.end()
+        os._exit(code)
+
+    child = fork(outer)
+    pid = int(child.hear())
+    if not pid:
+        pytest.skip("a new pid namespace is not permitted here")
+    return child, pid

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, Child, idle, until
-from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, in_background, libc, mapped, tell, word
+from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, elsewhere, in_background, mapped, tell, word
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, Region
@@ -222,29 +222,6 @@ def test_nothing_is_stored_by_the_dead(fork: Fork, tmp_path: Path) -> None:
 
 
 # -- Pid namespaces ---------------------------------------------------------------------------------------------------
-
-
-def elsewhere(fork: Fork, body: Callable[[Child], object], point: str | None = None) -> tuple[Child, int]:
-    """A child in another pid namespace, spoken to through its parent, which ends as it does; and its pid here."""
-
-    def outer(child: Child) -> None:
-        if libc.unshare(0x20000000):  # CLONE_NEWPID: whoever is forked from now on lives in a new one
-            child.say("0")
-            return
-        first = Child(idle)  # number 1, which no signal from within can end
-        assert first.hear() == "ok"
-        inner = Child(lambda self: (self.hear(), body(child)), point=point)
-        child.say(str(inner.pid))
-        inner.say("go")
-        code = abs(inner.wait())
-        first.end()
-        os._exit(code)
-
-    child = fork(outer)
-    pid = int(child.hear())
-    if not pid:
-        pytest.skip("a new pid namespace is not permitted here")
-    return child, pid
 
 
 def test_participants_in_other_pid_namespaces(fork: Fork, joined: Joined) -> None:
