@@ -270,8 +270,8 @@ class Region(_core.Handle):
         self._write(offset, data, self._size)
 
 
-def _join(fd: int, entry: int, engine: int, deadline: int | None = None) -> Region:
-    region: Region = _core.attach(Region, fd, entry, engine, _core.deadline_of(DEFAULT) if deadline is None else deadline)
+def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
+    region: Region = _core.attach(Region, fd, entry, engine, deadline)
     region._name, region._size, _, _ = region._facts()
     return region
 
@@ -331,15 +331,18 @@ def create(
     mode = _names.masked(mode)
     fd = _core.create(size, bits, max_participants, mode, name or "")
     try:
-        return _join(fd, -1, wanted) if name is None else _create_named(fd, name, mode, replace, wanted)
+        deadline = _core.deadline_of(DEFAULT)
+        if name is None:
+            return _join(fd, -1, wanted, deadline)
+        return _create_named(fd, name, mode, replace, wanted, deadline)
     finally:
         os.close(fd)
 
 
-def _create_named(fd: int, name: str, mode: int, replace: bool, engine: int) -> Region:
+def _create_named(fd: int, name: str, mode: int, replace: bool, engine: int, deadline: int) -> Region:
     entry = _names.NewEntry(fd)
     try:
-        region = _join(fd, entry.fd, engine)
+        region = _join(fd, entry.fd, engine, deadline)
         try:
             entry.publish(name, mode, replace)
         except BaseException:
