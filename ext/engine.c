@@ -24,9 +24,12 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "participant.h"
+
+#define BLOCK 256u /* chunks that are compared at once */
 
 static_assert(PROT_READ == 1 && PROT_WRITE == 2 && PROT_EXEC == 4, "map bytes are PROT_* of x86-64 Linux");
 
@@ -81,21 +84,27 @@ static int checked_fd(struct ps_region *region) {
 }
 
 static uint8_t chunk_state(const struct ps_region *region, uint64_t chunk) {
-    return atomic_load_explicit(&region->chunk[chunk], memory_order_relaxed);
+    return region->chunk[chunk];
 }
 
 static void set_chunks(struct ps_region *region, uint64_t page, uint64_t count, uint8_t state) {
-    for (uint64_t chunk = page / PS_CHUNK; chunk * PS_CHUNK < page + count; chunk++)
-        atomic_store_explicit(&region->chunk[chunk], state, memory_order_relaxed);
+    uint64_t first = page / PS_CHUNK, end = (page + count + PS_CHUNK - 1) / PS_CHUNK;
+    memset(region->chunk + first, state, end - first);
 }
 
 /* From `page` on: how many pages of the range lie in chunks of the same state. */
 static uint64_t same_chunks(const struct ps_region *region, uint64_t page, uint64_t end, uint8_t *state) {
-    uint64_t chunk = page / PS_CHUNK;
-    *state = chunk_state(region, chunk);
-    while (++chunk * PS_CHUNK < end && chunk_state(region, chunk) == *state)
-        ;
-    return (chunk * PS_CHUNK < end ? chunk * PS_CHUNK : end) - page;
+    const uint8_t *first = region->chunk + page / PS_CHUNK;
+    uint64_t chunks = (end + PS_CHUNK - 1) / PS_CHUNK - page / PS_CHUNK, same = 1;
+    *state = *first;
+    while (same < chunks && first[same] == *state) {
+        uint64_t block = chunks - same < BLOCK ? 1 : BLOCK;
+        if (memcmp(first + same - 1, first + same, block)) /* each equals the one before it */
+            block = 1;
+        same += block;
+    }
+    uint64_t edge = (page / PS_CHUNK + same) * PS_CHUNK;
+    return (edge < end ? edge : end) - page;
 }
 
 /* How many of the `count` pages from `page` on make whole chunks, from `page` on. */

@@ -111,7 +111,7 @@ struct ps_region {
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
      * the shared word, release.  R: anybody, acquire. */
     _Atomic uint64_t *here;
-    _Atomic uint8_t *chunk; /* behind it, a byte per chunk: engine.c's, under page_lock; SPLIT by a fault handler too */
+    uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
     _Atomic bool window;     /* under page_lock: the data is mapped a second time, for leases by window */

@@ -355,7 +355,7 @@ static int map_here(struct ps_region *region) {
     if (got == MAP_FAILED)
         return -errno;
     region->here = got;
-    region->chunk = (_Atomic uint8_t *)(region->here + region->shape.pages + PS_LOCKS);
+    region->chunk = (uint8_t *)(region->here + region->shape.pages + PS_LOCKS);
     return madvise(got, length, MADV_WIPEONFORK) || madvise(got, length, MADV_DONTDUMP) ? -errno : 0;
 }
 

@@ -63,21 +63,32 @@ static bool leaving(struct ps_region *region, uint32_t index) {
            atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
 }
 
+/* 1: it is ours; 0: it has an owner; or an error. */
+static int claim_one(struct ps_region *region, int own, uint32_t index) {
+    int rc = ps_sys_ofd_take(own, index);
+    if (!rc)
+        take(region, index);
+    return !rc ? 1 : rc == -EAGAIN ? 0 : rc;
+}
+
+/* A hint: the kernel looks through all bytes that are taken, each time we ask for one. */
+static bool looks_free(struct ps_region *region, uint32_t index) {
+    enum ps_state state = ps_state_of(atomic_load_explicit(&ps_slot(region, index)->status, memory_order_relaxed));
+    return state == PS_FREE || state == PS_DEAD;
+}
+
 /* 1: a slot is ours; 0: none is free, but one is going to be; or an error. */
 static int claim_any(struct ps_region *region, int own) {
-    int rest = PS_EFULL;
-    for (uint32_t index = 0; index < region->shape.slots; index++) {
-        int rc = ps_sys_ofd_take(own, index);
-        if (!rc) {
-            take(region, index);
-            return 1;
-        }
-        if (rc != -EAGAIN)
-            return rc;
+    int rest = PS_EFULL, rc = 0;
+    for (uint32_t index = 0; index < region->shape.slots && !rc; index++)
+        if (looks_free(region, index))
+            rc = claim_one(region, own, index);
+    for (uint32_t index = 0; index < region->shape.slots && !rc; index++) {
+        rc = claim_one(region, own, index);
         if (leaving(region, index))
             rest = 0;
     }
-    return rest;
+    return rc ? rc : rest;
 }
 
 int ps_slot_claim(struct ps_region *region, int own) {
