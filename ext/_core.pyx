@@ -101,7 +101,8 @@ cdef extern from "core.h" nogil:
     int ps_attach(int fd, int name_fd, engine_t engine, int64_t deadline, ps_region **region, ps_outcome *outcome,
                   const char **field)
     void ps_fault_install()
-    int ps_close(ps_region *region)
+    int ps_close_begin(ps_region *region)
+    void ps_close(ps_region *region)
     void ps_release(ps_region *region)
     int ps_ready(ps_region *region, ps_outcome *outcome)
     int ps_ready_now(const ps_region *region)
@@ -387,8 +388,9 @@ cdef class Handle:
             self.view.release()
             self.view = None
         self.left, self.region = self.region, NULL
-        with nogil:
-            ps_close(self.left)
+        if not ps_close_begin(self.left):
+            with nogil:
+                ps_close(self.left)
 
     def __dealloc__(self):
         # At interpreter exit daemon threads may still store: the kernel cleans up after all of them.  No global of
@@ -397,7 +399,8 @@ cdef class Handle:
             return
         if self.region is not NULL:
             self.left = self.region
-            ps_close(self.left)
+            if not ps_close_begin(self.left):
+                ps_close(self.left)
         if self.left is not NULL:
             ps_release(self.left)
 

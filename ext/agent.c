@@ -194,10 +194,14 @@ static int offer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     uintptr_t canary = (uintptr_t)ps_header(region) + region->shape.control_size;
     uint32_t name = 0;
-    if (!region->uffd)
-        return 0;
-    int rc = ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE);
-    if (rc)
+    int rc = region->uffd ? ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE) : 0;
+    if (rc && region->engine == PS_ENGINE_AUTO) { /* a filter that lets part of it pass */
+        close(region->own_userfault);
+        region->own_userfault = -1;
+        region->uffd = false;
+        rc = 0;
+    }
+    if (rc || !region->uffd)
         return rc;
     region->own_socket = ps_sys_socket(&name);
     atomic_store_explicit(&slot->uffd, (uint32_t)region->own_userfault, memory_order_relaxed);

@@ -31,18 +31,22 @@
 #define REST (100 * PS_MS)    /* after an attempt that failed */
 #define OWN_WAIT (50 * PS_MS) /* for our own agent to answer */
 
+static struct ps_borrowed *places_of(const struct ps_region *region) {
+    return atomic_load_explicit(&region->borrowed, memory_order_acquire);
+}
+
 static struct ps_borrowed *place_of(const struct ps_region *region, uint32_t index) {
-    return &region->borrowed[index];
+    return &places_of(region)[index];
 }
 
 static int map_places(struct ps_region *region) {
-    if (region->borrowed)
+    if (places_of(region))
         return 0;
-    void *got = mmap(NULL, region->shape.slots * sizeof *region->borrowed, PROT_READ | PROT_WRITE,
+    void *got = mmap(NULL, PS_SLOTS_MAX * sizeof(struct ps_borrowed), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (got == MAP_FAILED)
         return -errno;
-    region->borrowed = got;
+    atomic_store_explicit(&region->borrowed, got, memory_order_release);
     return 0;
 }
 
@@ -217,12 +221,10 @@ int ps_borrow_own(struct ps_region *region) {
 
 /* When the region is closed. */
 void ps_borrow_give_back(struct ps_region *region) {
-    if (!region->borrowed)
+    if (!places_of(region))
         return;
     ps_private_lock(ps_process_borrow_lock(), PS_NEVER);
     for (uint32_t index = 0; index < region->shape.slots; index++)
         empty(place_of(region, index));
-    munmap(region->borrowed, region->shape.slots * sizeof *region->borrowed);
-    region->borrowed = NULL;
     ps_private_unlock(ps_process_borrow_lock());
 }

@@ -75,8 +75,9 @@ struct ps_participant {
 int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd);
 int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **region,
               struct ps_outcome *outcome, const char **field);
-int ps_close(struct ps_region *region);    /* access ends; the address range stays reserved */
-void ps_release(struct ps_region *region); /* ... until here; the handle is void */
+int ps_close_begin(struct ps_region *region); /* 0: it is ours to close, or PS_ECLOSED */
+void ps_close(struct ps_region *region);      /* ... access ends; the address range stays reserved */
+void ps_release(struct ps_region *region);    /* ... until here; the handle is void */
 /* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
 int ps_ready_now(const struct ps_region *region); /* 1; 0: it takes the former; PS_ECLOSED */

@@ -116,8 +116,9 @@ struct ps_region {
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
     _Atomic bool window;     /* under page_lock: the data is mapped a second time, for leases by window */
 
-    struct ps_borrowed *borrowed; /* a place per slot; written under the process's borrow lock; NULL: none is wanted
-                                   * yet. A forked child keeps them: they lead to the same participants */
+    /* A place per slot, written under the process's borrow lock, and never given back; NULL: none was ever wanted.  A
+     * forked child keeps them: they lead to the same participants. */
+    _Atomic(struct ps_borrowed *) borrowed;
 
     _Atomic(const char *) corrupt; /* the field that made PS_ECORRUPT */
 };
@@ -131,6 +132,7 @@ int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
 int ps_region_map_window(struct ps_region *region);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
+void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
 int ps_region_map_canary(struct ps_region *region, int own);
 int ps_cached_get(struct ps_region *region, struct ps_cached *cached);

@@ -75,18 +75,16 @@ struct ps_region *ps_process_find(uintptr_t address) {
     return NULL;
 }
 
+static void lose(_Atomic int *number, int fd) {
+    atomic_compare_exchange_strong_explicit(number, &fd, -1, memory_order_relaxed, memory_order_relaxed);
+}
+
 void ps_process_took(int fd) {
     for (uint32_t i = 0, used = atomic_load_explicit(&regions_used, memory_order_acquire); i < used; i++) {
-        int lost = fd;
-        if (use_of(&regions[i]) == PS_UNUSED)
-            continue;
-        atomic_compare_exchange_strong_explicit(&regions[i].userfault.fd, &lost, -1, memory_order_relaxed,
-                                                memory_order_relaxed);
-        for (uint32_t slot = 0; regions[i].borrowed && slot < regions[i].shape.slots; slot++) {
-            lost = fd;
-            atomic_compare_exchange_strong_explicit(&regions[i].borrowed[slot].fd, &lost, -1, memory_order_relaxed,
-                                                    memory_order_relaxed);
-        }
+        struct ps_borrowed *places = atomic_load_explicit(&regions[i].borrowed, memory_order_acquire);
+        lose(&regions[i].userfault.fd, fd);
+        for (uint32_t slot = 0; places && slot < PS_SLOTS_MAX; slot++)
+            lose(&places[slot].fd, fd);
     }
 }
 
@@ -111,7 +109,6 @@ struct ps_region *ps_process_claim(void) {
             continue;
         forget_participation(&regions[i]);
         regions[i].memory.fd = regions[i].entry.fd = regions[i].userfault.fd = -1;
-        regions[i].borrowed = NULL;
         regions[i].corrupt = NULL;
         regions[i].here = NULL;
         /* Fails where another thread has raised it past i already. */
@@ -174,8 +171,10 @@ static void in_child(void) {
         }
         if (use == PS_OPEN && !ps_agent_start(&regions[i], deadline, &outcome)) /* or detached: ps_ready tries again */
             ps_cached_get(&regions[i], &regions[i].userfault);
-        if (use == PS_OPENING || use == PS_CLOSING) /* by a thread that is not here */
+        if (use == PS_OPENING) /* by a thread that is not here */
             ps_region_discard(&regions[i]);
+        else if (use == PS_CLOSING) /* likewise; its owner gives the reservation back */
+            ps_region_shut(&regions[i]);
     }
     chains[0].busy = chains[1].busy = 0;
 }

@@ -397,10 +397,15 @@ static void forget_all(struct ps_region *region) {
     ps_borrow_give_back(region);
 }
 
-/* Of a region that did not open, or whose opening or closing thread did not come along in a fork. */
-void ps_region_discard(struct ps_region *region) {
-    atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+/* Nothing is left of it but the reservation. */
+void ps_region_shut(struct ps_region *region) {
     forget_all(region);
+    atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+}
+
+/* Of a region that did not open, or whose opening thread did not come along in a fork. */
+void ps_region_discard(struct ps_region *region) {
+    ps_region_shut(region);
     ps_release(region);
 }
 
@@ -440,15 +445,18 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, stru
     return 0;
 }
 
-int ps_close(struct ps_region *region) {
+/* At once, so that no fork comes in between: a child of a process that is closing it has no part in it. */
+int ps_close_begin(struct ps_region *region) {
     uint32_t open = PS_OPEN;
-    if (!ps_process_known() || !atomic_compare_exchange_strong_explicit(&region->use, &open, PS_CLOSING,
-                                                                        memory_order_acq_rel, memory_order_relaxed))
-        return PS_ECLOSED;
+    return ps_process_known() && atomic_compare_exchange_strong_explicit(&region->use, &open, PS_CLOSING,
+                                                                         memory_order_acq_rel, memory_order_relaxed)
+               ? 0
+               : PS_ECLOSED;
+}
+
+void ps_close(struct ps_region *region) {
     ps_agent_stop(region);
-    forget_all(region);
-    atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
-    return 0;
+    ps_region_shut(region);
 }
 
 void ps_release(struct ps_region *region) {

@@ -122,14 +122,15 @@ static struct ps_region *attach(void) {
     struct ps_outcome outcome;
     struct ps_region *region = NULL;
     const char *field = "";
-    int rc = ps_attach(memory, -1, ps_sys_now() + TIMEOUT, &region, &outcome, &field);
+    int rc = ps_attach(memory, -1, PS_ENGINE_AUTO, ps_sys_now() + TIMEOUT, &region, &outcome, &field);
     CHECK(!rc, "ps_attach: %d %s", rc, field);
     return region;
 }
 
 static void leave(struct ps_region *region) {
-    int rc = ps_close(region);
-    CHECK(!rc, "ps_close: %d", rc);
+    int rc = ps_close_begin(region);
+    CHECK(!rc, "ps_close_begin: %d", rc);
+    ps_close(region);
     ps_release(region);
 }
 

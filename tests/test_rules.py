@@ -84,7 +84,7 @@ DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek
 MAY_CALL = {
     "agent.c": {"close", "flock", "sigfillset", "pthread_create", "pthread_sigmask"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
-    "borrow.c": {"close", "fstat", "mmap", "munmap"},
+    "borrow.c": {"close", "fstat", "mmap"},
     "change.c": {"getpid", "lseek"},
     "engine.c": {"mprotect"},
     "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
