@@ -32,7 +32,7 @@ lint: $(VENV)/linted  ## ruff, clang-format, mypy --strict, stubtest
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C)
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest pyshare._core pyshare._peers --allowlist tests/stubtest.txt
+	$(BIN)/python -m mypy.stubtest pyshare._core pyshare._peers pyshare._probe --allowlist tests/stubtest.txt
 
 format: $(VENV)/linted  ## what lint wants to see
 	$(BIN)/ruff check --fix .

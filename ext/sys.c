@@ -520,3 +520,26 @@ bool ps_sys_process_gone(int pid, uint64_t start) {
         return true;
     return pidfd_says_gone(pid);
 }
+
+/* -- What `pyshare doctor` asks ---------------------------------------------------------------------------------- */
+
+#ifndef SYS_userfaultfd
+#define SYS_userfaultfd 323
+#endif
+
+int ps_sys_probe_userfaultfd(int flags) {
+    return result(syscall(SYS_userfaultfd, flags));
+}
+
+int ps_sys_probe_pidfd_open(int pid, unsigned flags) {
+    return result(syscall(SYS_pidfd_open, pid, flags));
+}
+
+int ps_sys_probe_pidfd_getfd(int pidfd, int fd) {
+    return result(syscall(SYS_pidfd_getfd, pidfd, fd, 0));
+}
+
+int ps_sys_probe_waitv(_Atomic uint32_t *word, uint32_t value) {
+    struct waitv one = {.value = value, .address = (uintptr_t)word, .flags = WAITV_32};
+    return result(syscall(SYS_futex_waitv, &one, 1, 0, NULL, CLOCK_MONOTONIC));
+}

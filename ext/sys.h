@@ -93,4 +93,11 @@ uint64_t ps_sys_pid_namespace(void);
 /* Can no thread of that process of our own pid namespace store any more? Unknown counts as no. */
 bool ps_sys_process_gone(int pid, uint64_t start);
 
+/* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe.h). */
+
+int ps_sys_probe_userfaultfd(int flags); /* a descriptor */
+int ps_sys_probe_pidfd_open(int pid, unsigned flags);
+int ps_sys_probe_pidfd_getfd(int pidfd, int fd);
+int ps_sys_probe_waitv(_Atomic uint32_t *word, uint32_t value);
+
 #endif

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 import pyshare
-from pyshare import bench
+from pyshare import bench, doctor
 
-COMMANDS = (bench,)
+COMMANDS = (bench, doctor)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ def sources_of(module: str) -> list[Path]:
 
 
 CORE = sources_of("pyshare._core")
+PROBE = [path for path in sources_of("pyshare._probe") if path not in CORE]
 C_FILES = sorted(EXT.glob("*.c"))
 
 
@@ -91,6 +92,7 @@ MAY_CALL = {
     "lease.c": set(),
     "lock.c": set(),
     "names.c": DESCRIPTORS,
+    "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
     "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mremap", "munmap"},
     "remote.c": set(),
@@ -102,14 +104,14 @@ MAY_CALL = {
 }
 
 
-@pytest.mark.parametrize("source", names(CORE))
+@pytest.mark.parametrize("source", names([*CORE, *PROBE]))
 def test_rooms_call_what_they_may(source: str, objects: dict[str, Path]) -> None:
     undefined = {name for name, kind, _ in symbols(objects[source]) if kind == "U"}
     core = {name for path in CORE for name, kind, _ in symbols(objects[path.name]) if kind == "T"}
     assert undefined - core - PURE - {"_GLOBAL_OFFSET_TABLE_"} <= MAY_CALL[source]
 
 
-@pytest.mark.parametrize("source", names(CORE))
+@pytest.mark.parametrize("source", names([*CORE, *PROBE]))
 def test_state_at_file_scope_is_in_process_c(source: str, objects: dict[str, Path]) -> None:
     writable = re.compile(r"\.t?(data|bss)(?!\.rel\.ro)|\*COM\*")
     state = [name for name, _, section in symbols(objects[source]) if writable.match(section)]
@@ -122,7 +124,7 @@ def test_syscall_is_called_in_sys_c_alone() -> None:
 
 
 def test_core_knows_no_python() -> None:
-    for path in [*CORE, *EXT.glob("*.h")]:
+    for path in [*CORE, *PROBE, *EXT.glob("*.h")]:
         assert not re.search(r"Python\.h|\bPy[A-Z_]\w+", without_comments(path)), path
 
 
