@@ -142,20 +142,39 @@ class Mappings:
             assert self._protect(self._islands, 0)
 
 
-def forbid_waitv(error: int) -> None:
-    """From now on futex_waitv fails with this errno in every thread of this process, by a seccomp filter."""
-    futex_waitv, seccomp, set_filter, all_threads, no_new_privileges = 449, 317, 1, 1, 38
+SYSTEM_CALLS = {
+    "memfd_create": 319,
+    "set_robust_list": 273,
+    "close_range": 436,
+    "futex_waitv": 449,
+    "ioctl": 16,
+    "madvise": 28,
+    "pidfd_getfd": 438,
+    "pidfd_open": 434,
+    "socket": 41,
+    "userfaultfd": 323,
+}
+
+
+def refuse(call: str, error: int | None) -> None:
+    """From now on a seccomp filter, in every thread, answers this call by an errno (0: a lie; None: a kill)."""
+    seccomp, set_filter, all_threads, no_new_privileges = 317, 1, 1, 38
     code = [
         (0x20, 0, 0, 0),  # load the number of the system call
-        (0x15, 0, 1, futex_waitv),  # if it is not this one, skip one
-        (0x06, 0, 0, 0x00050000 | error),
+        (0x15, 0, 1, SYSTEM_CALLS[call]),  # if it is not this one, skip one
+        (0x06, 0, 0, 0x80000000 if error is None else 0x00050000 | error),
         (0x06, 0, 0, 0x7FFF0000),  # allow
     ]
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
     assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
     assert libc.syscall(seccomp, set_filter, all_threads, program) == 0
-    assert libc.syscall(futex_waitv, 0, 0, 0, 0, 0) == -1
+
+
+def forbid_waitv(error: int) -> None:
+    """From now on futex_waitv fails with this errno in every thread of this process."""
+    refuse("futex_waitv", error)
+    assert libc.syscall(SYSTEM_CALLS["futex_waitv"], 0, 0, 0, 0, 0) == -1
     assert ctypes.get_errno() == error
 
 
