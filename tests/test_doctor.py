@@ -13,6 +13,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,39 @@ def test_a_filter_leaves_what_it_leaves(
         pytest.skip("this machine has not got it all")
     report = examined(lambda: refuse(call, errno.EPERM))
     assert (report["engine"], report["borrowing"]) == (engine, ways)
+
+
+@pytest.mark.parametrize("call", [None, "userfaultfd", "pidfd_getfd", "socket", "futex_waitv"])
+def test_the_engine_is_what_a_region_gets(call: str | None, fork: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        if call:
+            refuse(call, errno.EPERM)
+        examine(child)
+        with pyshare.create(size=doctor.PAGE) as region:
+            child.say(region.engine)
+
+    child = fork(body)
+    report = json.loads(child.hear())[1]
+    assert report["engine"] == child.hear()
+    assert child.wait() == 0
+
+
+def test_a_filter_that_kills_leaves_the_other_engine(fork: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        refuse("userfaultfd", None)
+        examine(child)
+        with pyshare.create(size=doctor.PAGE, engine="mprotect") as region:
+            child.say(region.engine)
+        pyshare.create(size=doctor.PAGE)
+
+    child = fork(body)
+    status, report = json.loads(child.hear())
+    check = check_of(report, "auto")
+    assert (status, report["works"], report["engine"]) == (0, True, None)
+    assert check["found"].startswith("SIGSYS")
+    assert check["how"].startswith('engine="mprotect" instead')
+    assert child.hear() == "mprotect"
+    assert child.wait() == -signal.SIGSYS
 
 
 def test_what_a_missing_thing_prevents_is_not_tried(examined: Callable[..., Report]) -> None:
