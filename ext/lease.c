@@ -339,9 +339,9 @@ static int await_holders(struct wait *wait, uint64_t first, uint64_t end) {
 }
 
 static void add_pid(const struct wait *wait, uint32_t owner, struct ps_outcome *outcome) {
-    uint32_t pid = owner && ps_owner_known(wait->region, owner) ? ps_owner_pid(wait->region, owner) : 0;
-    bool told = outcome->silent && outcome->pids[outcome->silent - 1] == pid;
-    if (pid && !told && outcome->silent < PS_SLOTS_MAX)
+    bool live = owner && ps_owner_known(wait->region, owner) && !gone(wait, owner);
+    uint32_t pid = live ? ps_owner_pid(wait->region, owner) : 0;
+    if (pid && outcome->silent < PS_SLOTS_MAX)
         outcome->pids[outcome->silent++] = pid;
 }
 
@@ -352,9 +352,13 @@ static int tell(const struct wait *wait, int rc, _Atomic uint64_t *word, uint64_
         return PS_ESIGNAL;
     if (rc != -ETIMEDOUT)
         return rc;
-    add_pid(wait, wait->blocker, outcome);
-    for (uint64_t i = 0; i < count; i++)
-        add_pid(wait, holder_of(atomic_load_explicit(word + i, memory_order_relaxed)), outcome);
+    uint32_t last = wait->blocker;
+    add_pid(wait, last, outcome);
+    for (uint64_t i = 0; i < count; i++) {
+        uint32_t holder = holder_of(atomic_load_explicit(word + i, memory_order_relaxed));
+        if (holder != last)
+            add_pid(wait, last = holder, outcome);
+    }
     return PS_ETIMEOUT;
 }
 
