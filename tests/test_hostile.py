@@ -33,6 +33,7 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 # ext/layout.h: where things are (test_offsets holds them to the truth).
 SECTIONS, LOCK, GENERATION, SLOTS_USED = 288, 704, 768, 832
 ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24, 32))
+CLOSERS, CLOSER = 960, 1024
 ACK, ERROR, LIVE, STATUS, PID = 0, 16, 64, 68, 128  # in a slot
 SLOT_SIZE, RING_ENTRY, RING = 192, 64, 1024
 SLOTS_AT = PAGE  # the first section
@@ -188,6 +189,9 @@ def use(region: Region, timeout: float = SHORT) -> list[BaseException]:
     attempt(lambda: region.write(0, b"data" * 100))
     attempt(lambda: region.mprotect(0, PAGES * PAGE, pyshare.READ_WRITE, timeout=timeout))
     attempt(lambda: region.read(0, region.size))
+    attempt(lambda: region.lease(0, 2 * PAGE, timeout=timeout).release())
+    attempt(lambda: region.lease(PAGE, PAGE, timeout=timeout, window=True).release())
+    attempt(lambda: region.lock(3, timeout=timeout).release())
     attempt(region.participants)
     attempt(region.protections)
     attempt(lambda: region.protection(3 * PAGE))
@@ -204,6 +208,8 @@ def survives(fork: Callable[..., Child], body: Callable[[], object]) -> None:
 
 LAST = (1 << 64) - 1
 OWNER_DIED, WAITING = 0x40000000, 0x80000000
+OWNERS = [1 << 11 | 1, 1 << 11 | 2, 9 << 11 | 1, SLOTS + 1, 2047, WAITING, WAITING | 1 << 11 | 2, 0xFFFFFFFF]
+HELD = [*OWNERS, *(owner << 32 for owner in OWNERS), *(owner << 32 | 9 << 11 | 1 for owner in OWNERS), LAST]
 BLOWS = {
     "generation back": (GENERATION, [0, 1, 2]),
     "generation on": (GENERATION, [4, 5, 6 + RING, 1 << 31, (1 << 31) + 3, 1 << 32, 1 << 63, LAST - 1, LAST]),
@@ -220,8 +226,14 @@ BLOWS = {
     "status": (SLOTS_AT + STATUS, [0, 1, 2, 3, 1 << 4, 1 << 4 | 9, 2 << 4 | 2, 0xFFFFFFF2, 0xFFFFFFFF]),
     "free slot's status": (SLOTS_AT + 2 * SLOT_SIZE + STATUS, [1, 2, 3, 9, 1 << 4 | 2, 0xFFFFFFF2, 0xFFFFFFFF]),
     "pid": (SLOTS_AT + PID, [0, 1, 0x7FFFFFFF, 0xFFFFFFFF]),
+    "lease": (LEASES_AT + 8, HELD),
+    "user lock": (LOCKS_AT + 3 * 64, HELD),
+    "closers": (CLOSERS, [1, 1 << 63, LAST]),
+    "closer": (CLOSER, [1 << 11 | 1, 1 << 11 | 2, WAITING, WAITING | 2047, SLOTS + 1, 9 << 11 | 1, 0xFFFFFFFF]),
 }
-SMALL = {LOCK, SLOTS_USED, KIND} | {SLOTS_AT + i * SLOT_SIZE + at for i in range(3) for at in (ACK, LIVE, STATUS, PID)}
+SMALL = {LOCK, SLOTS_USED, KIND, CLOSER} | {
+    SLOTS_AT + i * SLOT_SIZE + at for i in range(3) for at in (ACK, LIVE, STATUS, PID)
+}
 
 
 @pytest.mark.parametrize("blow", BLOWS)

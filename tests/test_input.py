@@ -272,6 +272,8 @@ def test_nothing_at_all_may_be_read_and_written_anywhere(region: Region) -> None
 
 TIMED: dict[str, Callable[[Region, Any], object]] = {
     "mprotect": lambda region, timeout: region.mprotect(0, PAGE, READ_WRITE, timeout=timeout),
+    "lease": lambda region, timeout: region.lease(0, PAGE, timeout=timeout).release(),
+    "lock": lambda region, timeout: region.lock(0, timeout=timeout).release(),
     "attach": lambda region, timeout: pyshare.attach(region.fileno(), timeout=timeout).close(),
     "attach, name": lambda _, timeout: pyshare.attach("input", timeout=timeout).close(),
     "set_default_timeout": lambda _, timeout: pyshare.set_default_timeout(timeout),
