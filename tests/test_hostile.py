@@ -349,6 +349,9 @@ def somewhere(rng: random.Random) -> int:
             CUR_AT + rng.randrange(0, PAGES, 4),
             OLD_AT + rng.randrange(0, PAGES, 4),
             LEASES_AT + rng.randrange(0, 8 * PAGES, 4),
+            LEASES_AT + rng.randrange(0, 8 * 2, 4),
+            LOCKS_AT + 3 * 64 + rng.randrange(0, 8, 4),
+            rng.randrange(CLOSERS, CLOSER + 3 * 24, 4),
         ]
     )
 
@@ -426,13 +429,12 @@ def test_scribbler(fork: Callable[..., Child]) -> None:
     fd, seconds = new_region(), 4.0
 
     def scribble(child: Child) -> None:
-        rng, words = random.Random(SEED), mmap.mmap(fd, LEASES_AT)
+        rng, words = random.Random(SEED), mmap.mmap(fd, LOCKS_AT + PAGE)
         child.say()
         while not select.select([child._receive], [], [], 0)[0]:
             for _ in range(100):
                 offset = behind_the_header(rng)
-                if offset < LEASES_AT:
-                    words[offset : offset + 4] = (mutation(rng, peek(fd, offset, 4)) % (1 << 32)).to_bytes(4, "little")
+                words[offset : offset + 4] = (mutation(rng, peek(fd, offset, 4)) % (1 << 32)).to_bytes(4, "little")
 
     def work(_: Child) -> None:
         end, errors = time.monotonic() + seconds, 0
