@@ -3,9 +3,9 @@
  *   stress SECONDS SEED
  *
  * Participants of one region:
- *   - the crowd: HOLDERS participants in one process, each with two callers, an accessor and its agent; joiners,
- *     which attach, work and leave again and again; and forks of it all, which rejoin in the child handler,
- *     change, and are killed; the callers get signals meanwhile;
+ *   - the crowd: HOLDERS participants in one process, each with two callers, two takers of leases and locks, an
+ *     accessor and its agent; joiners, which attach, work and leave again and again; and forks of it all, which rejoin
+ *     in the child handler, work, and are killed; the callers and takers get signals meanwhile;
  *   - strays: processes that attach, change at random, and are killed in the middle of it.
  * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
  * do (promises 1 and 2), by the copy that survives faults.  The shared pages everybody changes; at the end, when
@@ -47,6 +47,7 @@ const char *__asan_default_options(void) {
 }
 
 enum { HOLDERS = 3, CALLERS = 2 * HOLDERS, JOINERS = 2, OWN = 8, SHARED = 200, NOTES = 1 << 16 };
+enum { TAKERS = 2 * HOLDERS, LEASED = 5, LOCKED = 3 }; /* the first of the shared pages; locks */
 #define OTHERS_FIRST ((uint64_t)CALLERS * OWN)
 #define PAGES (OTHERS_FIRST + SHARED)
 #define TIMEOUT (60000 * PS_MS) /* nobody here is stopped, so nothing may ever take so long */
@@ -71,8 +72,11 @@ static int memory; /* the region's descriptor */
 static int64_t end;
 static struct ps_region *holder[HOLDERS];
 static struct caller caller[CALLERS];
-static pthread_t thread[CALLERS + HOLDERS + JOINERS + 1]; /* the callers first */
-static _Atomic uint64_t joins, accesses, forks;
+static pthread_t thread[CALLERS + TAKERS + HOLDERS + JOINERS + 1]; /* the callers and takers first */
+static _Atomic uint64_t joins, accesses, forks, taken;
+/* Who of the crowd holds a page, or a lock; relaxed: held words order it, which the plain counts are to prove. */
+static _Atomic uint32_t inside[LEASED + LOCKED];
+static uint64_t taken_by[HOLDERS][LEASED + LOCKED];
 static uint64_t below(uint64_t *state, uint64_t limit) {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -179,6 +183,79 @@ static void look(struct ps_region *region, uint64_t page, uint32_t prot) {
           prot, loads, stores);
 }
 
+/* -- Leases and locks ------------------------------------------------------------------------------------------- */
+
+/* A lease over READ or writable pages: false where one is neither. */
+static bool take_lease(struct ps_region *region, uint64_t *state, struct ps_lease *lease) {
+    struct ps_outcome outcome;
+    struct ps_refusal refusal;
+    int64_t deadline = ps_sys_now() + TIMEOUT;
+    int rc = -EAGAIN;
+    uint64_t first = below(state, LEASED);
+    *lease = (struct ps_lease){
+        .first = OTHERS_FIRST + first, .count = 1 + below(state, LEASED - first), .window = below(state, 2)};
+    be_ready(region);
+    if (below(state, 2))
+        rc = ps_lease_take(region, lease, PS_TRY, &outcome, &refusal);
+    while (rc == PS_ESIGNAL || rc == -EAGAIN)
+        rc = ps_lease_take(region, lease, deadline, &outcome, &refusal);
+    CHECK(!rc || rc == PS_EREFUSED, "ps_lease_take: %d", rc);
+    return !rc;
+}
+
+static void store(struct ps_region *region, const struct ps_lease *lease) {
+    char byte = 1, *at = lease->window ? ps_window(region) : ps_address(region);
+    for (uint64_t page = lease->first; page < lease->first + lease->count; page++)
+        CHECK(!ps_copy_bytes(at + page * PS_PAGE + 99, &byte, 1).left, "page %lu, leased", page);
+}
+
+static void give_lease(struct ps_region *region, const struct ps_lease *lease) {
+    if (ps_lease_give(region, lease, PS_TRY))
+        ps_lease_give(region, lease, PS_NEVER);
+}
+
+static void take_lock(struct ps_region *region, uint32_t index) {
+    struct ps_outcome outcome;
+    bool abandoned;
+    int64_t deadline = ps_sys_now() + TIMEOUT;
+    int rc = PS_ESIGNAL;
+    be_ready(region);
+    while (rc == PS_ESIGNAL)
+        rc = ps_user_lock_take(region, index, deadline, &abandoned, &outcome);
+    CHECK(!rc, "ps_user_lock_take: %d", rc);
+}
+
+/* Of those that we hold: nobody else of the crowd has one of them. */
+static void be_inside(uint32_t taker, uint64_t first, uint64_t count) {
+    for (uint64_t i = first; i < first + count; i++) {
+        uint32_t other = atomic_exchange_explicit(&inside[i], taker + 1, memory_order_relaxed);
+        CHECK(!other, "takers %u and %u both hold %lu", taker, other - 1, i);
+        taken_by[taker / 2][i]++;
+    }
+    sched_yield();
+    for (uint64_t i = first; i < first + count; i++)
+        atomic_store_explicit(&inside[i], 0, memory_order_relaxed);
+}
+
+static void *take(void *argument) {
+    uint32_t index = (uint32_t)*(uint64_t *)argument;
+    uint64_t state = 400 + index;
+    struct ps_region *region = holder[index / 2];
+    for (; !over(); count(&taken)) {
+        struct ps_lease lease;
+        uint32_t lock = (uint32_t)below(&state, LOCKED);
+        if (take_lease(region, &state, &lease)) {
+            store(region, &lease);
+            be_inside(index, lease.first - OTHERS_FIRST, lease.count);
+            give_lease(region, &lease);
+        }
+        take_lock(region, lock);
+        be_inside(index, LEASED + lock, 1);
+        ps_user_lock_give(region, lock);
+    }
+    return NULL;
+}
+
 /* -- The crowd ------------------------------------------------------------------------------------------------- */
 
 /* What came before a change that came before `generation`, on the same handle. */
@@ -247,8 +324,15 @@ static void *join_and_leave(void *argument) {
 static _Noreturn void change_until_killed(struct ps_region *region, int tell[2], uint64_t seed) {
     close(tell[0]); /* so that we end by SIGPIPE, should the other side be gone */
     for (uint64_t state = seed;;) {
+        struct ps_lease lease;
         change_others(region, &state);
         use_data(region, &state);
+        if (take_lease(region, &state, &lease)) {
+            store(region, &lease);
+            give_lease(region, &lease);
+        }
+        take_lock(region, 0);
+        ps_user_lock_give(region, 0);
         if (write(tell[1], "", 1) != 1)
             _exit(0);
     }
@@ -275,7 +359,7 @@ static void *fork_and_kill(void *argument) {
     uint64_t state = 300 + *(uint64_t *)argument;
     sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_signal}, NULL); /* no SA_RESTART: it ends a wait */
     for (; !over(); count(&forks)) {
-        for (int i = 0; i < CALLERS; i++)
+        for (int i = 0; i < CALLERS + TAKERS; i++)
             pthread_kill(thread[i], SIGUSR1);
         int ends[2];
         CHECK(!pipe(ends), "%d", errno);
@@ -300,12 +384,16 @@ static void settle_and_compare(void) {
 }
 
 static void crowd(void) {
-    uint64_t number[JOINERS + 1], turns = 0;
+    uint64_t number[JOINERS + 1], taker[TAKERS], turns = 0;
     int made = 0;
     for (int i = 0; i < HOLDERS; i++)
         holder[i] = attach();
     for (int i = 0; i < CALLERS; i++)
         pthread_create(&thread[made++], NULL, call, &caller[i]);
+    for (int i = 0; i < TAKERS; i++) {
+        taker[i] = (uint64_t)i;
+        pthread_create(&thread[made++], NULL, take, &taker[i]);
+    }
     for (int i = 0; i < HOLDERS; i++)
         pthread_create(&thread[made++], NULL, use, &holder[i]);
     for (int i = 0; i <= JOINERS; i++) {
@@ -319,9 +407,10 @@ static void crowd(void) {
         CHECK(caller[i].turns, "caller %d never came to its turn", i);
         turns += caller[i].turns;
     }
-    CHECK(joins && accesses && forks, "joins %lu, accesses %lu, forks %lu", joins, accesses, forks);
-    printf("generation %lu, turns %lu, accesses %lu, joins %lu, forks killed %lu", ps_generation(holder[0]), turns,
-           accesses, joins, forks);
+    CHECK(joins && accesses && forks && taken, "joins %lu, accesses %lu, forks %lu, taken %lu", joins, accesses, forks,
+          taken);
+    printf("generation %lu, turns %lu, accesses %lu, taken %lu, joins %lu, forks killed %lu", ps_generation(holder[0]),
+           turns, accesses, taken, joins, forks);
     for (int i = 0; i < HOLDERS; i++)
         leave(holder[i]);
 }
