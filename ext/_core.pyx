@@ -533,6 +533,11 @@ cdef class Handle:
         """A participant, at a look; if not, `enter` tries to make it one, or says why it cannot be."""
         return self.region is not NULL and ps_ready_now(self.region) == 1
 
+    cdef serve_signals(self, str doing):
+        PyErr_CheckSignals()
+        self.enter(doing)  # the handler may have forked: a participant once more
+        self.leave()
+
     def lease(self, offset, length, *, timeout=DEFAULT, window=False):
         """This process alone may write whole pages, given by offset and length in bytes, until the lease is released.
 
@@ -562,7 +567,8 @@ cdef class Handle:
         cdef Lease lease = Lease.__new__(Lease)
         if self.region is NULL:
             raise_code(PS_ECLOSED, "lease")
-        offset, length = integer(offset, "offset"), integer(length, "length")
+        if type(offset) is not int or type(length) is not int:
+            offset, length = integer(offset, "offset"), integer(length, "length")
         check_pages(offset, length, ps_size(self.region))
         if timeout is not DEFAULT:
             deadline_of(timeout)
@@ -594,7 +600,7 @@ cdef class Handle:
                     rc = ps_lease_take(self.region, &lease.at, deadline, &outcome, &refusal)
                 if rc != PS_ESIGNAL:
                     break
-                PyErr_CheckSignals()  # nothing is held
+                self.serve_signals("lease")  # nothing is held
             if rc == PS_ETIMEOUT:
                 raise_held(&outcome, "lease")
             if rc == PS_EREFUSED:
@@ -621,7 +627,7 @@ cdef class Handle:
         forked child does not hold what its parent holds.
         """
         cdef Lock lock = Lock.__new__(Lock)
-        number = integer(index, "index")
+        number = index if type(index) is int else integer(index, "index")
         if not 0 <= number < PS_LOCKS:
             raise ValueError(f"index must be 0 to {PS_LOCKS - 1}, not {number}")
         if timeout is not DEFAULT:
@@ -650,7 +656,7 @@ cdef class Handle:
                     rc = ps_user_lock_take(self.region, lock.index, deadline, &lock.left, &outcome)
                 if rc != PS_ESIGNAL:
                     break
-                PyErr_CheckSignals()  # it is not held
+                self.serve_signals("lock")  # it is not held
             if rc == PS_ETIMEOUT:
                 raise_held(&outcome, "lock")
             if rc == PS_ENESTED:

@@ -81,7 +81,8 @@ enum ps_section_kind {
  * High half: next, a waiter that slept and lost: nobody else takes the word before
  * it does; its WAITING: it sleeps on that half.
  * W: taker by CAS from a free word, a dead holder's, or one reserved for it, seq_cst (a lease-taker then
- * looks at the closers); waiters set WAITING and `next` by CAS; the holder clears its half at the end, seq_cst.
+ * looks at the closers); waiters set WAITING and `next` by CAS; the holder clears its half at the end, seq_cst, or
+ * puts the dead holder's back, where it gives up what it had taken over.
  * R: anybody, acquire.  Crash: names a dead owner: taken over, and the next holder is told. */
 #define PS_HELD_HOLDER UINT64_C(0xffffffff)
 #define PS_HELD_WAITING UINT64_C(0x80000000)
@@ -96,7 +97,8 @@ struct ps_shm_lock {
 /* A change that is going to take place, or does: nobody takes a lease on its pages. */
 struct ps_shm_closer {
     /* W: caller of a change by CAS 0 -> its owner word, before it looks at lease words; 0 at its end, release,
-     * and wakes who sleeps on it (WAITING).  Anybody who finds the owner gone clears it by CAS.
+     * and wakes who sleeps on it (WAITING).  Anybody who finds the owner gone makes the entry its own by CAS, finishes
+     * the change, and clears it.
      * R: lease-takers, acquire.  Crash: names a dead owner. */
     _Atomic uint32_t owner;
     uint32_t pad;           /* W: nobody.  R: nobody */

@@ -205,12 +205,13 @@ class Region(_core.Handle):
         """Every participant has the new protection of these pages when this returns; the change's generation.
 
         offset and length are bytes, page aligned; a range may end at ``size``.  Blocks, with other Python threads
-        running, until every participant has acknowledged.
+        running, until leases on these pages have ended and every participant has acknowledged.
 
         Raises:
             ValueError: a range that is not page aligned or not inside; length 0; unknown bits in prot.
             PropagationTimeout: somebody was silent for ``timeout`` seconds. With a ``generation`` the change is made,
                 and who was silent applies it before it acknowledges anything else; without, nothing was changed.
+            ShareError: this thread holds a lease on some of the pages, and would wait for itself. Nothing was changed.
             OSError: a participant could not apply it (ENOMEM: its limit of mappings, vm.max_map_count); it was undone
                 everywhere.
             KeyboardInterrupt: after Ctrl-C; if the change was published it is made, as after a timeout.
