@@ -1,7 +1,7 @@
 /* protocol.pml - how a change of protection reaches everybody, whoever fails or dies on the way.
  *
- * Lives here: the change of ext/change.c, the agent of ext/agent.c, joining and
- * leaving, and a fate that kills.  The labels of steps are those of ARCHITECTURE.md.
+ * Lives here: the change of ext/change.c, also by a caller that changes the page tables of
+ * others itself, the agent of ext/agent.c, joining and leaving, and a fate that kills.  The labels of steps are those of ARCHITECTURE.md.
  * Assertions name the promise that they check; an invalid end state, which Spin
  * finds by itself (somebody waits for ever), breaks promise 5.
  *
@@ -15,7 +15,9 @@
  * Configuration, by -D (run.py has the table)
  *    CALLERS 2 or 3; SECOND, FROM: what the second asks for, from which page on
  *    SLOTS for agents; FOUNDERS of them are live from the start
- *    JOINS, LEAVES, CRASHES, TIMEOUTS, FAILURES (of an agent to apply): at most so many
+ *    REMOTE: whose page tables a caller can change itself, one bit a slot
+ *    JOINS, LEAVES, CRASHES, TIMEOUTS, FAILURES (of an agent to apply), MISSES (of a
+ *    caller, at a page of another), MENDS (of a page, by another thread): at most so many
  * Broken on purpose: one #ifdef each, explained in run.py.
  */
 
@@ -46,6 +48,9 @@ byte epoch[IDS];
 
 #define OPEN (complete < attempt)
 
+byte claim[SLOTS]; /* OWNER of who may make the page tables follow the map; 0: nobody */
+byte applied[SLOTS];
+
 #define ALL_PAGES 3 /* one bit a page */
 #define RING_UNDO 4
 #define RING_ENTRY(kind_) ((((1 << count) - 1) << first) | ((kind_) * RING_UNDO))
@@ -63,13 +68,18 @@ byte epoch[IDS];
 
 bool alive[IDS];
 byte rights[SLOTS * PAGES]; /* what the page tables allow */
-bool fenced[SLOTS];         /* the whole mapping is no-access, or gone */
+byte fenced[SLOTS];         /* the whole mapping is no-access (FENCED), or gone (UNMAPPED) */
+bool awake[SLOTS];          /* its agent will look at the generation again */
+
+#define FENCED 1
+#define UNMAPPED 2
+#define CAPABLE(slot) ((REMOTE >> (slot) & 1) == 1)
 
 #define RIGHTS(slot, page) rights[(slot) * PAGES + (page)]
 
 /* -- What went wrong so far ---------------------------------------------------------------------------------- */
 
-byte joins, leaves, crashes, timeouts, failures;
+byte joins, leaves, crashes, timeouts, failures, misses, mends;
 
 /* -- Ghosts -------------------------------------------------------------------------------------------------- */
 
@@ -113,6 +123,27 @@ inline close(generation_)
         CHECK_SLOTS(EXACT(each) || (silent && LATE(each)))
     }
 }
+
+/* -- The claim ----------------------------------------------------------------------------------------------- */
+
+/* Who is not capable has one actor at a time, under its page lock, and needs no claim. */
+#ifdef NOTAKEOVER
+#define CLAIM_FREE(slot) (claim[slot] == 0)
+#else
+#define CLAIM_FREE(slot) (claim[slot] == 0 || OWNER_GONE(claim[slot]))
+#endif
+
+#if defined(NOCLAIM)
+#define MAY_FOLLOW(slot) true
+#define CLAIMED(slot, owner) true
+#define TAKE_CLAIM(slot) skip
+#define GIVE_CLAIM(slot) skip
+#else
+#define MAY_FOLLOW(slot) (!CAPABLE(slot) || CLAIM_FREE(slot))
+#define CLAIMED(slot, owner) (!CAPABLE(slot) || claim[slot] == (owner))
+#define TAKE_CLAIM(slot) claim[slot] = (CAPABLE(slot) -> OWNER(slot) : 0)
+#define GIVE_CLAIM(slot) claim[slot] = 0
+#endif
 
 /* -- Callers ------------------------------------------------------------------------------------------------- */
 
@@ -184,6 +215,50 @@ inline publish(generation_, kind_)
     fi
 }
 
+/* Can this change be made in the page tables of others? From and to no-access it cannot. */
+#define REMOTE_KIND ((prot & old[first] & old[first + count - 1] & READ) != 0)
+#define CHANGED (kind == SET -> attempt : attempt + 1)
+
+/* A borrowed descriptor leads to the memory of its process, never to a new owner of the slot, who joins under the
+ * lock. */
+#define HERE(slot) (alive[slot] && status[slot] == LIVE)
+
+/* Worth a claim; the second line is what makes it legal, and known under the claim only. */
+#define TO_REACH(slot)                                                                                             \
+    (CAPABLE(slot) && REMOTE_KIND && status[slot] == LIVE && ack[slot] < CHANGED)
+#ifdef REMOTE_ANY
+#define LEGAL(slot) (status[slot] == LIVE && error[slot] == 0 && fenced[slot] != FENCED)
+#else
+#define LEGAL(slot)                                                                                                \
+    (status[slot] == LIVE && ack[slot] == CHANGED - 1 && error[slot] == 0 && fenced[slot] != FENCED)
+#endif
+#ifdef REMOTE_STALE
+#define LEGAL_BEFORE(slot) LEGAL(slot)
+#define LEGAL_UNDER(slot) true
+#else
+#define LEGAL_BEFORE(slot) true
+#define LEGAL_UNDER(slot) LEGAL(slot)
+#endif
+/* A claim of its own: it is at work itself. Of a third: a caller's that died, because we hold the lock. */
+#ifdef NOTAKEOVER
+#define CLAIM_BUSY(slot) (claim[slot] != 0)
+#else
+#define CLAIM_BUSY(slot) (claim[slot] == OWNER(slot))
+#endif
+
+/* Bits of the wake-up are shared, so it may reach agents that have nothing to do. */
+inline wake()
+{
+    atomic {
+        do
+        :: slot < SLOTS && CAPABLE(slot) && REMOTE_KIND -> slot++
+        :: slot < SLOTS && CAPABLE(slot) -> awake[slot] = true; slot++
+        :: slot < SLOTS && !CAPABLE(slot) -> slot++
+        :: else -> slot = 0; goto R1_claim
+        od
+    }
+}
+
 /* The store that opens the record; the ghosts learn what is asked for, whatever the record says. */
 inline open()
 {
@@ -246,6 +321,7 @@ C4_map:
         od;
 C5_publish:
         publish(attempt, SET);
+        wake();
 C6_await:
 #ifdef RECOVER_NOWAIT
         if
@@ -267,6 +343,58 @@ U2_map:
         od;
 U3_publish:
         publish(attempt + 1, UNDO);
+        wake();
+        atomic {
+R1_claim: /* slot by slot; a skipped one stays what it is */
+            do
+            :: slot < SLOTS && !TO_REACH(slot) -> slot++
+            :: else -> break
+            od;
+            if
+            :: slot == SLOTS && kind == SET -> slot = 0; goto C6_await
+            :: slot == SLOTS && kind == UNDO -> slot = 0; goto U4_await
+            :: slot < SLOTS && (CLAIM_BUSY(slot) || !LEGAL_BEFORE(slot)) -> goto not_reached
+            :: slot < SLOTS && !CLAIM_BUSY(slot) && LEGAL_BEFORE(slot)
+            fi
+        };
+        atomic { /* CAS; again, if it fails */
+            if
+            :: CLAIM_BUSY(slot) -> goto not_reached
+            :: else -> claim[slot] = OWNER(id)
+            fi
+        };
+        if
+        :: atomic { LEGAL_UNDER(slot) -> page = first }
+        :: atomic { !LEGAL_UNDER(slot) -> claim[slot] = 0; goto not_reached }
+        fi;
+R2_remote: /* pessimistic: it would open a fenced mapping */
+        do
+        :: atomic { page < first + count && prot == old[page] -> page++ }
+        :: atomic { page < first + count && prot != old[page] && HERE(slot) && fenced[slot] != UNMAPPED ->
+               assert(claim[slot] == OWNER(id));
+               RIGHTS(slot, page) = cur[page];
+               page++ }
+        :: atomic { page < first + count && misses < MISSES -> misses++; goto missed }
+        :: atomic { page < first + count && HERE(slot) && fenced[slot] == UNMAPPED -> goto missed }
+        :: atomic { !HERE(slot) -> page = 0; claim[slot] = 0; slot++; goto R1_claim }
+        :: atomic { page == first + count && HERE(slot) -> page = 0; break }
+        od;
+R3_ack:
+        applied[slot] = CHANGED;
+        atomic {
+            assert(CLAIMED(slot, OWNER(id)) && ack[slot] <= CHANGED); /* 3 */
+            ack[slot] = CHANGED;
+            assert(!HERE(slot) || fenced[slot] == UNMAPPED || FOLLOWS(slot)) /* 3 */
+        };
+        atomic { claim[slot] = 0; slot++; goto R1_claim };
+missed: /* it may have been changed in part; its agent starts afresh */
+        atomic { page = 0; claim[slot] = 0 };
+not_reached:
+#ifdef UNREACHED
+        atomic { slot++; goto R1_claim };
+#else
+        atomic { awake[slot] = true; slot++; goto R1_claim };
+#endif
 U4_await:
         await();
 U5_complete:
@@ -297,7 +425,7 @@ inline no_rights()
 {
     RIGHTS(slot, 0) = NONE;
     RIGHTS(slot, 1) = NONE;
-    fenced[slot] = true
+    fenced[slot] = FENCED
 }
 
 inline fence()
@@ -308,7 +436,7 @@ inline fence()
 #ifdef RESYNC_RANGE
 #define WHOLE_MAP false
 #else
-#define WHOLE_MAP (error[slot] != 0 || fenced[slot]) /* what it has of earlier changes is uncertain */
+#define WHOLE_MAP (error[slot] != 0 || fenced[slot] != 0) /* what it has of earlier changes is uncertain */
 #endif
 
 /* What to read of the map: the pages of every change since the last one, or all.  One step, because entries of
@@ -316,9 +444,8 @@ inline fence()
 inline catch_up()
 {
     d_step {
-        seen = generation;
         todo = (WHOLE_MAP -> ALL_PAGES : 0);
-        each = ack[slot];
+        each = applied[slot];
         do
         :: each < seen -> each++; todo = todo | (ring[each] == 0 -> ALL_PAGES : ring[each] & ALL_PAGES)
         :: else -> break
@@ -336,7 +463,8 @@ inline apply()
         if
         :: d_step {
                RIGHTS(slot, page) = right;
-               assert(!settled || HARMLESS(slot, page)); /* 1: until the next change */
+               assert(!settled || right == cur[page]); /* 1, 2: until the next change */
+               assert(status[slot] != LIVE || CLAIMED(slot, OWNER(slot)));
                page++ }
         :: atomic { failures < FAILURES -> failures++; failed = true; break }
         fi
@@ -360,6 +488,32 @@ inline unlock()
     fi
 }
 
+/* A capable one sleeps until a caller wakes it; one that reported an error looks again by itself. */
+#define AWAKE(slot) (awake[slot] || error[slot] != 0)
+
+#ifdef CLAIM_NO_RECHECK
+#define REACHED(slot) false
+#else
+#define REACHED(slot) (applied[slot] >= seen)
+#endif
+
+#ifdef MEND_NOCLAIM
+#define MAY_MEND(slot) true
+#define MEND_CLAIM(slot) skip
+#define GIVE_MENDED(slot) skip
+#else
+#define MAY_MEND(slot) MAY_FOLLOW(slot)
+#define MEND_CLAIM(slot) TAKE_CLAIM(slot)
+#define GIVE_MENDED(slot) GIVE_CLAIM(slot)
+#endif
+
+/* What a caller applied that died before it acknowledged, somebody must. */
+#ifdef APPLIED_ALONE
+#define ANSWER(slot) skip
+#else
+#define ANSWER(slot) ack[slot] = applied[slot]
+#endif
+
 #ifdef LEAVE_FIRST
 #define LEAVING L2_leave
 #else
@@ -380,7 +534,8 @@ J1_claim: /* of a free slot, or of a dead participant's; one step because nobody
            epoch[slot]++;
            status[slot] = JOINING;
            error[slot] = 0;
-           fenced[slot] = false }
+           fenced[slot] = 0;
+           awake[slot] = true }
     :: atomic { !alive[slot] && joins == JOINS -> goto nobody }
     fi;
     {
@@ -408,31 +563,59 @@ J3_apply: /* of a dead caller's open record it may see a part; the rest is not p
         :: atomic { failed -> failed = false; goto L1_unmap }
         :: else
         fi;
-        atomic { ack[slot] = seen; seen = 0 };
+        atomic { applied[slot] = seen; ack[slot] = seen; seen = 0 };
 J4_live:
         status[slot] = LIVE;
         unlock();
 A1_wait:
 end_wait: /* for ever, if there is no further change */
         if
-        :: atomic { generation != ack[slot] -> catch_up() }
+        :: atomic { !CAPABLE(slot) && generation != ack[slot] -> seen = generation; goto following }
+        :: atomic { CAPABLE(slot) && AWAKE(slot) && generation != ack[slot] -> seen = generation }
+        :: atomic { CAPABLE(slot) && awake[slot] && generation == ack[slot] && error[slot] == 0 ->
+               awake[slot] = false;
+               goto A1_wait }
 #ifndef NOSETTLE
-        :: atomic { error[slot] != 0 && complete >= ack[slot] -> fence(); goto A1_wait } /* nobody undoes for it */
+        :: atomic { error[slot] != 0 && complete >= ack[slot] && MAY_FOLLOW(slot) -> /* nobody undoes for it */
+               fence();
+               goto A1_wait }
 #endif
+        :: atomic { CAPABLE(slot) && fenced[slot] == 0 && mends < MENDS && MAY_MEND(slot) ->
+               mends++;
+               MEND_CLAIM(slot);
+               if
+               :: page = 0
+               :: page = 1
+               fi;
+               goto mending }
         :: atomic { leaves < LEAVES -> leaves++; goto LEAVING }
         fi;
+        atomic { MAY_FOLLOW(slot) ->
+            TAKE_CLAIM(slot);
+            if
+            :: REACHED(slot) -> /* since the look at the generation */
+                ANSWER(slot);
+                awake[slot] = (generation != seen);
+                GIVE_CLAIM(slot);
+                seen = 0;
+                goto A1_wait
+            :: else
+            fi;
+following:
+            catch_up()
+        };
 A2_apply:
 #ifdef ACKFIRST
         ack[slot] = seen;
 #endif
         apply();
         if
-        :: atomic { !failed -> error[slot] = 0; fenced[slot] = false; goto A4_ack }
+        :: atomic { !failed -> error[slot] = 0; fenced[slot] = 0; goto A4_ack }
         :: else
         fi;
 A3_fail: /* a caller may give up between the look at `complete` and the error: then A1 fences */
         if
-        :: atomic { UNDOES(seen) || fenced[slot] -> fence() }
+        :: atomic { UNDOES(seen) || fenced[slot] != 0 -> fence() }
         :: else ->
             if
 #ifdef NOFENCE
@@ -446,14 +629,27 @@ A3_fail: /* a caller may give up between the look at `complete` and the error: t
 A4_ack:
         atomic {
             assert(ack[slot] <= seen); /* 3 */
+            applied[slot] = seen;
             ack[slot] = seen;
             assert(EXACT(slot) || OPEN || LATE(slot)); /* 3, 7 */
             seen = 0;
             failed = false;
-            goto A1_wait
+            if
+            :: CAPABLE(slot)
+            :: else -> goto A1_wait
+            fi
         };
+        atomic { GIVE_CLAIM(slot); goto A1_wait };
+mending: /* or arming a chunk, or restoring a page: the map's rights, and no acknowledgement */
+        right = cur[page];
+        d_step {
+            RIGHTS(slot, page) = right;
+            assert(!settled || right == cur[page]); /* 1, 2 */
+            page = 0;
+            right = 0 };
+        atomic { GIVE_MENDED(slot); goto A1_wait };
 L1_unmap: /* a joiner that failed: before it gives up the lock, because nobody waits for it */
-        atomic { no_rights() };
+        atomic { no_rights(); fenced[slot] = UNMAPPED };
         unlock();
 L2_leave:
         status[slot] = FREE;
@@ -487,6 +683,7 @@ init
         :: each < FOUNDERS ->
             alive[each] = true;
             status[each] = LIVE;
+            awake[each] = true;
             RIGHTS(each, 0) = READ_WRITE;
             RIGHTS(each, 1) = READ_WRITE;
             each++

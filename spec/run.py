@@ -42,6 +42,9 @@ class Configuration(NamedTuple):
     crashes: int = 0
     timeouts: int = 0
     failures: int = 0
+    remote: int = 0
+    misses: int = 0
+    mends: int = 0
     quick: bool = False
     ends: bool = False  # look for runs that never end instead of for assertions
 
@@ -63,6 +66,18 @@ CONFIGURATIONS = {
         "one joins, one leaves, one dies; slots get new owners", founders=1, joins=2, leaves=1, crashes=1, quick=True
     ),
     "join-fail": Configuration("a joiner cannot apply the map", founders=1, joins=1, failures=1, quick=True),
+    "mix": Configuration(
+        "callers reach one of two; a death; a miss", second="READ_WRITE", crashes=1, remote=1, misses=1, quick=True
+    ),
+    "mix-undo": Configuration(
+        "whom they reached is undone too", second="READ_WRITE", failures=2, remote=1, misses=1, quick=True
+    ),
+    "mix-late": Configuration(
+        "who is late is not reached", second="READ_WRITE", timeouts=1, remote=1, misses=1, quick=True
+    ),
+    "mix-mend": Configuration(
+        "another thread at the page tables", second="READ_WRITE", remote=1, misses=1, mends=1, quick=True
+    ),
     "ends": Configuration("every run ends", founders=1, joins=1, crashes=1, timeouts=1, ends=True),
     "join-late": Configuration("joining, a death and a timeout", founders=1, joins=1, crashes=1, timeouts=1),
     "timeouts": Configuration("two callers give up", timeouts=2, failures=1),
@@ -70,6 +85,18 @@ CONFIGURATIONS = {
     "agents": Configuration("three agents", second="READ_WRITE", slots=3, founders=3, crashes=1, failures=1),
     "callers": Configuration("three callers", callers=3, timeouts=1, failures=1),
     "again": Configuration("a death while recovering", callers=3, slots=1, founders=1, crashes=2, failures=1),
+    "reach": Configuration("callers reach both", second="READ_WRITE", crashes=1, failures=1, remote=3),
+    "mix-fail": Configuration(
+        "... a death and a failure", second="READ_WRITE", crashes=1, failures=1, remote=1, misses=1
+    ),
+    "mix-none": Configuration("a change that reaches nobody", crashes=1, failures=1, remote=3, misses=1),
+    "mix-join": Configuration("slots get new owners", founders=1, joins=2, leaves=1, crashes=1, remote=1),
+    "mix-time": Configuration("a death and a timeout", second="READ_WRITE", crashes=1, timeouts=1, remote=1),
+    "mix-dead": Configuration("a death while another thread mends", second="READ_WRITE", crashes=1, mends=1, remote=1),
+    "mix-again": Configuration(
+        "a death while recovering", second="READ_WRITE", callers=3, slots=1, founders=1, crashes=2, remote=1
+    ),
+    "mix-ends": Configuration("every run ends", founders=1, crashes=1, timeouts=1, remote=1, misses=1, ends=True),
 }
 
 
@@ -95,6 +122,14 @@ BROKEN = {
     "AWAIT_ACK": Broken("timeout", "waiting on after a timeout: an error is no acknowledgement"),
     "NOEPOCH": Broken("join", "the owner of a lock is known by slot and epoch"),
     "LEAVE_FIRST": Broken("join", "a leaver unmaps before its slot is free"),
+    "NOCLAIM": Broken("mix", "who makes page tables follow the map holds the claim"),
+    "CLAIM_NO_RECHECK": Broken("mix", "an agent looks at applied again under the claim"),
+    "REMOTE_STALE": Broken("mix-undo", "a caller looks at acknowledgement, error and fence under the claim"),
+    "REMOTE_ANY": Broken("mix-late", "only who stands at the generation before is reached"),
+    "NOTAKEOVER": Broken("mix", "a claim is taken over from the dead"),
+    "UNREACHED": Broken("mix-mend", "an agent that was not reached is woken"),
+    "MEND_NOCLAIM": Broken("mix-mend", "other threads need the claim too"),
+    "APPLIED_ALONE": Broken("mix", "who finds a generation applied, but not acknowledged, acknowledges it"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }
