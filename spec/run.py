@@ -1,4 +1,4 @@
-"""Checks protocol.pml with Spin: every configuration must be free of errors, every broken variant must be caught.
+"""Checks the models with Spin: every configuration must be free of errors, every broken variant must be caught.
 
     python spec/run.py                  everything
     python spec/run.py --quick          the quick configurations and the broken variants
@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODEL = Path(__file__).with_name("protocol.pml")
+HERE = Path(__file__).parent
 AT_ONCE = 2  # each search may take MEGABYTES
 MEGABYTES = 3500
 DEPTH = 20_000  # steps; the longest run of any configuration has fewer than 1,000
 
 
-class Configuration(NamedTuple):
-    """What the model is told by -D, in the words of its header."""
+class Protocol(NamedTuple):
+    """What protocol.pml is told by -D, in the words of its header."""
 
     why: str
     callers: int = 2
@@ -48,55 +48,81 @@ class Configuration(NamedTuple):
     quick: bool = False
     ends: bool = False  # look for runs that never end instead of for assertions
 
-    def defines(self) -> list[str]:
-        fields = self._asdict()
-        for name in ("why", "quick", "ends"):
-            del fields[name]
+
+class Lease(NamedTuple):
+    """What lease.pml is told, likewise."""
+
+    why: str
+    takers: int = 2
+    threads: int = 0
+    changes: int = 1
+    crashes: int = 0
+    timeouts: int = 0
+    backstop: int = 1
+    quick: bool = False
+    ends: bool = False
+
+
+Configuration = Protocol | Lease
+
+
+def model(configuration: Configuration) -> Path:
+    return HERE / f"{type(configuration).__name__.lower()}.pml"
+
+
+def defines(configuration: Configuration) -> list[str]:
+    fields = configuration._asdict()
+    for name in ("why", "quick", "ends"):
+        del fields[name]
+    if "start" in fields:
         fields["from"] = fields.pop("start")
-        return [f"-D{name.upper()}={value}" for name, value in fields.items()]
+    return [f"-D{name.upper()}={value}" for name, value in fields.items()]
 
 
-CONFIGURATIONS = {
-    "crash": Configuration("one death anywhere, one failure", crashes=1, failures=1, quick=True),
-    "undo": Configuration(
-        "a second failure, in the undo; a grant", second="READ_WRITE", crashes=1, failures=2, quick=True
-    ),
-    "timeout": Configuration("a caller gives up, agents fail late", timeouts=1, failures=2, quick=True),
-    "join": Configuration(
+CONFIGURATIONS: dict[str, Configuration] = {
+    "crash": Protocol("one death anywhere, one failure", crashes=1, failures=1, quick=True),
+    "undo": Protocol("a second failure, in the undo; a grant", second="READ_WRITE", crashes=1, failures=2, quick=True),
+    "timeout": Protocol("a caller gives up, agents fail late", timeouts=1, failures=2, quick=True),
+    "join": Protocol(
         "one joins, one leaves, one dies; slots get new owners", founders=1, joins=2, leaves=1, crashes=1, quick=True
     ),
-    "join-fail": Configuration("a joiner cannot apply the map", founders=1, joins=1, failures=1, quick=True),
-    "mix": Configuration(
+    "join-fail": Protocol("a joiner cannot apply the map", founders=1, joins=1, failures=1, quick=True),
+    "mix": Protocol(
         "callers reach one of two; a death; a miss", second="READ_WRITE", crashes=1, remote=1, misses=1, quick=True
     ),
-    "mix-undo": Configuration(
+    "mix-undo": Protocol(
         "whom they reached is undone too", second="READ_WRITE", failures=2, remote=1, misses=1, quick=True
     ),
-    "mix-late": Configuration(
-        "who is late is not reached", second="READ_WRITE", timeouts=1, remote=1, misses=1, quick=True
-    ),
-    "mix-mend": Configuration(
+    "mix-late": Protocol("who is late is not reached", second="READ_WRITE", timeouts=1, remote=1, misses=1, quick=True),
+    "mix-mend": Protocol(
         "another thread at the page tables", second="READ_WRITE", remote=1, misses=1, mends=1, quick=True
     ),
-    "ends": Configuration("every run ends", founders=1, joins=1, crashes=1, timeouts=1, ends=True),
-    "join-late": Configuration("joining, a death and a timeout", founders=1, joins=1, crashes=1, timeouts=1),
-    "timeouts": Configuration("two callers give up", timeouts=2, failures=1),
-    "all": Configuration("a death, a failure and a timeout", crashes=1, timeouts=1, failures=1),
-    "agents": Configuration("three agents", second="READ_WRITE", slots=3, founders=3, crashes=1, failures=1),
-    "callers": Configuration("three callers", callers=3, timeouts=1, failures=1),
-    "again": Configuration("a death while recovering", callers=3, slots=1, founders=1, crashes=2, failures=1),
-    "reach": Configuration("callers reach both", second="READ_WRITE", crashes=1, failures=1, remote=3),
-    "mix-fail": Configuration(
-        "... a death and a failure", second="READ_WRITE", crashes=1, failures=1, remote=1, misses=1
-    ),
-    "mix-none": Configuration("a change that reaches nobody", crashes=1, failures=1, remote=3, misses=1),
-    "mix-join": Configuration("slots get new owners", founders=1, joins=2, leaves=1, crashes=1, remote=1),
-    "mix-time": Configuration("a death and a timeout", second="READ_WRITE", crashes=1, timeouts=1, remote=1),
-    "mix-dead": Configuration("a death while another thread mends", second="READ_WRITE", crashes=1, mends=1, remote=1),
-    "mix-again": Configuration(
+    "ends": Protocol("every run ends", founders=1, joins=1, crashes=1, timeouts=1, ends=True),
+    "join-late": Protocol("joining, a death and a timeout", founders=1, joins=1, crashes=1, timeouts=1),
+    "timeouts": Protocol("two callers give up", timeouts=2, failures=1),
+    "all": Protocol("a death, a failure and a timeout", crashes=1, timeouts=1, failures=1),
+    "agents": Protocol("three agents", second="READ_WRITE", slots=3, founders=3, crashes=1, failures=1),
+    "callers": Protocol("three callers", callers=3, timeouts=1, failures=1),
+    "again": Protocol("a death while recovering", callers=3, slots=1, founders=1, crashes=2, failures=1),
+    "reach": Protocol("callers reach both", second="READ_WRITE", crashes=1, failures=1, remote=3),
+    "mix-fail": Protocol("... a death and a failure", second="READ_WRITE", crashes=1, failures=1, remote=1, misses=1),
+    "mix-none": Protocol("a change that reaches nobody", crashes=1, failures=1, remote=3, misses=1),
+    "mix-join": Protocol("slots get new owners", founders=1, joins=2, leaves=1, crashes=1, remote=1),
+    "mix-time": Protocol("a death and a timeout", second="READ_WRITE", crashes=1, timeouts=1, remote=1),
+    "mix-dead": Protocol("a death while another thread mends", second="READ_WRITE", crashes=1, mends=1, remote=1),
+    "mix-again": Protocol(
         "a death while recovering", second="READ_WRITE", callers=3, slots=1, founders=1, crashes=2, remote=1
     ),
-    "mix-ends": Configuration("every run ends", founders=1, crashes=1, timeouts=1, remote=1, misses=1, ends=True),
+    "mix-ends": Protocol("every run ends", founders=1, crashes=1, timeouts=1, remote=1, misses=1, ends=True),
+    "wait": Lease("no wake-up relies on the backstop", backstop=0, quick=True),
+    "wait-three": Lease("... of three takers", takers=3, changes=0, backstop=0, quick=True),
+    "lease": Lease("a death", crashes=1, quick=True),
+    "closers": Lease("a death among changes", takers=1, changes=2, crashes=1, quick=True),
+    "threads": Lease("... of one process", takers=3, threads=1, changes=0, crashes=1, timeouts=1, quick=True),
+    "wait-all": Lease("two takers, two changes", changes=2, backstop=0),
+    "wait-four": Lease("three takers, a change", takers=3, backstop=0),
+    "lease-more": Lease("two deaths and a timeout", crashes=2, timeouts=1),
+    "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
 }
 
 
@@ -130,6 +156,16 @@ BROKEN = {
     "UNREACHED": Broken("mix-mend", "an agent that was not reached is woken"),
     "MEND_NOCLAIM": Broken("mix-mend", "other threads need the claim too"),
     "APPLIED_ALONE": Broken("mix", "who finds a generation applied, but not acknowledged, acknowledges it"),
+    "LEASE_LOOK_FIRST": Broken("wait", "a taker looks at the closers after its CAS"),
+    "CLOSER_LOOK_FIRST": Broken("wait", "a change looks at the words after it has become a closer"),
+    "WAKE_ONE": Broken("wait", "while there are closers, a release wakes everybody on the low half"),
+    "MASK_FIRST": Broken("wait", "a release looks for closers after it has cleared the word"),
+    "SLEPT_ALONE": Broken("wait-three", "who has slept takes the word with WAITING"),
+    "DROP_ABANDONED": Broken("lease", "who gives back a dead holder's page puts the dead one back"),
+    "CLEAR_OPEN": Broken("lease", "a dead closer's entry stays until its record is finished"),
+    "CLEAR_BIT_FIRST": Broken("closers", "only one of those who find a closer dead clears its bit"),
+    "CLEAR_OWNER_FIRST": Broken("closers", "a closer's bit goes before its entry is free"),
+    "NOBACKSTOP": Broken("threads", "a wake-up may go with who dies or gives up"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }
@@ -161,15 +197,15 @@ def output(command: Sequence[str], directory: str) -> str:
     return subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
-def search(configuration: Configuration, defines: Sequence[str], directory: str) -> str:
+def search(configuration: Configuration, told: Sequence[str], optimise: str, directory: str) -> str:
     """What pan says; its exit status says nothing, it is 0 after errors too."""
-    translated = output(["spin", "-a", *defines, str(MODEL)], directory)
+    translated = output(["spin", "-a", *told, str(model(configuration))], directory)
     kind = "-DNP" if configuration.ends else "-DSAFETY"
     # NOREDUCE: partial order reduction saves next to nothing here, so its conditions need not be argued.
-    options = ["-O1", "-w", kind, "-DNOREDUCE", f"-DMEMLIM={MEGABYTES}"]
+    options = [optimise, "-w", kind, "-DNOREDUCE", f"-DMEMLIM={MEGABYTES}"]
     compiled = output([compiler() or "cc", *options, "-o", "pan", "pan.c"], directory)
     if not Path(directory, "pan").exists():
-        raise RuntimeError(f"{MODEL.name} does not become a program:\n{translated}{compiled}")
+        raise RuntimeError(f"{model(configuration).name} does not become a program:\n{translated}{compiled}")
     return output(["./pan", f"-m{DEPTH}", "-n", *(["-l"] if configuration.ends else [])], directory)
 
 
@@ -190,13 +226,15 @@ def check(name: str, trace: bool = False) -> Outcome:
     """Searches one configuration, or one broken variant in its configuration."""
     broken = BROKEN.get(name)
     configuration = CONFIGURATIONS[broken.configuration if broken else name]
-    defines = configuration.defines() + ([f"-D{name}"] if broken else [])
+    path = model(configuration)
+    told = defines(configuration) + ([f"-D{name}"] if broken else [])
+    optimise = "-O0" if broken else "-O1"  # an error is found sooner than the compiler would be done
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pyshare-spec-") as directory:
-        errors, complete, states, found = read(search(configuration, defines, directory))
+        errors, complete, states, found = read(search(configuration, told, optimise, directory))
         steps = ""
         if errors and trace:
-            steps = output(["spin", "-t", "-p", "-g", "-k", f"{MODEL.name}.trail", *defines, str(MODEL)], directory)
+            steps = output(["spin", "-t", "-p", "-g", "-k", f"{path.name}.trail", *told, str(path)], directory)
     return Outcome(errors, complete, states, time.monotonic() - start, found, steps)
 
 
@@ -214,7 +252,7 @@ def line(name: str, outcome: Outcome) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check the model of the protocol.")
+    parser = argparse.ArgumentParser(description="Check the models of the protocol.")
     parser.add_argument("name", nargs="*", help=f"of {', '.join([*CONFIGURATIONS, *BROKEN])}")
     parser.add_argument("--quick", action="store_true", help="leave the long configurations out")
     parser.add_argument("--trace", action="store_true", help="show the steps that lead to an error")

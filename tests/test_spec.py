@@ -1,4 +1,4 @@
-"""The model of the protocol: Spin finds no error in it, and finds out every rule that is taken away.
+"""The models of the protocol and of leases: Spin finds no error, and finds out every rule that is taken away.
 
 The long configurations are left to `make spec`.
 """
@@ -6,8 +6,10 @@ The long configurations are left to `make spec`.
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -25,16 +27,25 @@ run = load()
 pytestmark = pytest.mark.skipif(run.missing() is not None, reason=f"the model is not checked: {run.missing()}")
 
 
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """By name, of all that is to be tested; several searches at once, because most of them are short."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = [item.callspec.params["name"] for item in here if "name" in item.callspec.params]
+    with ThreadPoolExecutor(run.AT_ONCE) as pool:
+        return dict(zip(names, pool.map(run.check, names), strict=True))
+
+
 @pytest.mark.parametrize("name", [name for name, configuration in run.CONFIGURATIONS.items() if configuration.quick])
-def test_free_of_errors(name: str) -> None:
-    outcome = run.check(name)
+def test_free_of_errors(name: str, outcomes: dict[str, Any]) -> None:
+    outcome = outcomes[name]
     assert outcome.errors == 0, outcome.found
     assert outcome.complete, outcome.found
 
 
 @pytest.mark.parametrize("name", run.BROKEN)
-def test_broken_is_caught(name: str) -> None:
-    outcome = run.check(name)
+def test_broken_is_caught(name: str, outcomes: dict[str, Any]) -> None:
+    outcome = outcomes[name]
     assert outcome.errors > 0
     assert outcome.found in ("assertion violated", "invalid end state")
 
