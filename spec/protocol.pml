@@ -1,7 +1,8 @@
 /* protocol.pml - how a change of protection reaches everybody, whoever fails or dies on the way.
  *
- * Lives here: the change of ext/change.c, also by a caller that changes the page tables of
- * others itself, the agent of ext/agent.c, joining and leaving, and a fate that kills.  The labels of steps are those of ARCHITECTURE.md.
+ * Lives here: the change of ext/change.c, with a caller that changes the page tables
+ * of others where it can, the agent of ext/agent.c, joining and leaving, and a fate
+ * that kills.  The labels of steps are those of ARCHITECTURE.md.
  * Assertions name the promise that they check; an invalid end state, which Spin
  * finds by itself (somebody waits for ever), breaks promise 5.
  *
@@ -44,12 +45,11 @@ byte kind, prot, first, count;
 byte ring[GENERATIONS]; /* RING_ENTRY; 0: not written yet, or being written */
 byte lock;              /* OWNER of the holder; 0: nobody */
 byte status[SLOTS], ack[SLOTS], error[SLOTS]; /* error: of which generation; 0: none */
+byte claim[SLOTS];      /* OWNER of who may make the page tables follow the map; 0: nobody */
+byte applied[SLOTS];    /* what they follow, for the next claimant */
 byte epoch[IDS];
 
 #define OPEN (complete < attempt)
-
-byte claim[SLOTS]; /* OWNER of who may make the page tables follow the map; 0: nobody */
-byte applied[SLOTS];
 
 #define ALL_PAGES 3 /* one bit a page */
 #define RING_UNDO 4
