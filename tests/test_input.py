@@ -316,7 +316,7 @@ def test_a_refused_default_stays_what_it_was(region: Region, fork: Fork) -> None
     with pytest.raises(ValueError, match="timeout"):
         pyshare.set_default_timeout(-1)
     with pytest.raises(pyshare.PropagationTimeout) as caught:
-        region.mprotect(0, PAGE, READ)
+        region.mprotect(0, PAGE, pyshare.NONE)
     assert (caught.value.pids, caught.value.generation) == ([child.pid], 1)
     child.resume()
 

@@ -575,7 +575,7 @@ def test_close_refuses_while_another_thread_is_in_mprotect(region: Region, fork:
     child.hear()
     child.stop()
     result: list[int] = []
-    thread = threading.Thread(target=lambda: result.append(region.mprotect(0, PAGE, READ, timeout=PATIENCE)))
+    thread = threading.Thread(target=lambda: result.append(region.mprotect(0, PAGE, NONE, timeout=PATIENCE)))
     thread.start()
     until(lambda: region.generation == 1)
     with pytest.raises(BufferError, match="another thread"):
