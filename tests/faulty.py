@@ -1,8 +1,8 @@
 """Runs each (steps, action) that it is given in a process of its own, for test_fault.py.
 
-python faulty.py LIBRARY with|without, then one JSON list a line on stdin; answers with one JSON list a line: how the
-process ended, what it wrote on stdout, and on stderr.  Without pyshare its own steps do nothing: what happens then is
-what must happen with it.
+python faulty.py LIBRARY mprotect|uffd|without, then one JSON list a line on stdin; answers with one JSON list a line:
+how the process ended, what it wrote on stdout, and on stderr.  Without pyshare its own steps do nothing: what happens
+then is what must happen with it.
 """
 
 import ctypes
@@ -29,13 +29,14 @@ library.jumps.argtypes = [ctypes.c_void_p, ctypes.c_long]
 libc = ctypes.CDLL(None)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 region: Any = None
-if sys.argv[2] == "with":
+engine = sys.argv[2]
+if engine != "without":
     import pyshare
 
 
 def create() -> None:
     global region
-    region = pyshare.create("faulty", size=4 * PAGE, replace=True)
+    region = pyshare.create("faulty", size=4 * PAGE, replace=True, engine=engine)
     region.mprotect(PAGE, PAGE, pyshare.READ)
     region.mprotect(2 * PAGE, PAGE, pyshare.NONE)
     libc.mprotect(region.address, PAGE, 0)
@@ -107,7 +108,7 @@ def become(steps: list[str], action: str, out: int, err: int) -> None:
     for step in steps:
         if step in STEPS:
             STEPS[step]()
-        elif sys.argv[2] == "with":
+        elif engine != "without":
             PYSHARE_STEPS[step]()
     ACTIONS[action]()
     sys.stdout.flush()

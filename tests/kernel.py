@@ -30,6 +30,9 @@ WAITING = 0x80000000  # in an owner word: somebody sleeps on it
 
 Runs = list[tuple[int, int, Prot]]
 
+# Tests of what happens in agents that are woken, stopped, or out of mappings; by uffd they need not run.
+co_operative = pytest.mark.parametrize("region", ["mprotect"], indirect=True)
+
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

@@ -19,7 +19,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, Child, idle, until
-from kernel import LOCK, PAGE, WAITING, agreed, at_its_limit, elsewhere, in_background, mapped, tell, word
+from kernel import (
+    LOCK,
+    PAGE,
+    WAITING,
+    agreed,
+    at_its_limit,
+    co_operative,
+    elsewhere,
+    in_background,
+    mapped,
+    tell,
+    word,
+)
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, Region
@@ -28,10 +40,10 @@ Fork = Callable[..., Child]
 Joined = Callable[..., Child]
 
 
-@pytest.fixture
-def region() -> Iterator[Region]:
+@pytest.fixture(params=["mprotect", "uffd"])
+def region(request: pytest.FixtureRequest) -> Iterator[Region]:
     """Its slots are taken by this process, a bystander and a victim (at most), so a dead one's must be used again."""
-    with pyshare.create(size=16 * PAGE, max_participants=3, engine="mprotect") as made:
+    with pyshare.create(size=16 * PAGE, max_participants=3, engine=request.param) as made:
         yield made
 
 
@@ -97,6 +109,7 @@ def test_a_killed_caller(region: Region, bystander: Child, fork: Fork, joined: J
     goes_on(region, joined, bystander)
 
 
+@co_operative
 @pytest.mark.parametrize("point", ["U1_kind", "U2_map", "U3_publish", "U4_await", "U5_complete"])
 def test_a_caller_killed_while_it_undoes(region: Region, fork: Fork, joined: Joined, point: str) -> None:
     region.mprotect(8 * PAGE, 8 * PAGE, READ)
@@ -112,6 +125,7 @@ def test_a_caller_killed_while_it_undoes(region: Region, fork: Fork, joined: Joi
     goes_on(region, joined, full)
 
 
+@co_operative
 @pytest.mark.parametrize("point", ["A1_wait=kill", "A1_wait=kill@2", "A2_apply=kill", "A4_ack=kill"])
 def test_a_killed_participant(region: Region, bystander: Child, fork: Fork, joined: Joined, point: str) -> None:
     victim = fork(Child.hear, point=point)
@@ -123,6 +137,7 @@ def test_a_killed_participant(region: Region, bystander: Child, fork: Fork, join
     goes_on(region, joined, bystander)
 
 
+@co_operative
 def test_a_participant_killed_while_it_fails(region: Region, bystander: Child, joined: Joined) -> None:
     victim = joined(at_its_limit(region), point="A3_fail=kill")
     tell(victim, "fill")
@@ -168,6 +183,7 @@ def test_a_caller_killed_while_others_wait_for_the_lock(region: Region, fork: Fo
     assert agreed(region)[-2:] == [(12 * PAGE, 3 * PAGE, NONE), (15 * PAGE, PAGE, READ_WRITE)]
 
 
+@co_operative
 def test_a_participant_killed_while_a_caller_waits_for_it(region: Region, bystander: Child, joined: Joined) -> None:
     for prot in (READ, NONE, READ_WRITE):
         victim = joined()

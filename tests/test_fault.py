@@ -53,7 +53,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def stage(library: Path, how: str) -> Iterator[Stage]:
-    """A process that has no faulthandler, no pytest and (how: "without") no pyshare, and runs cases in children."""
+    """A process that has no faulthandler, no pytest and (how: "without") no pyshare, and runs cases in children.
+
+    how: the engine of its regions, otherwise.
+    """
     arguments = [sys.executable, "-W", "ignore", str(HERE / "faulty.py"), str(library), how]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -70,9 +73,9 @@ def stage(library: Path, how: str) -> Iterator[Stage]:
         assert process.wait(PATIENCE) == 0
 
 
-@pytest.fixture(scope="module")
-def run_with(library: Path) -> Iterator[Stage]:
-    with stage(library, "with") as run:
+@pytest.fixture(scope="module", params=["mprotect", "uffd"])
+def run_with(library: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with stage(library, request.param) as run:
         yield run
 
 

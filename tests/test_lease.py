@@ -29,6 +29,7 @@ from kernel import (
     PAGE,
     Mappings,
     agreed,
+    co_operative,
     elsewhere,
     held,
     in_background,
@@ -59,7 +60,6 @@ def region(request: pytest.FixtureRequest) -> Iterator[Region]:
         yield made
 
 
-mprotect_only = pytest.mark.parametrize("region", ["mprotect"], indirect=True)  # agents are woken, mappings split
 windows = pytest.mark.parametrize("window", [False, True], ids=["in place", "window"])
 
 
@@ -756,7 +756,7 @@ def test_a_region_is_not_closed_while_one_is_held(region: Region, window: bool) 
 # -- Where page tables cannot follow -----------------------------------------------------------------------------------
 
 
-@mprotect_only
+@co_operative
 def test_at_the_limit_of_mappings_nothing_is_held(region: Region, joined: Joined) -> None:
     def body(child: Child) -> None:
         if region.engine != "mprotect":
@@ -911,7 +911,7 @@ def slot_is_taken(region: Region, slot: int) -> bool:
     return bool(lock.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-@mprotect_only
+@co_operative
 def test_a_slot_is_taken_as_long_as_a_window_is_mapped(region: Region, joined: Joined) -> None:
     """It is free only when no thread can reach the memory any more, whatever else is gone."""
 

@@ -24,6 +24,7 @@ from kernel import (
     WAITING,
     agreed,
     at_its_limit,
+    co_operative,
     die_quietly,
     forbid_waitv,
     in_background,
@@ -41,9 +42,9 @@ AT_ONCE = 0.05  # a timeout that is meant to run out
 SOON = 0.5  # the same, where somebody is meant to answer before it does
 
 
-@pytest.fixture
-def region() -> Iterator[Region]:
-    with pyshare.create(size=32 * PAGE, max_participants=16, engine="mprotect") as made:
+@pytest.fixture(params=["mprotect", "uffd"])
+def region(request: pytest.FixtureRequest) -> Iterator[Region]:
+    with pyshare.create(size=32 * PAGE, max_participants=16, engine=request.param) as made:
         yield made
 
 
@@ -218,6 +219,7 @@ def test_two_participants_in_one_process_agree(region: Region, joined: Callable[
 # -- Promise 4: all or nothing ----------------------------------------------------------------------------------------
 
 
+@co_operative
 @pytest.mark.parametrize("who", ["caller", "another"])
 def test_a_change_that_one_cannot_apply_is_undone_everywhere(
     region: Region, joined: Callable[..., Child], who: str
@@ -240,6 +242,7 @@ def test_a_change_that_one_cannot_apply_is_undone_everywhere(
     agreed(region, full.pid, other.pid)
 
 
+@co_operative
 def test_who_cannot_go_back_is_fenced(region: Region, fork: Fork, joined: Callable[..., Child]) -> None:
     """`late` has a checkerboard, which the change merges; before it is undone, `late` uses the room for itself."""
     for page in range(9, 29, 2):
@@ -278,6 +281,7 @@ def test_who_cannot_go_back_is_fenced(region: Region, fork: Fork, joined: Callab
 # -- Promise 7: bounded waiting ---------------------------------------------------------------------------------------
 
 
+@co_operative
 def test_a_stopped_participant_is_named_and_follows_later(region: Region, joined: Callable[..., Child]) -> None:
     stopped, other = joined(), joined()
     stopped.stop()
@@ -294,6 +298,7 @@ def test_a_stopped_participant_is_named_and_follows_later(region: Region, joined
     assert len(agreed(region, stopped.pid, other.pid)) == 6
 
 
+@co_operative
 def test_a_late_participant_applies_before_it_acknowledges(region: Region, joined: Callable[..., Child]) -> None:
     late = joined()
     for generation in range(1, 20):
@@ -305,6 +310,7 @@ def test_a_late_participant_applies_before_it_acknowledges(region: Region, joine
         agreed(region, late.pid)
 
 
+@co_operative
 def test_who_slept_through_more_than_the_ring_holds_takes_the_whole_map(
     region: Region, joined: Callable[..., Child]
 ) -> None:
@@ -319,6 +325,7 @@ def test_who_slept_through_more_than_the_ring_holds_takes_the_whole_map(
     agreed(region, late.pid)
 
 
+@co_operative
 @pytest.mark.parametrize("point", [None, "A3_fail=stop"], ids=["before it applied", "while it failed"])
 def test_a_late_participant_that_cannot_apply_is_fenced(
     region: Region, joined: Callable[..., Child], point: str | None
@@ -341,6 +348,7 @@ def test_a_late_participant_that_cannot_apply_is_fenced(
     assert not participant(region, late).fenced
 
 
+@co_operative
 def test_an_undo_that_one_is_late_for_is_still_an_error(region: Region, joined: Callable[..., Child]) -> None:
     full, late = joined(at_its_limit(region)), joined(point="A2_apply=stop@2")
     tell(full, "fill")
@@ -378,6 +386,7 @@ def test_a_stopped_caller_delays_others_and_they_change_nothing(region: Region, 
     assert agreed(region, holder.pid)[0] == (0, 8 * PAGE, READ)
 
 
+@co_operative
 def test_the_default_timeout_can_be_set(region: Region, joined: Callable[..., Child]) -> None:
     stopped = joined()
     stopped.stop()
@@ -399,6 +408,7 @@ def test_no_time_at_all_is_enough_when_there_is_nobody_to_wait_for(region: Regio
     agreed(region)
 
 
+@co_operative
 def test_other_threads_run_meanwhile(region: Region, joined: Callable[..., Child]) -> None:
     stopped = joined()
     stopped.stop()
