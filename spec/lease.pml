@@ -7,7 +7,8 @@
  *
  * Reading it
  *  - A statement is one load, store or atomic operation of C, or one system call.  A CAS
- *    that fails is tried again, so a loop of them is one step, from what it finds.
+ *    that fails is tried again, so a loop of them is one step, from what it finds.  The
+ *    labels are those of the crash points in C.
  *  - A futex: who sleeps is in `bed`, and goes on when it is woken.  FUTEX_WAIT looks at
  *    the word and lies down in one step; the kernel wakes one of those who watch a death.
  *  - BACKSTOP: who sleeps also gets up when it would find things changed.
@@ -173,16 +174,19 @@ inline give_all()
     od
 }
 
-/* A wake-up that came for it is not passed on. */
+/* Who sleeps on the low half may find the word free. */
 inline give_up(page)
 {
-    atomic {
-        if
-        :: reserved && next[page] == WORD(id) -> next[page] = 0; reserver[page] = false
-        :: else
-        fi;
-        reserved = false
-    }
+    if
+    :: atomic { reserved ->
+           reserved = false;
+           if
+           :: next[page] == WORD(id) -> next[page] = 0; reserver[page] = false
+           :: else
+           fi };
+       wake_one(LOW(page))
+    :: else
+    fi
 }
 
 /* -- The table of closers ------------------------------------------------------------------------------------ */
@@ -238,8 +242,11 @@ inline clear_dead(entry)
 
 /* -- Takers -------------------------------------------------------------------------------------------------- */
 
-#define RESERVED(page) (next[page] != 0 && next[page] != WORD(id) && !GONE(next[page]))
-#define FREE(page) ((holder[page] == 0 && !RESERVED(page)) || GONE(holder[page]))
+/* For another, if it be a thread of the same process. */
+#define RESERVED(page) (next[page] != 0 && !(reserved && next[page] == WORD(id)) && !GONE(next[page]))
+#define VACANT(page) (holder[page] == 0 || GONE(holder[page]))
+#define FREE(page) (VACANT(page) && !RESERVED(page))
+#define WHOM(page) (VACANT(page) -> next[page] : holder[page])
 
 #ifdef SLEPT_ALONE
 #define SLEPT false
@@ -255,10 +262,8 @@ inline get(page)
     :: else -> sleepers[page] = (sleepers[page] || SLEPT)
     fi;
     holder[page] = WORD(id);
-    if
-    :: !RESERVED(page) -> next[page] = 0; reserver[page] = false
-    :: else
-    fi;
+    next[page] = 0;
+    reserver[page] = false;
     reserved = false;
     slept = false;
     saw = 0
@@ -278,6 +283,7 @@ again:
 #ifdef LEASE_LOOK_FIRST
         atomic { looked[0] = mask[0]; looked[1] = mask[1] };
 #endif
+H1_take:
         do
         :: atomic { page < from + pages && FREE(page) -> get(page); page++ }
         :: atomic { page == from + pages -> break }
@@ -286,18 +292,18 @@ again:
                reserver[page] = true;
                reserved = true;
                saw = holder[page] };
-           LIE_DOWN(HIGH(page), next[page] == WORD(id) && reserver[page], saw);
+           LIE_DOWN(HIGH(page), next[page] == WORD(id) && reserver[page], holder[page]);
            goto asleep
         :: atomic { page < from + pages && !FREE(page) && reserved && next[page] == WORD(id) -> /* overtaken */
                reserver[page] = true;
                saw = holder[page] };
-           LIE_DOWN(HIGH(page), next[page] == WORD(id) && reserver[page], saw);
+           LIE_DOWN(HIGH(page), next[page] == WORD(id) && reserver[page], holder[page]);
            goto asleep
         :: atomic { page < from + pages && !FREE(page) && (!slept || RESERVED(page)) ->
                reserved = false;
                sleepers[page] = true;
                saw = holder[page] };
-           LIE_DOWN(LOW(page), holder[page] == saw && sleepers[page], (saw == 0 -> next[page] : saw));
+           LIE_DOWN(LOW(page), holder[page] == saw && sleepers[page], WHOM(page));
 asleep:
            if
            :: atomic { bed[id] == 0 -> slept = true; saw = 0 }
@@ -314,7 +320,7 @@ asleep:
                OVERLAP(first[entry], count[entry], from, pages) -> break }
         :: atomic { entry < ENTRIES && !(looked[entry] && closer[entry] != 0 &&
                OVERLAP(first[entry], count[entry], from, pages)) -> looked[entry] = false; entry++ }
-        :: atomic { entry == ENTRIES -> entry = 0; goto mine }
+        :: atomic { entry == ENTRIES -> entry = 0; goto H2_open }
         od;
         atomic { looked[0] = false; looked[1] = false };
         give_all();
@@ -332,7 +338,7 @@ asleep:
         fi;
         entry = 0;
         goto again;
-mine:
+H2_open:
         atomic {
             page = from;
             do
@@ -346,8 +352,10 @@ mine:
                 page++
             :: else -> break
             od };
+H3_close:
         do
         :: atomic { page > from -> page--; inside[page] = 0 };
+H4_release:
            give(page, 0)
         :: atomic { page == from -> goto returned }
         od;
@@ -363,6 +371,7 @@ returned:
 
 inline wait_for_holders()
 {
+K2_wait:
     do
     :: atomic { page < from + pages && (holder[page] == 0 || GONE(holder[page])) -> page++ }
     :: atomic { page == from + pages -> break }
@@ -373,7 +382,7 @@ inline wait_for_holders()
        if
        :: atomic { bed[id] == 0 -> saw = 0 }
        :: atomic { BACKED && bed[id] != 0 && (holder[page] != saw || GONE(saw)) -> GET_UP; saw = 0 }
-       :: atomic { timeouts < TIMEOUTS -> timeouts++; GET_UP; saw = 0; goto ended }
+       :: atomic { timeouts < TIMEOUTS -> timeouts++; GET_UP; saw = 0; goto K3_clear }
        fi
     od
 }
@@ -394,6 +403,7 @@ proctype change(byte id; byte from; byte pages)
         od;
         first[entry] = from;
         count[entry] = pages;
+K1_close:
         mask[entry] = true;
 #ifndef CLOSER_LOOK_FIRST
         wait_for_holders();
@@ -408,7 +418,7 @@ proctype change(byte id; byte from; byte pages)
             opened = true };
         opened = false;
         lock = 0;
-ended:
+K3_clear:
         clear(entry)
     } unless { !alive[PROCESS(id)] }
 }

@@ -46,7 +46,7 @@ byte ring[GENERATIONS]; /* RING_ENTRY; 0: not written yet, or being written */
 byte lock;              /* OWNER of the holder; 0: nobody */
 byte status[SLOTS], ack[SLOTS], error[SLOTS]; /* error: of which generation; 0: none */
 byte claim[SLOTS];      /* OWNER of who may make the page tables follow the map; 0: nobody */
-byte applied[SLOTS];    /* what they follow, for the next claimant */
+byte applied[SLOTS];    /* acknowledged, in all bits: of no account here, because claimants believe `ack` */
 byte epoch[IDS];
 
 #define OPEN (complete < attempt)
@@ -143,6 +143,14 @@ inline close(generation_)
 #define CLAIMED(slot, owner) (!CAPABLE(slot) || claim[slot] == (owner))
 #define TAKE_CLAIM(slot) claim[slot] = (CAPABLE(slot) -> OWNER(slot) : 0)
 #define GIVE_CLAIM(slot) claim[slot] = 0
+#endif
+
+#if defined(APPLIED_FIRST) || defined(APPLIED_LAST)
+#define FOLLOWED(slot) applied[slot]
+#define SAY_APPLIED(slot, generation_) applied[slot] = generation_
+#else
+#define FOLLOWED(slot) ack[slot]
+#define SAY_APPLIED(slot, generation_) skip
 #endif
 
 /* -- Callers ------------------------------------------------------------------------------------------------- */
@@ -379,13 +387,18 @@ R2_remote: /* pessimistic: it would open a fenced mapping */
         :: atomic { !HERE(slot) -> page = 0; claim[slot] = 0; slot++; goto R1_claim }
         :: atomic { page == first + count && HERE(slot) -> page = 0; break }
         od;
-R3_ack:
+#ifdef APPLIED_FIRST
         applied[slot] = CHANGED;
+#endif
+R3_ack:
         atomic {
             assert(CLAIMED(slot, OWNER(id)) && ack[slot] <= CHANGED); /* 3 */
             ack[slot] = CHANGED;
             assert(!HERE(slot) || fenced[slot] == UNMAPPED || FOLLOWS(slot)) /* 3 */
         };
+#ifdef APPLIED_LAST
+        applied[slot] = CHANGED;
+#endif
         atomic { claim[slot] = 0; slot++; goto R1_claim };
 missed: /* it may have been changed in part; its agent starts afresh */
         atomic { page = 0; claim[slot] = 0 };
@@ -445,7 +458,7 @@ inline catch_up()
 {
     d_step {
         todo = (WHOLE_MAP -> ALL_PAGES : 0);
-        each = applied[slot];
+        each = FOLLOWED(slot);
         do
         :: each < seen -> each++; todo = todo | (ring[each] == 0 -> ALL_PAGES : ring[each] & ALL_PAGES)
         :: else -> break
@@ -494,7 +507,7 @@ inline unlock()
 #ifdef CLAIM_NO_RECHECK
 #define REACHED(slot) false
 #else
-#define REACHED(slot) (applied[slot] >= seen)
+#define REACHED(slot) (FOLLOWED(slot) >= seen)
 #endif
 
 #ifdef MEND_NOCLAIM
@@ -505,13 +518,6 @@ inline unlock()
 #define MAY_MEND(slot) MAY_FOLLOW(slot)
 #define MEND_CLAIM(slot) TAKE_CLAIM(slot)
 #define GIVE_MENDED(slot) GIVE_CLAIM(slot)
-#endif
-
-/* What a caller applied that died before it acknowledged, somebody must. */
-#ifdef APPLIED_ALONE
-#define ANSWER(slot) skip
-#else
-#define ANSWER(slot) ack[slot] = applied[slot]
 #endif
 
 #ifdef LEAVE_FIRST
@@ -563,7 +569,7 @@ J3_apply: /* of a dead caller's open record it may see a part; the rest is not p
         :: atomic { failed -> failed = false; goto L1_unmap }
         :: else
         fi;
-        atomic { applied[slot] = seen; ack[slot] = seen; seen = 0 };
+        atomic { SAY_APPLIED(slot, seen); ack[slot] = seen; seen = 0 };
 J4_live:
         status[slot] = LIVE;
         unlock();
@@ -594,7 +600,6 @@ end_wait: /* for ever, if there is no further change */
             TAKE_CLAIM(slot);
             if
             :: REACHED(slot) -> /* since the look at the generation */
-                ANSWER(slot);
                 awake[slot] = (generation != seen);
                 GIVE_CLAIM(slot);
                 seen = 0;
@@ -629,7 +634,7 @@ A3_fail: /* a caller may give up between the look at `complete` and the error: t
 A4_ack:
         atomic {
             assert(ack[slot] <= seen); /* 3 */
-            applied[slot] = seen;
+            SAY_APPLIED(slot, seen);
             ack[slot] = seen;
             assert(EXACT(slot) || OPEN || LATE(slot)); /* 3, 7 */
             seen = 0;
@@ -707,7 +712,9 @@ init
     :: DIES(0)
     :: DIES(1)
     :: DIES(2)
+#if SLOTS + CALLERS > 3
     :: DIES(3)
+#endif
 #if SLOTS + CALLERS > 4
     :: DIES(4)
 #endif

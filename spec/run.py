@@ -97,6 +97,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "mix-mend": Protocol(
         "another thread at the page tables", second="READ_WRITE", remote=1, misses=1, mends=1, quick=True
     ),
+    "mix-twice": Protocol(
+        "two callers die", second="READ_WRITE", slots=1, founders=1, crashes=2, remote=1, misses=1, quick=True
+    ),
     "ends": Protocol("every run ends", founders=1, joins=1, crashes=1, timeouts=1, ends=True),
     "join-late": Protocol("joining, a death and a timeout", founders=1, joins=1, crashes=1, timeouts=1),
     "timeouts": Protocol("two callers give up", timeouts=2, failures=1),
@@ -149,13 +152,14 @@ BROKEN = {
     "NOEPOCH": Broken("join", "the owner of a lock is known by slot and epoch"),
     "LEAVE_FIRST": Broken("join", "a leaver unmaps before its slot is free"),
     "NOCLAIM": Broken("mix", "who makes page tables follow the map holds the claim"),
-    "CLAIM_NO_RECHECK": Broken("mix", "an agent looks at applied again under the claim"),
+    "CLAIM_NO_RECHECK": Broken("mix", "an agent looks again, under the claim, at what was reached"),
     "REMOTE_STALE": Broken("mix-undo", "a caller looks at acknowledgement, error and fence under the claim"),
     "REMOTE_ANY": Broken("mix-late", "only who stands at the generation before is reached"),
     "NOTAKEOVER": Broken("mix", "a claim is taken over from the dead"),
     "UNREACHED": Broken("mix-mend", "an agent that was not reached is woken"),
     "MEND_NOCLAIM": Broken("mix-mend", "other threads need the claim too"),
-    "APPLIED_ALONE": Broken("mix", "who finds a generation applied, but not acknowledged, acknowledges it"),
+    "APPLIED_FIRST": Broken("mix", "claimants believe ack: a caller died before it stored that"),
+    "APPLIED_LAST": Broken("mix-twice", "claimants believe ack: two callers died after they stored that"),
     "LEASE_LOOK_FIRST": Broken("wait", "a taker looks at the closers after its CAS"),
     "CLOSER_LOOK_FIRST": Broken("wait", "a change looks at the words after it has become a closer"),
     "WAKE_ONE": Broken("wait", "while there are closers, a release wakes everybody on the low half"),
