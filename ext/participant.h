@@ -164,8 +164,13 @@ static inline struct ps_shm_slot *ps_slot(const struct ps_region *region, uint32
 static inline struct ps_shm_ring *ps_ring(const struct ps_region *region, uint64_t generation) {
     return (struct ps_shm_ring *)ps_section(region, PS_SEC_RING) + generation % PS_RING;
 }
+/* What our page tables follow: what is acknowledged, in all bits.  `applied` may be behind: a caller that changed them
+ * for us may have died before it stored that, and its successor too.  relaxed: the claim orders both. */
 static inline uint64_t ps_applied(const struct ps_region *region) {
-    return atomic_load_explicit(&ps_slot(region, region->slot)->applied, memory_order_relaxed);
+    const struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    uint64_t applied = atomic_load_explicit(&slot->applied, memory_order_relaxed);
+    uint32_t ahead = (atomic_load_explicit(&slot->ack, memory_order_relaxed) - (uint32_t)applied) & PS_ACK_MASK;
+    return ahead < (PS_ACK_MASK + 1) / 2 ? applied + ahead : applied;
 }
 static inline bool ps_running(const struct ps_region *region) {
     return atomic_load_explicit(&region->agent, memory_order_acquire) == PS_AGENT_RUNNING;

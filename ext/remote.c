@@ -104,8 +104,8 @@ static bool reach(struct ps_region *region, uint32_t index, uint64_t generation,
     int rc = legal ? change_outside(fd, ps_borrow_data(region, index), outside) : -EBUSY;
     PS_POINT(R2_remote);
     if (!rc) {
-        /* seq_cst exchange, as its agent does it: somebody may wait for an older generation.  Before `applied`: should
-         * we die in between, its agent follows once more; the other way round it would never acknowledge. */
+        /* seq_cst exchange, as its agent does it: somebody may wait for an older generation.  Should we die before the
+         * store of `applied`, the next claimant believes the acknowledgement (ps_applied). */
         seen = atomic_exchange_explicit(&slot->ack, (uint32_t)generation & PS_ACK_MASK, memory_order_seq_cst);
         PS_POINT(R3_ack);
         atomic_store_explicit(&slot->applied, generation, memory_order_relaxed);
