@@ -16,7 +16,8 @@
  *     one's word back.
  *  4. A closer of a dead owner goes only when its change has been finished: nobody has a lease while others do that.
  *  5. Page tables are open only while the words are ours: opened after the look, closed before the release.
- *  6. Whoever has slept and lost reserves the word: nobody, of its own process either, takes it before.
+ *  6. Who waits for a page gives those before it back when a change wants them: it may be made by whom we wait for.
+ *  7. Whoever has slept and lost reserves the word: nobody, of its own process either, takes it before.
  * Runs in: caller.
  */
 #define _GNU_SOURCE
@@ -34,10 +35,11 @@
 /* One call that takes words, or waits until others have given them back. */
 struct wait {
     struct ps_region *region;
-    int64_t deadline; /* PS_TRY: no wait */
-    bool early;       /* it is not the caller's but the end of the patience */
-    uint32_t mine;    /* owner word */
-    uint32_t blocker; /* owner word of whom we waited for in vain */
+    int64_t deadline;      /* PS_TRY: no wait */
+    bool early;            /* it is not the caller's but the end of the patience */
+    uint32_t mine;         /* owner word */
+    uint64_t first, count; /* pages of the same lease that we have already, while we wait for the next one */
+    uint32_t blocker;      /* owner word of whom we waited for in vain */
 };
 
 static struct wait begin_wait(struct ps_region *region, int64_t deadline) {
@@ -171,6 +173,14 @@ static int contend(struct taking *taking) {
     return rc ? give_up(taking, owner, rc) : 0;
 }
 
+static struct ps_shm_closer *closer_over(struct ps_region *region, uint64_t first, uint64_t count);
+
+/* A change waits for pages that we hold while we wait for others, whose holder may be the one who makes it. */
+static bool in_the_way(const struct taking *taking) {
+    const struct wait *wait = taking->wait;
+    return taking->slept && wait->count && closer_over(wait->region, wait->first, wait->count);
+}
+
 /* `index` is that of the word in `here`. *dead: the holder that died with it, or 0. */
 static int take_word(struct wait *wait, _Atomic uint64_t *word, uint64_t index, uint32_t *dead) {
     struct taking taking = {.wait = wait, .word = word, .seen = atomic_load_explicit(word, memory_order_relaxed)};
@@ -182,6 +192,8 @@ static int take_word(struct wait *wait, _Atomic uint64_t *word, uint64_t index, 
             rc = give_up(&taking, wait->mine, PS_ENESTED);
         } else if (wait->deadline == PS_TRY) {
             rc = -EAGAIN;
+        } else if (in_the_way(&taking)) {
+            rc = give_up(&taking, wait->mine, -EBUSY);
         } else if (taking.slept || !spin(&taking)) {
             rc = contend(&taking);
             taking.seen = atomic_load_explicit(word, memory_order_relaxed);
@@ -401,6 +413,8 @@ static int take_pages(struct wait *wait, struct ps_lease *lease) {
     lease->abandoned = false;
     for (uint64_t page = lease->first; page < end; page++) {
         uint32_t dead;
+        wait->first = lease->first;
+        wait->count = page - lease->first;
         int rc = take_word(wait, lease_word(region, page), page, &dead);
         if (rc) {
             give_pages(region, lease->first, page);
@@ -426,10 +440,15 @@ static int take_open_pages(struct wait *wait, struct ps_lease *lease) {
     struct ps_region *region = wait->region;
     for (;;) {
         int rc = take_pages(wait, lease);
-        struct ps_shm_closer *closer = rc ? NULL : closer_over(region, lease->first, lease->count);
-        if (!closer)
+        if (rc && rc != -EBUSY)
             return rc;
-        give_pages(region, lease->first, lease->first + lease->count);
+        struct ps_shm_closer *closer = closer_over(region, lease->first, lease->count);
+        if (!closer && !rc)
+            return 0;
+        if (!rc)
+            give_pages(region, lease->first, lease->first + lease->count);
+        if (!closer)
+            continue; /* it went meanwhile */
         rc = wait->deadline == PS_TRY ? -EAGAIN : wait_for_closer(wait, closer);
         if (rc)
             return rc;

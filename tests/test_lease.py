@@ -512,6 +512,21 @@ def test_a_change_waits_for_the_lease_and_holds_nobody_up(region: Region, joined
     free(region, 10, 6)
 
 
+def test_a_change_by_whom_a_lease_waits_for(region: Region, fork: Fork) -> None:
+    """It holds page 1, and changes page 0, which the other has already."""
+
+    def body(child: Child) -> None:
+        with region.lease(0, 2 * PAGE, timeout=None):
+            child.say()
+
+    with take(region, 1):
+        waiting = fork(body)
+        until(lambda: held(region, LEASES, 0)[0])
+        assert region.mprotect(0, PAGE, READ_WRITE, timeout=PATIENCE) == 1
+    assert waiting.hear() == "ok"
+    assert waiting.wait() == 0
+
+
 def test_a_change_that_times_out_has_changed_nothing(region: Region, joined: Joined) -> None:
     children = [joined(holder(region, page)) for page in (1, 5)]
     for timeout in (0, AT_ONCE):
