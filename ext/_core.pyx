@@ -143,6 +143,15 @@ cdef extern from *:
         PyMemoryViewObject *self = (PyMemoryViewObject *)view;
         return self->flags & _Py_MEMORYVIEW_RELEASED ? 0 : self->exports + self->mbuf->exports;
     }
+    static const struct ps_calls calls = {ps_address, ps_window, ps_lease_take, ps_lease_give,
+                                          ps_user_lock_take, ps_user_lock_give};
+    /* For ext/_peers.pyx alone: the handle, and how to call the core with it. */
+    static PyObject *capsule_of(struct ps_region *region) {
+        PyObject *capsule = PyCapsule_New(region, "pyshare.region", NULL);
+        if (capsule && PyCapsule_SetContext(capsule, (void *)&calls))
+            Py_CLEAR(capsule);
+        return capsule;
+    }
     #if PY_VERSION_HEX < 0x030D0000
     #define Py_IsFinalizing _Py_IsFinalizing
     #endif
@@ -155,6 +164,7 @@ cdef extern from *:
     Py_ssize_t users_of_view(object view)
     Py_ssize_t Py_REFCNT(PyObject *object)
     bint Py_IsFinalizing()
+    object capsule_of(ps_region *region)
 
 PAGE_SIZE = 4096
 ENGINES = {"auto": PS_ENGINE_AUTO, "mprotect": PS_ENGINE_MPROTECT, "uffd": PS_ENGINE_UFFD}
@@ -988,3 +998,10 @@ def name_of(int region_fd):
     if rc:
         raise_code(rc, "attach", None if field is NULL else field.decode())
     return name.decode() or None
+
+
+def _capsule(Handle handle not None):
+    """The core's handle, for measurement code, which keeps this one alive; RegionClosed."""
+    if handle.region is NULL:
+        raise_code(PS_ECLOSED, "measure")
+    return capsule_of(handle.region)

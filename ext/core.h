@@ -123,6 +123,18 @@ int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline
                       struct ps_outcome *outcome);
 void ps_user_lock_give(struct ps_region *region, uint32_t index);
 
+/* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */
+struct ps_calls {
+    void *(*address)(const struct ps_region *region);
+    void *(*window)(const struct ps_region *region);
+    int (*lease_take)(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
+                      struct ps_refusal *refusal);
+    int (*lease_give)(struct ps_region *region, const struct ps_lease *lease, int64_t deadline);
+    int (*lock_take)(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
+                     struct ps_outcome *outcome);
+    void (*lock_give)(struct ps_region *region, uint32_t index);
+};
+
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);
 int ps_name_find(int name_fd, int *region_fd);
