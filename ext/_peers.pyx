@@ -2,33 +2,65 @@
 # cython: autotestdict=False
 """_peers: measurement code only, the binding of peers.h.
 
-Lives here: the extern block and one class.  Not here: anything that a program
+Lives here: the extern block and two classes.  Not here: anything that a program
 which shares memory needs; pyshare.bench alone imports this.
 Invariant: the GIL is not held while C waits, stores or takes the time.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer
 from libc.errno cimport EINTR
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 
 import os
 
+from pyshare import _core
+
 cdef extern from "peers.h" nogil:
+    struct ps_calls:
+        pass
+    struct ps_region:
+        pass
     enum:
         PEERS_MAX
+    enum peers_cycle_kind "peers_cycle":
+        PEERS_MPROTECT
+        PEERS_UFFD
+        PEERS_FCNTL
+        PEERS_MUTEX
+        PEERS_THREAD
+        PEERS_MAP
+        PEERS_MAP_UNMAP
+    enum peers_work_kind "peers_work":
+        PEERS_REST
+        PEERS_LOOK
+        PEERS_STORE
     struct peers_board:
+        void *address
         int32_t *pids
+        int32_t *fds
     peers_board *peers_board_create(void *address, size_t length, void *cells)
     void peers_board_free(peers_board *board)
     int peers_die_with(int32_t parent)
     int peers_protect(peers_board *board, int32_t prot)
     void peers_work(peers_board *board, uint32_t thread)
-    int peers_set_storing(peers_board *board, uint32_t threads)
+    int peers_set_work(peers_board *board, peers_work_kind work, uint32_t called)
+    int peers_await_work(peers_board *board, peers_work_kind work)
     int peers_signal_listen(peers_board *board)
     int64_t peers_signal_change(peers_board *board, uint32_t count, int32_t prot)
     void peers_floor_serve(peers_board *board, uint32_t threads)
     int64_t peers_floor_change(peers_board *board, int32_t prot)
+    int peers_remote_open(peers_board *board)
+    int64_t peers_remote_change(peers_board *board, uint32_t count, int32_t prot)
+    void peers_cycle_serve(peers_board *board, int32_t fd, size_t length)
+    int64_t peers_cycle(peers_board *board, peers_cycle_kind cycle, int32_t times)
+    int64_t peers_core_lease(const ps_calls *calls, ps_region *region, uint64_t page, bint window, int32_t times)
+    int64_t peers_core_lock(const ps_calls *calls, ps_region *region, uint32_t index, int32_t times)
+
+REST, LOOK, STORE = PEERS_REST, PEERS_LOOK, PEERS_STORE
+MPROTECT, UFFD, FCNTL, MUTEX = PEERS_MPROTECT, PEERS_UFFD, PEERS_FCNTL, PEERS_MUTEX
+THREAD, MAP, MAP_UNMAP = PEERS_THREAD, PEERS_MAP, PEERS_MAP_UNMAP
 
 
 cdef int64_t checked(int64_t result) except -1:
@@ -68,30 +100,42 @@ cdef class Board:
         if self.board is not NULL:
             peers_board_free(self.board)
 
+    @property
+    def address(self) -> int:
+        """Where the pages begin."""
+        return <uintptr_t>self.board.address
+
     def protect(self, int32_t prot) -> None:
         """The pages have the protection in this process."""
         checked(peers_protect(self.board, prot))
 
     def work(self, uint32_t thread) -> None:
-        """Sleeps, or stores to a cell of its own while told to; does not return."""
+        """Sleeps until it is called, and works while there is work; does not return."""
         with nogil:
             peers_work(self.board, thread)
 
-    def set_storing(self, uint32_t threads) -> None:
-        """So many working threads are told to store; with 0, all are told to stop."""
-        checked(peers_set_storing(self.board, threads))
+    def set_work(self, int32_t work, uint32_t called=0) -> None:
+        """The working threads are told what to do, and so many of them are called."""
+        checked(peers_set_work(self.board, <peers_work_kind>work, called))
+
+    def await_work(self, int32_t work) -> bool:
+        """A working thread has just done that, or all rest; where this is False, the machine is too busy to let them."""
+        return peers_await_work(self.board, <peers_work_kind>work) == 1
 
     def signal_listen(self) -> None:
         """This process answers the signal broadcast."""
         checked(peers_signal_listen(self.board))
 
+    cdef set_members(self, int32_t *numbers, members):
+        if len(members) > PEERS_MAX:
+            raise ValueError(f"{len(members)} processes; at most {PEERS_MAX} can be reached")
+        for index, number in enumerate(members):
+            numbers[index] = number
+        self.count = len(members)
+
     def signal_members(self, pids) -> None:
         """The signal broadcast goes to these processes."""
-        if len(pids) > PEERS_MAX:
-            raise ValueError(f"{len(pids)} processes; at most {PEERS_MAX} can be signalled")
-        for index, pid in enumerate(pids):
-            self.board.pids[index] = pid
-        self.count = len(pids)
+        self.set_members(self.board.pids, pids)
 
     def signal_change(self, int32_t prot) -> int:
         """Every member and this process have the protection; returns ns."""
@@ -110,4 +154,59 @@ cdef class Board:
         cdef int64_t elapsed
         with nogil:
             elapsed = peers_floor_change(self.board, prot)
+        return checked(elapsed)
+
+    def remote_open(self) -> int:
+        """A userfaultfd on the pages of this process, to be lent to the caller."""
+        return checked(peers_remote_open(self.board))
+
+    def remote_members(self, fds) -> None:
+        """The remote change goes through these userfaultfds, which others opened."""
+        self.set_members(self.board.fds, fds)
+
+    def remote_change(self, int32_t prot) -> int:
+        """The members have the protection, and this process is as it was; returns ns."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = peers_remote_change(self.board, self.count, prot)
+        return checked(elapsed)
+
+    def cycle_serve(self, int32_t fd, size_t length) -> None:
+        """Goes through cycles when asked, on a memfd of so many bytes; does not return."""
+        with nogil:
+            peers_cycle_serve(self.board, fd, length)
+
+    def cycle(self, int32_t cycle, int32_t times) -> int:
+        """The serving process went through the cycle so often; returns the ns that it took."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = peers_cycle(self.board, <peers_cycle_kind>cycle, times)
+        return checked(elapsed)
+
+
+cdef class Core:
+    """The core of a region, called from C."""
+
+    cdef object handle
+    cdef ps_region *region
+    cdef const ps_calls *calls
+
+    def __cinit__(self, handle) -> None:
+        capsule = _core._capsule(handle)
+        self.handle = handle
+        self.region = <ps_region *>PyCapsule_GetPointer(capsule, "pyshare.region")
+        self.calls = <const ps_calls *>PyCapsule_GetContext(capsule)
+
+    def lease(self, uint64_t page, bint window, int32_t times) -> int:
+        """One page was leased, stored to and released so often; returns the ns that it took."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = peers_core_lease(self.calls, self.region, page, window, times)
+        return checked(elapsed)
+
+    def lock(self, uint32_t index, int32_t times) -> int:
+        """The lock was taken and released so often; returns the ns that it took."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = peers_core_lock(self.calls, self.region, index, times)
         return checked(elapsed)

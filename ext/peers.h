@@ -3,17 +3,36 @@
  * Lives here: the broadcasts and the floors whose every step is C, so that no
  * Python is counted against them.  pyshare itself uses none of it.
  * Results are nanoseconds, 0, or -errno.
- * Not here: the peers made of multiprocessing, who takes part, statistics (pyshare/bench.py).
+ * Not here: the peers made of multiprocessing, who takes part, statistics (pyshare/bench/).
  */
 #ifndef PS_PEERS_H
 #define PS_PEERS_H
 
+#include <pthread.h>
 #include <semaphore.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core.h"
+
 #define PEERS_MAX 256
+
+/* What one process does over and over: the least that a lease, a lock or an attach could cost. */
+enum peers_cycle {
+    PEERS_MPROTECT,  /* mprotect, store, mprotect back */
+    PEERS_UFFD,      /* the same by UFFDIO_WRITEPROTECT; the store is a minor fault */
+    PEERS_FCNTL,     /* a lock of the page's bytes, store, unlock; the page stays writable */
+    PEERS_MUTEX,     /* a robust process-shared pthread mutex, the same */
+    PEERS_THREAD,    /* start a thread, and wait for its end: what an agent needs beside the mapping */
+    PEERS_MAP,       /* mmap of the whole file */
+    PEERS_MAP_UNMAP, /* ... and munmap */
+    PEERS_CYCLES
+};
+
+/* PEERS_LOOK: stores to a cell of its own and looks at the pages, so that its CPU has the translation, which a change
+ * must take from it.  PEERS_STORE: stores to the first of the pages, so that the entry is writable, too. */
+enum peers_work { PEERS_REST, PEERS_LOOK, PEERS_STORE };
 
 /* What the processes of one contender share; forked children have it, and the pages, at the same addresses. */
 struct peers_board {
@@ -23,16 +42,21 @@ struct peers_board {
     volatile unsigned char *cells; /* a page to which working threads store */
     int32_t prot;
     int32_t pids[PEERS_MAX];
-    uint32_t cpus; /* that these processes may use */
+    int32_t fds[PEERS_MAX]; /* the participants' userfaultfds, as the caller borrowed them */
+    int32_t cycle, times;   /* of a floor that goes in cycles */
+    uint32_t cpus;          /* that these processes may use */
     /* The answers.  The last participant posts `done`. */
     _Alignas(64) _Atomic uint32_t missing;
     _Atomic int32_t error; /* errno of a participant that could not apply it */
     int64_t elapsed;       /* a floor's own answer */
     sem_t done;
     sem_t asked; /* posted to call the process of a floor */
-    /* Working threads store while it is set; `work` holds one token for each of them. */
-    _Alignas(64) _Atomic uint32_t storing;
-    sem_t work;
+    /* What working threads do (enum peers_work); `called` holds one token for each of them. */
+    _Alignas(64) _Atomic uint32_t work;
+    _Atomic uint32_t at_work;   /* what one of them has just done */
+    _Atomic uint32_t called_up; /* how many have been called and do not rest yet */
+    sem_t called;
+    pthread_mutex_t mutex; /* of PEERS_MUTEX */
 };
 
 struct peers_board *peers_board_create(void *address, size_t length, void *cells); /* NULL, and errno */
@@ -42,17 +66,35 @@ void peers_board_free(struct peers_board *board);                               
 int peers_die_with(int32_t parent);
 int peers_protect(struct peers_board *board, int32_t prot);
 
-/* A working thread: sleeps, or stores to a cell of its own while it is told to, until its process is killed. */
+/* A working thread sleeps until it is called, and works while there is work; until its process is killed. */
 _Noreturn void peers_work(struct peers_board *board, uint32_t thread);
-int peers_set_storing(struct peers_board *board, uint32_t threads); /* 0: stop */
+int peers_set_work(struct peers_board *board, enum peers_work work, uint32_t called);
+/* 1: a working thread has just done this, and, if only one was called, does nothing else any more; or, for PEERS_REST,
+ * all do.  0: not yet, the machine is that busy. */
+int peers_await_work(struct peers_board *board, enum peers_work work);
 
 /* The signal broadcast: SIGUSR1 to every pid; each handler calls mprotect and counts down. */
 int peers_signal_listen(struct peers_board *board);
 int64_t peers_signal_change(struct peers_board *board, uint32_t count, int32_t prot);
 
+/* The bare remote change: each participant opens a userfaultfd on the pages and lends it (any way it likes); the caller
+ * goes from one to the next.  Nobody else runs, and the caller's own pages stay as they are. */
+int peers_remote_open(struct peers_board *board); /* the descriptor */
+int64_t peers_remote_change(struct peers_board *board, uint32_t count, int32_t prot);
+
 /* A floor: one process that calls mprotect when asked, on warm caches and while so many working threads of its own
  * run, and says how long the call took. */
 _Noreturn void peers_floor_serve(struct peers_board *board, uint32_t threads);
 int64_t peers_floor_change(struct peers_board *board, int32_t prot);
+
+/* A process of one thread that goes through a cycle so often, after one that is not counted, and says how long that
+ * took.  `fd` is a memfd of `length` bytes. */
+_Noreturn void peers_cycle_serve(struct peers_board *board, int32_t fd, size_t length);
+int64_t peers_cycle(struct peers_board *board, enum peers_cycle cycle, int32_t times);
+
+/* Leases of one page and locks of a region, as C would take them; as the cycles above. */
+int64_t peers_core_lease(const struct ps_calls *calls, struct ps_region *region, uint64_t page, bool window,
+                         int32_t times);
+int64_t peers_core_lock(const struct ps_calls *calls, struct ps_region *region, uint32_t index, int32_t times);
 
 #endif
