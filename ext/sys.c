@@ -283,8 +283,11 @@ int ps_sys_fd_of_thread(int tid, int fd) {
 }
 
 int ps_sys_fd_high(int fd, int least) {
+    struct rlimit limit;
     int high = result(fcntl(fd, F_DUPFD_CLOEXEC, least));
-    return high == -EINVAL ? result(fcntl(fd, F_DUPFD_CLOEXEC, 3)) : high; /* the limit lies below */
+    if (high != -EINVAL || getrlimit(RLIMIT_NOFILE, &limit))
+        return high;
+    return result(fcntl(fd, F_DUPFD_CLOEXEC, (int)(limit.rlim_cur / 2))); /* the limit lies below */
 }
 
 /* -- Sockets ------------------------------------------------------------------------------------------------------ */

@@ -75,7 +75,8 @@ int ps_sys_uffd_protected(int pid, uintptr_t at);
 
 /* A descriptor of another thread's table, which may be one of its own (Linux 6.9). */
 int ps_sys_fd_of_thread(int tid, int fd);
-/* The same descriptor under another number, at or above `least` where the limit allows it, closed by exec. */
+/* The same descriptor under another number, closed by exec: at or above `least`, or, where the limit is below that, in
+ * the upper half of what it allows: the lower half is for the program. */
 int ps_sys_fd_high(int fd, int least);
 
 /* Abstract datagram sockets with a name that the kernel chose: five hexadecimal digits.  One side asks, the other

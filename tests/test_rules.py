@@ -100,7 +100,7 @@ MAY_CALL = {
     "sys.c": DESCRIPTORS
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"}
-    | {"bind", "geteuid", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
+    | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
 }
 
 
