@@ -7,23 +7,32 @@ all its processes shows when the last of them is gone: its reader sees the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
+import mmap
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import pyshare
 from pyshare import _peers, bench
-from pyshare.bench import CHANGES, SHOWN, Case
+from pyshare.bench import bounds, costs, cycles, measure, sections, teams
+from pyshare.bench.measure import Case, Crew, Figures
+from pyshare.bench.teams import CHANGES, CONTENDERS, Bare, Contender, Mixed, Mprotect, Region, Signal, Uffd
 
 PATIENCE = 120.0
-BENCH = (sys.executable, "-m", "pyshare", "bench", "--quick", "--participants", "1,2")
+
+Row = dict[str, Any]
 
 
 def pyshare_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,26 +44,34 @@ def pyshare_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """The output and the JSON of one small run."""
+    """The output and the JSON of one run of everything."""
     path = tmp_path_factory.mktemp("bench") / "figures.json"
-    done = pyshare_command("bench", "--quick", "--participants", "1,2", "--rounds", "5", "--json", str(path))
+    done = pyshare_command("bench", "--quick", "--participants", "1,8,32", "--rounds", "3", "--json", str(path))
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout, json.loads(path.read_text())
 
 
+def case_of(row: Row) -> Case:
+    return Case(**{field: row[field] for field in Case.__dataclass_fields__})
+
+
 def test_every_contender_is_measured_in_every_case(run: tuple[str, dict[str, Any]]) -> None:
-    results = run[1]["results"]
-    cases = {tuple(row[field] for field in Case.__dataclass_fields__) for row in results}
-    assert {(1, bench.PAGE, True, False, 1), (2, bench.MIB, False, False, 1), (2, bench.PAGE, True, True, 1)} <= cases
-    assert len(results) == len(cases) * len(SHOWN) * len(CHANGES)
-    assert {row["contender"] for row in results} == set(SHOWN)
+    found = {(case_of(row), row["contender"], row["measure"]) for row in run[1]["results"]}
+    assert len(found) == len(run[1]["results"])
+    for case in {case for case, _, _ in found if case.section == "change"}:
+        here = {(name, change) for one, name, change in found if one == case}
+        fit = {kind.name for kind in CONTENDERS if kind.fits(case) and not kind.missing()}
+        assert here == {(name, change) for name in fit for change in CHANGES}
+    assert {case.section for case, _, _ in found} == set(bench.SECTIONS)
 
 
-def test_every_statistic_is_in_order(run: tuple[str, dict[str, Any]]) -> None:
+def test_every_figure_is_finite_and_in_order(run: tuple[str, dict[str, Any]]) -> None:
     for row in run[1]["results"]:
-        assert 0 < row["p50"] <= row["p90"] <= row["p99"] <= row["max"]
-        assert row["rounds"] == 5
-    assert run[1]["unit"] == "microseconds"
+        values = [row[name] for name in ("p50", "p90", "p99", "max")]
+        assert values == sorted(values)
+        assert all(math.isfinite(value) and value >= 0 for value in values)
+        assert row["rounds"] == 3 or row["section"] in ("sparse", "memory")
+        assert row["p50"] > 0 or row["unit"] == "KiB"
 
 
 def test_the_machine_is_described(run: tuple[str, dict[str, Any]]) -> None:
@@ -64,55 +81,197 @@ def test_the_machine_is_described(run: tuple[str, dict[str, Any]]) -> None:
     assert all(about[field] for field in ("cpu", "kernel", "python", "date"))
 
 
-def test_the_table_is_printed(run: tuple[str, dict[str, Any]]) -> None:
+def test_the_tables_are_printed(run: tuple[str, dict[str, Any]]) -> None:
     output = run[0]
-    assert all(contender in output for contender in SHOWN)
-    assert all(word in output for word in ("N = 1", "N = 2", "1 MiB", "store x1", "revoke", "grant", "p99"))
+    assert all(row["contender"] in output for row in run[1]["results"])
+    words = (
+        "N = 1",
+        "N = 8",
+        "1 MiB",
+        "1/8 stores",
+        "1/8 stopped",
+        "READ_WRITE",
+        "revoke",
+        "grant",
+        "p99",
+        "Python",
+        "KiB",
+    )
+    assert all(word in output for word in words)
     assert max(len(line.rstrip()) for line in output.splitlines()[:-1]) <= 80
 
 
-def test_the_bounds_are_ratios_of_medians(run: tuple[str, dict[str, Any]]) -> None:
-    figures = {
-        (row["contender"], row["change"]): row["p50"]
-        for row in run[1]["results"]
-        if row["participants"] == 1 and not row["storing"]
-    }
-    (bound,) = run[1]["bounds"]  # at N = 1, 2 one bound speaks: 1.3 times the signal broadcast
-    assert (bound["peer"], bound["participants"], bound["limit"]) == ("signal", 1, 1.3)
-    for change, ratio in bound["ratios"].items():
-        assert ratio == pytest.approx(figures["pyshare", change] / figures["signal", change])
-    assert bound["met"] == (max(bound["ratios"].values()) <= 1.3)
+def test_every_bound_is_a_row(run: tuple[str, dict[str, Any]]) -> None:
+    """Those that speak of the remote engine, too, where there is one."""
+    found = Counter((row["section"], row["bound"].split(":")[0], row["peer"]) for row in run[1]["bounds"])
+    expected = {("change", f"mprotect N={n}", peer) for n in (8, 32) for peer in ("signal", "pipe", "condition")}
+    expected |= {("change", "mprotect N=1", "signal"), ("lock", "lock, Python", "mp.Lock")}
+    if not Uffd.missing():
+        for cold in ("", ", cold"):
+            expected |= {("change", f"uffd N={n}{cold}", peer) for n in (8, 32) for peer in ("signal", "pipe")}
+            expected |= {("change", f"uffd N=8{cold}", "all CPUs"), ("change", f"uffd each of N=32{cold}", "bare uffd")}
+        expected |= {("change", f"uffd N={n}, 1 stores", "all CPUs") for n in (1, 8)}
+        expected |= {("lease", f"lease by window, {one}", most) for one, most in (("Python", "1 µs"), ("C", "0.15 µs"))}
+        expected |= {("lease", "lease, Python", "2 mprotect"), ("lease", "lease, C", "2 bare uffd")}
+        expected |= {("lease", "lease N=32, Python", "N=1")}
+        for prot in ("READ", "READ_WRITE"):
+            expected |= {("sparse", f"{how} 64 GiB {prot}", "mmap") for how in ("create", "attach")}
+            expected |= {("sparse", f"page tables, {prot}", "1 MiB")}
+    assert found == Counter(expected)
 
 
-def test_a_quantile_is_a_time_that_was_measured() -> None:
-    found = bench.figures([1000 * number for number in range(100, 0, -1)])
-    assert found == {"p50": 50, "p90": 90, "p99": 99, "max": 100, "rounds": 100}
-    assert bench.figures([7000]) == {"p50": 7, "p90": 7, "p99": 7, "max": 7, "rounds": 1}
+def test_a_bound_is_a_ratio_of_medians(run: tuple[str, dict[str, Any]]) -> None:
+    medians = {row["p50"] for row in run[1]["results"]}
+    for bound in run[1]["bounds"]:
+        if "each" not in bound["bound"]:
+            assert bound["ours"] in medians
+            assert bound["theirs"] in medians or " " in bound["peer"]
+        assert bound["ratio"] == pytest.approx((bound["ours"] / bound["theirs"]) ** (-1 if bound["at_least"] else 1))
+        assert bound["met"] == (
+            (bound["ratio"] >= bound["limit"]) if bound["at_least"] else bound["ratio"] <= bound["limit"]
+        )
+
+
+def test_a_quantile_is_a_value_that_was_measured() -> None:
+    assert measure.figures(range(100, 0, -1)) == Figures(p50=50, p90=90, p99=99, max=100, rounds=100, unit="µs")
+    assert measure.figures([3, 1, 2]) == Figures(p50=2, p90=3, p99=3, max=3, rounds=3, unit="µs")
+    assert measure.figures([7], "KiB") == Figures(p50=7, p90=7, p99=7, max=7, rounds=1, unit="KiB")
 
 
 def test_a_missed_bound_is_called_missed() -> None:
     results = {
-        (Case(count), contender, change): {"p50": 20.0 if contender == "pyshare" else 10.0 * count}
+        (Case("change", count), name, change): measure.figures([20.0 if name == "mprotect" else 10.0 * count])
         for count in (1, 8)
-        for contender in SHOWN
+        for name in teams.SHOWN
+        if name not in ("uffd", "bare uffd")
         for change in CHANGES
     }
-    assert [(one.peer, one.participants, one.met) for one in bench.verdicts(results)] == [
-        ("signal", 1, False),
-        ("signal", 8, True),
-        ("pipe", 8, True),
-        ("condition", 8, True),
+    assert [(one.bound.split(":")[0], one.peer, one.met) for one in bounds.verdicts(results)] == [
+        ("mprotect N=1", "signal", False),
+        ("mprotect N=8", "signal", True),
+        ("mprotect N=8", "pipe", True),
+        ("mprotect N=8", "condition", True),
     ]
 
 
+def test_a_section_can_be_chosen() -> None:
+    done = pyshare_command("bench", "lock", "--quick", "--participants", "1", "--rounds", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mp.Lock" in done.stdout
+    assert "revoke" not in done.stdout
+    assert "2 mprotect" not in done.stdout
+
+
+# -- What is measured is what is said --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(kind: type[Contender], case: Case) -> Iterator[Any]:
+    """A team at its work."""
+    if kind.missing():
+        pytest.skip(kind.missing())
+    with sections.assembled([kind], case) as (team,), measure.alarm():
+        yield team
+
+
+def write_protected(pid: int, address: int) -> bool:
+    """Bit 57 of pagemap."""
+    with open(f"/proc/{pid}/pagemap", "rb") as file:
+        file.seek(address // mmap.PAGESIZE * 8)
+        return bool(int.from_bytes(file.read(8), "little") >> 57 & 1)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_bare_change_reaches_every_participant(change: str) -> None:
+    with started(Bare, Case("change", 3)) as team:
+        before = [prot for prot in CHANGES.values() if prot != CHANGES[change]]
+        for prot in (*before, CHANGES[change]):
+            assert team.change(prot) > 0
+        pages = [team.board.address + offset for offset in (-mmap.PAGESIZE, 0, mmap.PAGESIZE)]
+        for pid in team.crew.pids:
+            assert [write_protected(pid, page) for page in pages] == [False, change == "revoke", False]
+
+
+@pytest.mark.parametrize("kind", [Bare, Signal])
+def test_one_that_stores_does_so_until_it_may_not(kind: type[Contender]) -> None:
+    with started(kind, Case("change", 2, storing=1)) as team:
+        seen = []
+        for change in ("grant", "revoke", "grant", "revoke"):
+            assert team.timed_change(CHANGES[change]) > 0
+            seen.append(bytes(team.memory[mmap.PAGESIZE : mmap.PAGESIZE + 1]))
+        assert len(set(seen)) > 1
+        assert seen[1] == seen[2]
+        assert all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in team.crew.pids)
+
+
+def engines(region: pyshare.Region) -> Counter[str]:
+    return Counter(one.engine for one in region.participants() if one.alive and one.pid != os.getpid())
+
+
+def test_mixed_is_half_and_half() -> None:
+    with started(Mixed, Case("change", 6)) as team:
+        assert engines(team.region) == {"uffd": 3, "mprotect": 3}
+        for prot in CHANGES.values():
+            assert team.change(prot) > 0
+
+
+def test_teams_do_not_take_part_in_one_another() -> None:
+    kinds = [kind for kind in (Mixed, Uffd, Mprotect) if not kind.missing()]
+    with sections.assembled([*kinds, Mprotect], Case("change", 2)) as started_teams:
+        assert [engines(team.region).total() for team in started_teams if isinstance(team, Region)] == [2] * (
+            len(kinds) + 1
+        )
+
+
+@pytest.mark.parametrize("kind", [Bare, Uffd])
+def test_the_stopped_one_is_stopped(kind: type[Contender]) -> None:
+    with started(kind, Case("change", 2, stopped=True)) as team:
+        stopped, other = (psutil.Process(pid).status() for pid in team.crew.pids)
+        assert stopped == psutil.STATUS_STOPPED != other
+        for prot in CHANGES.values():
+            assert team.change(prot) > 0
+
+
+def test_each_region_has_as_many_participants_as_it_says() -> None:
+    kinds = [kind for kind in (Uffd, Mprotect) if not kind.missing()]
+    with cycles.regions(kinds, [1, 2, 5]) as opened:
+        assert len(opened) == 3 * len(kinds)
+        for (engine, count), region in opened.items():
+            assert engines(region) == {engine: count}
+
+
+def test_as_many_slots_are_taken_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "SLOTS", 100)
+    with Crew() as crew:
+        fd = costs.crowded(Case("sparse", 100, 1 << 30), crew)
+        with pyshare.attach(fd) as region:
+            assert engines(region).total() == 100
+        os.close(fd)
+
+
+@pytest.mark.parametrize("cycle", ["MPROTECT", "UFFD", "FCNTL", "MUTEX", "THREAD", "MAP", "MAP_UNMAP"])
+def test_a_floor_goes_in_cycles(cycle: str) -> None:
+    if cycle == "UFFD" and Bare.missing():
+        pytest.skip(Bare.missing())
+    with Crew() as crew, measure.alarm():
+        floors = cycles.Floors(crew)
+        assert floors.turn(getattr(_peers, cycle))() > 0
+        with pytest.raises(OSError, match="Invalid argument"):
+            floors.turn(-1)()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_when_it_is_interrupted(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("section", "begun"), [("change", b"1 participants"), ("lease", b"leases"), ("sparse", b"a sparse region")]
+)
+def test_nothing_is_left_when_it_is_interrupted(section: str, begun: bytes, number: signal.Signals) -> None:
     environment = {**os.environ, "FORCE_COLOR": "1"}  # the progress bar shows when it measures
-    with subprocess.Popen(BENCH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    command = [sys.executable, "-m", "pyshare", "bench", section, "--quick", "--participants", "1,32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         try:
             seen = b""
-            while b"1 participants" not in seen:
+            while begun not in seen:
                 seen += os.read(process.stdout.fileno(), 1 << 16)
             process.send_signal(number)
             _, errors = process.communicate(timeout=PATIENCE)  # to the end of the pipe: they are gone
@@ -122,53 +281,57 @@ def test_nothing_is_left_when_it_is_interrupted(number: signal.Signals) -> None:
     assert errors == b""
 
 
-@pytest.mark.parametrize("kind", [kind for kind in bench.CONTENDERS if kind is not bench.Region])
-def test_no_wait_is_unbounded(kind: type[bench.Contender], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PATIENCE", 0.2)
-    team = kind(Case(2))
-    try:
-        team.start()
+@pytest.mark.parametrize("kind", [kind for kind in CONTENDERS if not issubclass(kind, (Region, Bare))])
+def test_no_wait_is_unbounded(kind: type[Contender], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PATIENCE", 0.2)
+    with started(kind, Case("change", 2)) as team:
         assert team.change(CHANGES["revoke"]) > 0
-        os.kill(team.pids[0], signal.SIGKILL)
-        with bench.alarm() as wind:
-            wind()
-            with pytest.raises(TimeoutError, match="has not answered"):
-                team.change(CHANGES["grant"])
-    finally:
-        team.close()
+        os.kill(team.crew.pids[0], signal.SIGKILL)
+        with pytest.raises(TimeoutError, match="has not answered"), measure.alarm():
+            team.change(CHANGES["grant"])
 
 
 def test_what_a_participant_cannot_do_is_an_error() -> None:
-    team = bench.Signal(Case(1))
-    try:
-        team.start()
-        with pytest.raises(OSError, match="Invalid argument"):
-            team.change(-1)
-    finally:
-        team.close()
+    with started(Signal, Case("change", 1)) as team, pytest.raises(OSError, match="Invalid argument"):
+        team.change(-1)
     with pytest.raises(ValueError, match="257 processes; at most 256"):
-        _peers.Board(bytearray(bench.PAGE), 0, bench.PAGE, 0).signal_members(range(257))
+        _peers.Board(bytearray(mmap.PAGESIZE), 0, mmap.PAGESIZE, 0).signal_members(range(257))
 
 
 def test_a_plot_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "figures.png"
-    done = pyshare_command("bench", "--quick", "--participants", "1,2", "--rounds", "1", "--plot", str(path))
+    done = pyshare_command("bench", "change", "--quick", "--participants", "1", "--rounds", "1", "--plot", str(path))
     assert (done.returncode, done.stderr) == (0, "")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "figures.png"
+    done = pyshare_command("bench", "lock", "--plot", str(path))
+    assert done.returncode == 1
+    assert "'change'" in done.stderr
+    assert not path.exists()
 
 
 def test_without_matplotlib_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert bench.run(argparse.Namespace(plot="figures.png")) == 1
+    assert bench.run(argparse.Namespace(plot="figures.png", sections=[])) == 1
     assert "pip install 'pyshare[plot]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["bench", "--fast"], ["bench", "--rounds", "0"], ["bench", "--participants", "1,x"], ["mark"]],
+    [
+        [],
+        ["bench", "--fast"],
+        ["bench", "leases"],
+        ["bench", "--rounds", "0"],
+        ["bench", "--participants", "1,x"],
+        ["mark"],
+    ],
     ids=" ".join,
 )
 def test_a_wrong_command_line_is_status_2(arguments: list[str]) -> None:
