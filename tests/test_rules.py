@@ -185,7 +185,8 @@ def ours(*suffixes: str) -> list[Path]:
     rooms = ["ext", "pyshare", "tests", "spec", "examples", ".ci"]
     found = [path for path in ROOT.iterdir() if path.is_file()]
     found += [path for room in rooms for path in (ROOT / room).rglob("*")]
-    return sorted(path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts)
+    found = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    return sorted(path for path in found if path.suffix in suffixes)
 
 
 def test_c_files_begin_with_their_header() -> None:
