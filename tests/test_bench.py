@@ -109,7 +109,7 @@ def test_every_bound_is_a_row(run: tuple[str, dict[str, Any]]) -> None:
     if not Uffd.missing():
         for cold in ("", ", cold"):
             expected |= {("change", f"uffd N={n}{cold}", peer) for n in (8, 32) for peer in ("signal", "pipe")}
-            expected |= {("change", f"uffd N=8{cold}", "all CPUs"), ("change", f"uffd each of N=32{cold}", "bare uffd")}
+            expected |= {("change", f"uffd N=8{cold}", "all CPUs"), ("change", f"uffd N=32 each{cold}", "bare uffd")}
         expected |= {("change", f"uffd N={n}, 1 stores", "all CPUs") for n in (1, 8)}
         expected |= {("lease", f"lease by window, {one}", most) for one, most in (("Python", "1 µs"), ("C", "0.15 µs"))}
         expected |= {("lease", "lease, Python", "2 mprotect"), ("lease", "lease, C", "2 bare uffd")}

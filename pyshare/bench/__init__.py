@@ -116,14 +116,14 @@ def measure_all(asked: Sequence[Section], console: Console) -> Results:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints, writes; returns the exit status."""
+    if arguments.plot and "change" not in (arguments.sections or SECTIONS):
+        print("pyshare bench: --plot draws section 'change': measure it, too", file=sys.stderr)
+        return 1
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         print(
             "pyshare bench: --plot needs matplotlib: say pip install 'pyshare[plot]'",
             file=sys.stderr,
         )
-        return 1
-    if arguments.plot and "change" not in (arguments.sections or SECTIONS):
-        print("pyshare bench: --plot draws section 'change': measure it, too", file=sys.stderr)
         return 1
     # We fork while the agent runs, on purpose; the children touch nothing that it may hold.
     warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)

@@ -118,7 +118,7 @@ def added(cold: str, results: Results, few: Case, many: Case, change: str) -> It
         more = many.participants - few.participants
         ours = (results[many, "uffd", change].p50 - results[few, "uffd", change].p50) / more
         bare = results[many, "bare uffd", change].p50 / many.participants
-        bound = f"uffd each of N={many.participants}{cold}: {change}"
+        bound = f"uffd N={many.participants} each{cold}: {change}"
         yield Verdict("change", bound, ours, "bare uffd", bare, "µs", ours / bare, 1.3, False)
 
 
