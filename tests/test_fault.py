@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Child, until
+from kernel import co_operative
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, Region
@@ -38,9 +39,9 @@ Fate = tuple[int, str, str]
 Stage = Callable[[tuple[str, ...], str], Fate]
 
 
-@pytest.fixture
-def region() -> Iterator[Region]:
-    with pyshare.create(size=16 * PAGE, engine="mprotect") as region:
+@pytest.fixture(params=["mprotect", "uffd"])
+def region(request: pytest.FixtureRequest) -> Iterator[Region]:
+    with pyshare.create(size=16 * PAGE, engine=request.param) as region:
         yield region
 
 
@@ -152,6 +153,7 @@ def test_the_author_is_named(region: Region, fork: Fork, crash: Crash) -> None:
     assert f"an unnamed region at offset {4 * PAGE + 1}: page 4 is READ since change 1 by pid {author.pid}, " in told
 
 
+@co_operative
 def test_a_change_by_another_process_puts_the_handler_back(region: Region, fork: Fork, tmp_path: Path) -> None:
     view = region.buf
 
@@ -236,6 +238,7 @@ def at_the_limit(child: Child) -> None:
     child.hear()
 
 
+@co_operative
 def test_fenced_process_says_so(region: Region, fork: Fork, tmp_path: Path) -> None:
     """It was stopped, the change was made without it, and then it could not follow."""
     view = region.buf
@@ -504,6 +507,7 @@ def test_large_copies_let_threads_run() -> None:
 # -- A fault during a change ---------------------------------------------------------------------------------------
 
 
+@co_operative
 def test_store_outlives_changes_that_are_undone(region: Region, fork: Fork) -> None:
     """A participant at its limit of mappings makes every change fail; who stores meanwhile never notices."""
     view, address = region.buf, region.address + PAGE
@@ -527,6 +531,7 @@ def test_store_outlives_changes_that_are_undone(region: Region, fork: Fork) -> N
     assert view[PAGE] == 1
 
 
+@co_operative
 def test_store_waits_for_the_outcome(region: Region, fork: Fork) -> None:
     """The same, with the change held open while the store faults."""
     address = region.address + PAGE
@@ -561,6 +566,7 @@ def test_store_waits_for_the_outcome(region: Region, fork: Fork) -> None:
 # -- What the kernel knows of the mappings -------------------------------------------------------------------------
 
 
+@co_operative
 def test_neither_forked_nor_dumped(region: Region) -> None:
     flags, inside = [], False
     with open("/proc/self/smaps") as smaps:
