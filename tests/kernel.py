@@ -14,6 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -66,8 +67,17 @@ def entries(pid: int, address: int, length: int) -> Runs:
     ]
 
 
-def mapped(pid: int, region: Region) -> Runs:
-    """The region's real protections in a process that has it at the same address."""
+class Place(Protocol):
+    """Where data lie in a process: a region does, if that process has it at the same address."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+def mapped(pid: int, region: Place) -> Runs:
+    """The region's real protections in a process that has it there."""
     start, end = region.address, region.address + -(-region.size // PAGE) * PAGE
     runs: Runs = []
     with open(f"/proc/{pid}/maps") as maps:

@@ -1,0 +1,314 @@
+"""Participants whose page tables others change (engine="uffd"): who is reached, who is not, and that every promise
+holds all the same, whatever becomes of descriptors, of processes, and of what the kernel permits.
+
+A participant that is stopped and follows was reached from outside; one that is named in a timeout was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import Child, idle
+from kernel import PAGE, agreed, libc, mapped, readable
+
+import pyshare
+from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, PropagationTimeout, Prot, Region
+
+Fork = Callable[..., Child]
+Joined = Callable[..., Child]
+
+CHUNK = 512  # pages of one page table, which are armed together
+AT_ONCE = 0.05  # a timeout that is meant to run out
+
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@pytest.fixture
+def region(request: pytest.FixtureRequest) -> Iterator[Region]:
+    """Two whole chunks and a part of a third; of other sizes (bytes) by indirect parameters."""
+    size = getattr(request, "param", (2 * CHUNK + 7) * PAGE - 100)
+    with pyshare.create(size=size, max_participants=64, engine="uffd") as made:
+        yield made
+
+
+def change(region: Region, first: int, count: int, prot: int, **options: float) -> int:
+    """In pages; the last one may end with the region."""
+    return region.mprotect(first * PAGE, min(count * PAGE, region.size - first * PAGE), prot, **options)
+
+
+def pages_of(region: Region) -> int:
+    return -(-region.size // PAGE)
+
+
+def engines(region: Region) -> dict[int, str]:
+    return {one.pid: one.engine for one in region.participants()}
+
+
+@contextlib.contextmanager
+def silent(*children: Child) -> Iterator[None]:
+    """The change inside is made, and these do not follow it yet."""
+    with pytest.raises(PropagationTimeout) as caught:
+        yield
+    assert caught.value.generation is not None
+    assert caught.value.pids == sorted(child.pid for child in children)
+
+
+def member(region: Region, engine: str) -> Callable[[Child], None]:
+    """A body that takes part by this engine, says at which address, and changes what it is told."""
+
+    def body(child: Child) -> None:
+        fd = os.dup(region.fileno())
+        region.close()
+        own = pyshare.attach(fd, engine=engine)
+        child.say()
+        child.say(str(own.address))
+        obey(own)(child)
+
+    return body
+
+
+class Member:
+    """A participant that is not forked from one of the region, and so has an engine and an address of its own."""
+
+    def __init__(self, joined: Joined, region: Region, engine: str = "mprotect") -> None:
+        self.child = joined(member(region, engine))
+        self.pid, self.size, self.address = self.child.pid, region.size, int(self.child.hear())
+        assert self.child.hear() == "ok"
+
+    def follows(self, region: Region) -> bool:
+        return readable(mapped(self.pid, self)) == readable(agreed(region))
+
+
+def obey(region: Region) -> Callable[[Child], None]:
+    """A body that makes changes (first page, pages, protection), and says each generation."""
+
+    def body(child: Child) -> None:
+        child.say()
+        while order := child.hear():
+            child.say(str(change(region, *map(int, order.split()))))
+
+    return body
+
+
+def order(child: Child, first: int, count: int, prot: int) -> int:
+    child.say(f"{first} {count} {int(prot)}")
+    return int(child.hear())
+
+
+# -- Who is reached ----------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_told(region: Region, joined: Joined) -> None:
+    one, other = joined(), Member(joined, region)
+    assert region.engine == "uffd"
+    assert engines(region) == {os.getpid(): "uffd", one.pid: "uffd", other.pid: "mprotect"}
+
+
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 1), (5, 200), (CHUNK - 1, 2), (CHUNK, 1), (2 * CHUNK - 10, 17), (2 * CHUNK + 6, 1)],
+    ids=["page", "run", "border", "chunk", "tail", "last"],
+)
+def test_the_stopped_are_reached(region: Region, joined: Joined, first: int, count: int) -> None:
+    stopped = [joined() for _ in range(3)]
+    for child in stopped:
+        child.stop()
+    for prot in (READ, WRITE, READ, READ_WRITE):
+        generation = change(region, first, count, prot)
+        runs = agreed(region, *[child.pid for child in stopped])
+        assert (first * PAGE, count * PAGE, prot) in runs or prot & WRITE
+        assert {one.applied for one in region.participants()} == {generation}
+
+
+@pytest.mark.parametrize("count", [1, 257], ids=["page", "many"])
+@pytest.mark.parametrize("prot", [NONE, READ | EXEC])
+def test_the_stopped_follow_later_where_entries_do_not_say_it(
+    region: Region, joined: Joined, prot: Prot, count: int
+) -> None:
+    """No access, or execution, is a matter of mappings: the one who is told and runs follows in the same change."""
+    stopped, other = joined(), joined()
+    stopped.stop()
+    with silent(stopped):
+        change(region, 3, count, prot, timeout=AT_ONCE)
+    agreed(region, other.pid)
+    with silent(stopped):  # from there nobody can tell what its page tables are
+        change(region, 0, 1, READ, timeout=AT_ONCE)
+    stopped.resume()
+    change(region, 3, 1, READ)
+    change(region, 4, 1, READ_WRITE)
+    agreed(region, stopped.pid, other.pid)
+    # ... and then it is within reach again.
+    stopped.stop()
+    change(region, 0, 2, READ)
+    change(region, 1, 1, READ_WRITE)
+    agreed(region, stopped.pid, other.pid)
+
+
+def test_large_and_scattered_changes_are_everybodys_own(region: Region, joined: Joined) -> None:
+    stopped = joined()
+    change(region, 1, 255, READ)
+    for page in range(256, 256 + 64, 2):
+        change(region, page, 1, READ)
+    stopped.stop()
+    for first, count in ((0, 257), (256, 64)):
+        with silent(stopped):
+            change(region, first, count, READ_WRITE, timeout=AT_ONCE)
+    stopped.resume()
+    change(region, 0, 1, READ)
+    agreed(region, stopped.pid)
+
+
+def test_chunks_without_page_tables_are_armed_in_the_same_change(region: Region, joined: Joined) -> None:
+    """The kernel says ENOENT where a chunk is not registered, after what lies before it was changed."""
+    stopped, other = joined(), joined()
+    change(region, CHUNK, CHUNK, READ)
+    stopped.stop()
+    change(region, CHUNK - 2, 2, READ)
+    with silent(stopped):
+        change(region, CHUNK - 1, 2, READ_WRITE, timeout=AT_ONCE)
+    agreed(region, other.pid)
+    assert mapped(stopped.pid, region) != mapped(other.pid, region)
+    stopped.resume()
+    change(region, CHUNK + 9, 1, READ_WRITE)
+    agreed(region, stopped.pid, other.pid)
+    stopped.stop()
+    change(region, CHUNK, 2, READ)
+    agreed(region, stopped.pid, other.pid)
+
+
+SIZES = [PAGE - 1, 511 * PAGE, CHUNK * PAGE, (CHUNK + 1) * PAGE, (3 * CHUNK + 7) * PAGE - 100]
+
+
+@pytest.mark.parametrize("region", SIZES, indirect=True)
+def test_any_change_in_any_size(region: Region, joined: Joined) -> None:
+    """Whole regions, whole chunks, borders and tails, by all protections, from both sides; and a joiner after each."""
+    dice, pages = random.Random(region.size), pages_of(region)
+    child, co_operative = joined(obey(region)), joined()
+    for turn in range(60):
+        first = dice.choice([0, dice.randrange(pages), dice.randrange(pages) // CHUNK * CHUNK])
+        count = min(dice.choice([1, 2, 300, CHUNK, pages]), pages - first)
+        prot = dice.choice([READ, READ, READ, READ_WRITE, READ_WRITE, READ_WRITE, NONE, READ | EXEC])
+        if turn % 2:
+            change(region, first, count, prot)
+        else:
+            order(child, first, count, prot)
+        agreed(region, child.pid, co_operative.pid)
+        if turn % 20 == 19:
+            agreed(region, joined().pid)
+
+
+# -- What is marked stays marked ---------------------------------------------------------------------------------------
+
+
+def dont_need(region: Region) -> None:
+    assert libc.madvise(region.address, 4 * PAGE, mmap.MADV_DONTNEED) == 0
+
+
+def page_out(region: Region) -> None:
+    assert libc.madvise(region.address, 4 * PAGE, 21) == 0
+
+
+def punch(region: Region) -> None:
+    keep_size, punch_hole = 1, 2
+    data = os.fstat(region.fileno()).st_size - pages_of(region) * PAGE
+    assert libc.fallocate(region.fileno(), keep_size | punch_hole, ctypes.c_long(data), ctypes.c_long(4 * PAGE)) == 0
+
+
+def lock(region: Region) -> None:
+    for call in (libc.mlock, libc.munlock):
+        assert call(ctypes.c_void_p(region.address), ctypes.c_size_t(4 * PAGE)) == 0
+
+
+@pytest.mark.parametrize("lose", [dont_need, page_out, punch, lock])
+@pytest.mark.parametrize("touched", [False, True], ids=["unpopulated", "populated"])
+def test_pages_that_come_and_go_keep_their_marks(
+    region: Region, joined: Joined, lose: Callable[[Region], None], touched: bool
+) -> None:
+    def body(child: Child) -> None:
+        if touched:
+            region.write(0, bytes(8 * PAGE))
+        idle(child)
+        lose(region)
+        with pytest.raises(OSError, match="Bad address"):
+            os.readv(os.open("/dev/zero", os.O_RDONLY), [region.buf[:PAGE]])
+        idle(child)
+
+    child = joined(body)
+    change(region, 0, 2, READ)
+    child.say()
+    assert child.hear() == "ok"
+    runs = agreed(region, child.pid)
+    assert runs[0] == (0, 2 * PAGE, READ)
+    child.stop()
+    change(region, 0, 2, READ_WRITE)
+    change(region, 2, 2, READ)
+    assert agreed(region, child.pid)[1] == (2 * PAGE, 2 * PAGE, READ)
+
+
+@pytest.mark.parametrize("prot", [READ, READ_WRITE])
+def test_page_tables_of_a_sparse_region_cost_nothing(run_python: Callable[..., object], prot: Prot) -> None:
+    source = """
+import os, re, sys, pyshare
+def tables():
+    return int(re.search(r"VmPTE:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+before = tables()
+region = pyshare.create(size=64 << 30, prot=int(sys.argv[1]), engine="uffd")
+created = tables()
+with pyshare.attach(region.fileno()) as other:
+    attached = tables()
+    region.mprotect(0, 4096, 3)
+    region.mprotect(32 << 30, 4096, 1)
+    changed = tables()
+print(created - before, attached - created, changed - attached)
+"""
+    ran = run_python(source, str(int(prot)))
+    assert ran.stderr == ""  # type: ignore[attr-defined]
+    costs = [int(cost) for cost in ran.stdout.split()]  # type: ignore[attr-defined]
+    assert len(costs) == 3
+    assert all(cost < 1 << 20 for cost in costs), costs
+
+
+SCATTERED = 100_000
+
+
+@pytest.mark.parametrize("region", [2 * SCATTERED * PAGE], indirect=True)
+def test_scattered_pages_split_no_mapping(region: Region, joined: Joined) -> None:
+    child = joined()
+    for page in range(0, 2 * SCATTERED, 2):
+        region.mprotect(page * PAGE, PAGE, READ)
+    assert region.generation == SCATTERED
+    assert len(agreed(region, child.pid)) == 2 * SCATTERED
+    for pid in (os.getpid(), child.pid):
+        assert mappings(pid, region) < 5
+
+
+def mappings(pid: int, region: Region) -> int:
+    """How many mappings the kernel has of the region's data there."""
+    with open(f"/proc/{pid}/maps") as maps:
+        starts = [int(line.split("-", 1)[0], 16) for line in maps]
+    return sum(region.address <= start < region.address + region.size for start in starts)
+
+
+@pytest.mark.parametrize("region", [2 * SCATTERED * PAGE], indirect=True)
+def test_scattered_pages_are_refused_where_they_split_mappings(region: Region, joined: Joined) -> None:
+    """One participant by mprotect comes to its limit of mappings: refused for all, and nobody is in doubt."""
+    other, stopped = Member(joined, region), joined()
+    stopped.stop()
+    with pytest.raises(OSError, match=f"pid {other.pid} could not apply") as caught:  # noqa: PT012
+        for page in range(0, 2 * SCATTERED, 2):
+            change(region, page, 1, READ)
+    assert caught.value.errno == errno.ENOMEM
+    assert 1000 < len(agreed(region, stopped.pid)) < 2 * SCATTERED
+    assert other.follows(region)
+    assert not any(one.fenced for one in region.participants())
+    stopped.resume()
+    change(region, 0, 2 * SCATTERED, READ)
+    assert agreed(region, stopped.pid) == [(0, region.size, READ)]
+    assert other.follows(region)
