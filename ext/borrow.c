@@ -136,6 +136,23 @@ int ps_borrow(struct ps_region *region, uint32_t index, uint32_t status, int *so
     return rc;
 }
 
+/* Another userfaultfd under one of our numbers would change, without an error, the page tables of whoever it is of.  To
+ * look at each number takes as long as a change: but programs close by the range, so if the first is what it was, the
+ * others are. */
+void ps_borrow_check(struct ps_region *region) {
+    bool lost = false;
+    for (uint32_t index = 0, used = places_of(region) ? ps_slots_used(region) : 0; index < used; index++) {
+        struct ps_borrowed *place = place_of(region, index);
+        if (atomic_load_explicit(&place->fd, memory_order_relaxed) < 0 || !place->epoch)
+            continue;
+        if (leads(place) && !lost)
+            return;
+        lost = true;
+        if (!leads(place))
+            ps_borrow_lost(region, index);
+    }
+}
+
 uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t index) {
     return place_of(region, index)->data;
 }

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import random
+import resource
+import struct
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import Child, idle
-from kernel import PAGE, agreed, libc, mapped, readable
+from kernel import PAGE, SYSTEM_CALLS, agreed, libc, mapped, readable
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, PropagationTimeout, Prot, Region
@@ -312,3 +316,165 @@ def test_scattered_pages_are_refused_where_they_split_mappings(region: Region, j
     change(region, 0, 2 * SCATTERED, READ)
     assert agreed(region, stopped.pid) == [(0, region.size, READ)]
     assert other.follows(region)
+
+
+# -- Descriptors -------------------------------------------------------------------------------------------------------
+
+
+def close_all(child: Child) -> None:
+    """As a program that becomes a daemon does; but for the pipes by which we speak."""
+    low = min(child._receive, child._send)
+    high = max(child._receive, child._send)
+    os.closerange(3, low)
+    os.closerange(low + 1, high)
+    os.closerange(high + 1, 1 << 16)
+
+
+def other_files(like: list[int]) -> None:
+    for _ in range(max(like) + 1):
+        os.open("/dev/zero", os.O_RDWR)
+
+
+def new_userfaultfd() -> int:
+    """As another library may have one; its ranges are registered by nobody."""
+    fd = int(libc.syscall(SYSTEM_CALLS["userfaultfd"], os.O_CLOEXEC | os.O_NONBLOCK | 1))
+    assert fd >= 0
+    api = struct.pack("QQQ", 0xAA, 1, 0)  # UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    fcntl.ioctl(fd, 0xC018AA3F, api)
+    return fd
+
+
+def userfaultfds(like: list[int]) -> None:
+    fd = new_userfaultfd()
+    for number in like:
+        if number != fd:
+            os.dup2(fd, number)
+
+
+def nothing(like: list[int]) -> None:
+    """The numbers stay free."""
+
+
+def regions(like: list[int]) -> None:
+    """Regions come, which take numbers from the same places."""
+    kept.extend(pyshare.create(size=PAGE, engine="uffd") for _ in like)
+    for one in kept:
+        one.mprotect(0, PAGE, READ)
+
+
+kept: list[Region] = []
+
+
+def own_userfaultfds() -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one by which they are listed
+            if "userfaultfd" in os.readlink(f"/proc/self/fd/{name}"):
+                found.append(int(name))
+    return found
+
+
+@pytest.mark.parametrize("reuse", [nothing, other_files, userfaultfds, regions])
+@pytest.mark.parametrize("known", [False, True], ids=["before", "after"])
+def test_closed_descriptors_are_noticed(
+    region: Region, joined: Joined, reuse: Callable[[list[int]], None], known: bool
+) -> None:
+    """The marks stay, and whatever has the numbers now, own and borrowed, nothing is taken for what it was."""
+
+    def body(child: Child) -> None:
+        if known:  # else it has borrowed nothing so far
+            change(region, 0, 1, READ)
+        numbers = own_userfaultfds()
+        close_all(child)
+        reuse(numbers)
+        with region.lease(0, PAGE) as lease:
+            lease.view[0] = 1
+        obey(region)(child)
+
+    stopped = joined()
+    change(region, 0, 1, READ)
+    child = joined(body)
+    pids = [child.pid, stopped.pid]
+    assert agreed(region, *pids)[0] == (0, PAGE, READ)
+    stopped.stop()
+    for turn, (first, prot) in enumerate([(1, READ), (0, READ_WRITE), (2, READ), (1, READ_WRITE), (CHUNK, READ)]):
+        if turn % 2:
+            change(region, first, 1, prot)
+        else:
+            order(child, first, 1, prot)
+        agreed(region, *pids)
+    stopped.resume()
+    for who in (lambda prot: order(child, 3, 2, prot), lambda prot: change(region, 3, 2, prot)):
+        for prot in (NONE, READ, READ_WRITE):
+            who(prot)
+            agreed(region, *pids)
+    assert region.buf[0] == 1
+
+
+def test_a_forked_child_has_no_way_to_its_parents_page_tables(region: Region, joined: Joined) -> None:
+    """A userfaultfd addresses the process that made it, whoever has the descriptor."""
+    change(region, 0, 2, READ)
+    before = {os.fstat(fd).st_ino for fd in own_userfaultfds()}
+    assert before
+
+    def body(child: Child) -> None:
+        assert not before & {os.fstat(fd).st_ino for fd in own_userfaultfds()}
+        with region.lease(0, 2 * PAGE) as lease:
+            idle(child)
+            lease.view[0] = 1
+
+    child = joined(body)
+    assert mapped(os.getpid(), region)[0] == (0, 2 * PAGE, READ)
+    assert mapped(child.pid, region)[0] == (0, region.size + 100, READ_WRITE)
+    child.say()
+    assert child.wait() == 0
+    agreed(region)
+
+
+def test_exec_takes_a_participant_away(region: Region, joined: Joined) -> None:
+    def body(child: Child) -> None:
+        idle(child)
+        os.execv(sys.executable, [sys.executable, "-c", "import signal; signal.pause()"])
+
+    child = joined(body)
+    change(region, 0, 1, READ)
+    child.say()
+    with pytest.raises(AssertionError, match="is gone"):
+        child.hear()
+    change(region, 0, 1, READ_WRITE)
+    assert list(engines(region)) == [os.getpid()]
+
+
+@pytest.mark.parametrize("limit", [1024, 4096])
+def test_borrowed_descriptors_stay_out_of_the_way(region: Region, fork: Fork, joined: Joined, limit: int) -> None:
+    """High numbers where the limit allows it."""
+    children = [joined() for _ in range(20)]
+
+    def body(child: Child) -> None:
+        before = set(own_userfaultfds())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        change(region, 0, 1, READ)
+        borrowed = set(own_userfaultfds()) - before
+        assert len(borrowed) == len(children) + 1
+        assert min(borrowed) >= 1024 or limit == 1024
+        idle(child)
+
+    assert fork(body).hear() == "ok"
+
+
+def test_who_has_no_room_for_a_descriptor_wakes_the_others(region: Region, fork: Fork, joined: Joined) -> None:
+    children = [joined() for _ in range(20)]
+    pids = [child.pid for child in children]
+
+    def body(child: Child) -> None:
+        before = set(own_userfaultfds())
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, files[1]))
+        for prot in (READ, READ_WRITE, READ):
+            change(region, 0, 1, prot)
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+        assert 0 < len(set(own_userfaultfds()) - before) < len(children)
+        idle(child)
+
+    assert fork(body).hear() == "ok"
+    agreed(region, *pids)
