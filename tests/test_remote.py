@@ -14,9 +14,11 @@ import mmap
 import os
 import random
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Child, idle
@@ -478,3 +480,97 @@ def test_who_has_no_room_for_a_descriptor_wakes_the_others(region: Region, fork:
 
     assert fork(body).hear() == "ok"
     agreed(region, *pids)
+
+
+# -- Deaths ------------------------------------------------------------------------------------------------------------
+
+
+def ordered(region: Region, *changes: tuple[int, int, int]) -> Callable[[Child], None]:
+    def body(child: Child) -> None:
+        for first, count, prot in changes:
+            change(region, first, count, prot)
+        idle(child)
+
+    return body
+
+
+@pytest.mark.parametrize("prot", [READ, READ_WRITE])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("point", ["R1_claim", "R2_remote", "R3_ack"])
+@pytest.mark.parametrize("asleep", [False, True], ids=["", "stopped"])
+def test_a_caller_killed_while_it_changes_others(
+    region: Region, fork: Fork, joined: Joined, point: str, times: int, prot: Prot, asleep: bool
+) -> None:
+    """The next caller finishes what it left, also with those who are stopped."""
+    children = [joined() for _ in range(4)]
+    pids = [child.pid for child in children]
+    change(region, 0, 2, READ ^ READ_WRITE ^ prot)
+    for child in children if asleep else []:
+        child.stop()
+    caller = fork(ordered(region, (0, 2, prot)), point=f"{point}=kill@{times}")
+    assert caller.wait() == -signal.SIGKILL
+    assert change(region, 4, 1, READ) == 3
+    assert agreed(region, *pids)[0] == (0, 2 * PAGE, prot) or prot == READ_WRITE
+    for child in children if asleep else []:
+        child.resume()
+    change(region, 5, 1, NONE)
+    change(region, 0, 2, READ_WRITE)
+    agreed(region, *pids)
+
+
+@pytest.mark.parametrize("point", ["R1_claim", "R2_remote", "R3_ack"])
+def test_an_agent_takes_the_claim_of_a_dead_caller_over(region: Region, fork: Fork, joined: Joined, point: str) -> None:
+    """In the process of the claimed participant, whose own threads wait for it."""
+    child, target = joined(obey(region)), joined(obey(region))
+    caller = fork(ordered(region, (0, 1, READ)), point=f"{point}=kill@2")
+    assert caller.wait() == -signal.SIGKILL
+    assert order(target, 1, 1, NONE) == 2
+    assert agreed(region, child.pid, target.pid)[:2] == [(0, PAGE, READ), (PAGE, PAGE, NONE)]
+
+
+@pytest.mark.parametrize("point", ["R1_claim", "R2_remote", "R3_ack"])
+def test_a_participant_dies_while_it_is_changed(region: Region, fork: Fork, joined: Joined, point: str) -> None:
+    """Between the look at its descriptor and the change; its slot is free for the next."""
+    target, other = joined(), joined()
+    target.stop()
+    caller = fork(ordered(region, (0, 1, READ), (1, 1, READ)), point=f"{point}=stop@2")
+    caller.wait_stopped()
+    target.kill()
+    assert target.wait() == -signal.SIGKILL
+    caller.resume()
+    assert caller.hear() == "ok"
+    assert sorted(engines(region)) == sorted([os.getpid(), other.pid, caller.pid])
+    successor = joined()
+    successor.stop()
+    change(region, 0, 1, READ_WRITE)
+    assert agreed(region, other.pid, caller.pid, successor.pid)[1] == (PAGE, PAGE, READ)
+
+
+def with_pid(pid: int, joined: Joined) -> Child:
+    """A participant that the kernel gives the pid of one that is dead; skips where nobody may ask it for that."""
+    for _ in range(200):
+        try:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        except OSError as error:
+            pytest.skip(f"pids cannot be chosen here: {error}")
+        child = joined()
+        if child.pid == pid:
+            return child
+        child.end()
+    pytest.skip("others were always quicker")
+
+
+def test_a_pid_that_is_used_again(region: Region, joined: Joined) -> None:
+    """What was borrowed of the first is of no use for the second, in the same slot or another."""
+    for _ in range(3):
+        first = joined()
+        change(region, 0, 1, READ)
+        first.kill()
+        first.wait()
+        second = with_pid(first.pid, joined)
+        second.stop()
+        change(region, 0, 1, READ_WRITE)
+        change(region, 1, 1, READ)
+        agreed(region, second.pid)
+        second.kill()
+        second.wait()
