@@ -16,13 +16,14 @@ import random
 import resource
 import signal
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Child, idle
-from kernel import PAGE, SYSTEM_CALLS, agreed, libc, mapped, readable
+from conftest import Child, idle, until
+from kernel import PAGE, SYSTEM_CALLS, agreed, at_its_limit, libc, mapped, readable, refuse, tell
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, PropagationTimeout, Prot, Region
@@ -30,6 +31,7 @@ from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, PropagationTimeout, Pro
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
 
+HERE = Path(__file__).parent
 CHUNK = 512  # pages of one page table, which are armed together
 AT_ONCE = 0.05  # a timeout that is meant to run out
 
@@ -66,7 +68,9 @@ def silent(*children: Child) -> Iterator[None]:
     assert caught.value.pids == sorted(child.pid for child in children)
 
 
-def member(region: Region, engine: str) -> Callable[[Child], None]:
+def member(
+    region: Region, engine: str, then: Callable[[Region], Callable[[Child], None]] | None = None
+) -> Callable[[Child], None]:
     """A body that takes part by this engine, says at which address, and changes what it is told."""
 
     def body(child: Child) -> None:
@@ -75,7 +79,7 @@ def member(region: Region, engine: str) -> Callable[[Child], None]:
         own = pyshare.attach(fd, engine=engine)
         child.say()
         child.say(str(own.address))
-        obey(own)(child)
+        (then or obey)(own)(child)
 
     return body
 
@@ -83,8 +87,8 @@ def member(region: Region, engine: str) -> Callable[[Child], None]:
 class Member:
     """A participant that is not forked from one of the region, and so has an engine and an address of its own."""
 
-    def __init__(self, joined: Joined, region: Region, engine: str = "mprotect") -> None:
-        self.child = joined(member(region, engine))
+    def __init__(self, start: Fork, region: Region, body: Callable[[Child], None] | None = None) -> None:
+        self.child = start(body or member(region, "mprotect"))
         self.pid, self.size, self.address = self.child.pid, region.size, int(self.child.hear())
         assert self.child.hear() == "ok"
 
@@ -574,3 +578,311 @@ def test_a_pid_that_is_used_again(region: Region, joined: Joined) -> None:
         agreed(region, second.pid)
         second.kill()
         second.wait()
+
+
+# -- What may be refused -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unprivileged(fork: Fork, dumpable: bool, caller: Callable[[Child, Region, list[Child]], object]) -> Iterator[None]:
+    """caller(child, region, others) in a process of nobody, like those others; root may look anyway."""
+    set_dumpable, nobody = 4, 65534
+
+    def body(child: Child) -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(nobody, nobody, nobody)
+            os.setresuid(nobody, nobody, nobody)
+        assert libc.prctl(set_dumpable, int(dumpable), 0, 0, 0) == 0
+        region = pyshare.create(size=2 * CHUNK * PAGE, engine="uffd")
+        others = [Child(member(region, "uffd") if number else obey(region)) for number in range(2)]
+        assert [other.hear() for other in others] == ["ok"] * 2
+        try:
+            caller(child, region, others)
+        finally:
+            for other in others:
+                other.end()
+
+    child = fork(body)
+    yield
+    assert child.wait() == 0
+
+
+def reaches_after_one_change(_: Child, region: Region, others: list[Child]) -> None:
+    """Their agents answer when they run for the first change; from then on nobody needs to."""
+    change(region, 0, 1, READ)
+    for other in others:
+        other.stop()
+    for prot in (READ_WRITE, READ, READ_WRITE):
+        change(region, 0, 1, prot)
+    change(region, 1, 1, READ)
+    for other in others:
+        other.resume()
+    # By what they can do: page 0 may be written, page 1 may not.
+    assert order(others[0], 2, 1, READ) == region.generation
+
+
+@pytest.mark.parametrize("dumpable", [True, False], ids=["dumpable", "not dumpable"])
+def test_a_process_that_nobody_may_look_into_gives_its_descriptor_by_its_socket(fork: Fork, dumpable: bool) -> None:
+    with unprivileged(fork, dumpable, reaches_after_one_change):
+        pass
+
+
+@pytest.mark.parametrize("call", ["pidfd_getfd", "pidfd_open"])
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_caller_that_may_not_take_a_descriptor_asks_for_it(
+    region: Region, fork: Fork, joined: Joined, call: str, error: int
+) -> None:
+    def body(child: Child) -> None:
+        refuse(call, error)
+        obey(region)(child)
+
+    others = [joined() for _ in range(3)]
+    pids = [child.pid for child in others]
+    caller = fork(body)
+    assert caller.hear() == "ok"
+    order(caller, 0, 1, READ)
+    agreed(region, caller.pid, *pids)
+    for child in others:
+        child.stop()
+    for first, prot in ((1, READ), (0, READ_WRITE), (1, READ_WRITE), (2, READ)):
+        order(caller, first, 1, prot)
+        agreed(region, caller.pid, *pids)
+
+
+def test_who_is_asked_and_does_not_answer_is_late(region: Region, fork: Fork, joined: Joined) -> None:
+    def body(child: Child) -> None:
+        refuse("pidfd_getfd", errno.EPERM)
+        with silent(late):
+            change(region, 0, 1, READ, timeout=AT_ONCE)
+        obey(region)(child)
+
+    late = joined()
+    late.stop()
+    caller = fork(body)
+    assert caller.hear() == "ok"
+    assert mapped(late.pid, region) == [(0, pages_of(region) * PAGE, READ_WRITE)]
+    late.resume()
+    order(caller, 1, 1, READ)
+    order(caller, 2, 1, READ)
+    agreed(region, caller.pid, late.pid)
+
+
+def belongings() -> tuple[int, int, int, int]:
+    """Descriptors, threads, mappings of regions, names."""
+    with open("/proc/self/maps") as maps:
+        mine = sum("pyshare" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), mine, len(pyshare.names())
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["userfaultfd", "ioctl"])
+def test_where_userfaultfd_is_refused(region: Region, joined: Joined, call: str, error: int) -> None:
+    """An explicit engine is refused by the kernel's own errno, and leaves nothing behind; "auto" takes the other."""
+    name = f"refused-{os.getpid()}"
+
+    def body(child: Child) -> None:
+        fd = os.dup(region.fileno())
+        region.close()
+        refuse(call, error)
+        before = belongings()
+        attempts: list[Callable[[], object]] = [
+            lambda: pyshare.create(name, size=PAGE, engine="uffd"),
+            lambda: pyshare.attach(fd, engine="uffd"),
+        ]
+        for attempt in attempts:
+            with pytest.raises(OSError, match=os.strerror(error)) as caught:
+                attempt()
+            assert caught.value.errno == error
+            until(lambda: belongings() == before)  # its thread, which has failed, may still be ending
+        own = pyshare.attach(fd)
+        assert own.engine == "mprotect"
+        child.say()
+        child.say(str(own.address))
+        obey(own)(child)
+
+    other = Member(joined, region, body)
+    assert engines(region) == {os.getpid(): "uffd", other.pid: "mprotect"}
+    for prot in (READ, NONE, READ_WRITE, READ | EXEC, READ):
+        order(other.child, 0, 2, prot)
+        assert other.follows(region)
+        change(region, 1, 2, prot)
+        assert other.follows(region)
+
+
+def test_a_child_that_has_no_userfaultfd_takes_part_all_the_same_or_is_detached(fork: Fork) -> None:
+    """What fork() joins by is the engine that was asked for."""
+
+    def body(child: Child) -> None:
+        with pyshare.create(size=PAGE) as auto, pyshare.create(size=PAGE, engine="uffd") as explicit:
+            refuse("userfaultfd", errno.EPERM)
+
+            def forked(grandchild: Child) -> None:
+                assert auto.engine == "mprotect"
+                auto.mprotect(0, PAGE, READ)
+                with pytest.raises(PermissionError):
+                    explicit.read(0, 1)
+                idle(grandchild)
+
+            grandchild = Child(forked)
+            assert grandchild.hear() == "ok"
+            assert auto.protection(0) == READ
+            assert [one.pid for one in explicit.participants()] == [os.getpid()]
+            grandchild.end()
+        child.say()
+
+    assert fork(body).hear() == "ok"
+
+
+# -- Both kinds in one region ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turn", range(3), ids=["uffd calls", "forked calls", "mprotect calls"])
+def test_every_protection_in_turn(region: Region, joined: Joined, turn: int) -> None:
+    other, child, idler = Member(joined, region), joined(obey(region)), joined()
+    call: Callable[[int, int, int], int] = [
+        lambda *what: change(region, *what),
+        lambda *what: order(child, *what),
+        lambda *what: order(other.child, *what),
+    ][turn]
+    for prot in (READ, NONE, READ, READ_WRITE, NONE, READ_WRITE, READ | EXEC, READ):
+        for first, count in ((0, 1), (CHUNK - 1, 2), (2 * CHUNK, 7)):
+            call(first, count, prot)
+            agreed(region, child.pid, idler.pid)
+            assert other.follows(region)
+
+
+def test_only_the_other_kind_is_late(region: Region, joined: Joined) -> None:
+    other, stopped = Member(joined, region), joined()
+    other.child.stop()
+    stopped.stop()
+    for prot in (READ, READ_WRITE, READ):
+        with silent(other.child):
+            change(region, 0, 2, prot, timeout=AT_ONCE)
+        agreed(region, stopped.pid)
+    other.child.resume()
+    change(region, 1, 1, READ_WRITE)
+    agreed(region, stopped.pid)
+    assert other.follows(region)
+
+
+def test_a_change_that_the_other_kind_cannot_apply_is_undone_with_those_who_sleep(
+    region: Region, joined: Joined
+) -> None:
+    """They had it, and never ran."""
+    full = Member(joined, region, member(region, "mprotect", at_its_limit))
+    stopped = [joined() for _ in range(3)]
+    change(region, 5, 1, READ)
+    pids = [child.pid for child in stopped]
+    before = agreed(region, *pids)
+    for child in stopped:
+        child.stop()
+    tell(full.child, "fill")
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"pid {full.pid} could not apply") as caught:
+            change(region, 9, 1, READ)
+        assert caught.value.errno == errno.ENOMEM
+        assert agreed(region, *pids) == before
+    assert full.follows(region)
+    assert not any(one.fenced for one in region.participants())
+    tell(full.child, "free 4")
+    change(region, 9, 1, READ)
+    agreed(region, *pids)
+    assert full.follows(region)
+
+
+def test_agents_that_wake_late_take_nothing_back(joined: Joined) -> None:
+    """A change wakes those who share a bit with one that must act; they come when others have acted for them, and the
+    page may have been granted since (without the claim, they protected it again)."""
+    with pyshare.create(size=2 * CHUNK * PAGE, max_participants=64, engine="uffd") as region:
+
+        def store(child: Child) -> None:
+            child.say()
+            zero = os.open("/dev/zero", os.O_RDONLY)
+            while child.hear() == "store":
+                os.readv(zero, [region.buf[:PAGE]])
+                child.say()
+
+        first = Member(joined, region)  # in slot 1: with 33 it shares a bit
+        children = [joined(store) for _ in range(36)]
+        assert first.child
+        for _ in range(100):
+            change(region, 0, 1, READ)
+            change(region, 0, 1, READ_WRITE)
+            for child in children[28:]:
+                child.say("store")
+            for child in children[28:]:
+                assert child.hear() == "ok"
+        agreed(region, *[child.pid for child in children])
+        assert first.follows(region)
+
+
+# -- Agents that are lost ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["", "closerange"])
+def test_a_lost_agent_opens_nothing(region: Region, fork: Fork, closes: bool) -> None:
+    """Promise 10: its userfaultfd goes with it, but not the marks: the program has a copy, or whoever borrowed it."""
+
+    def body(child: Child) -> None:
+        if closes:
+            close_all(child)
+        obey(region)(child)
+
+    child = fork(body, point="A1_wait=exit@2")
+    assert child.hear() == "ok"
+    change(region, 0, 2, READ)
+    assert mapped(child.pid, region)[0] == (0, 2 * PAGE, READ)
+    with silent(child):
+        for prot in (NONE, READ):  # it may be counted lost at the first already
+            change(region, 5, 1, prot, timeout=AT_ONCE)
+    until(lambda: len(os.listdir(f"/proc/{child.pid}/task")) == 1)
+    assert mapped(child.pid, region)[0] == (0, 2 * PAGE, READ)
+    for prot in (READ, READ_WRITE, NONE, READ) if not closes else ():  # else nothing leads to the memory any more
+        order(child, 7, 1, prot)
+        agreed(region, child.pid)
+        change(region, 5, 1, prot)
+        agreed(region, child.pid)
+
+
+# -- Violations that somebody survives ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recover") / "recover.so"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", path, HERE / "recover.c"], check=True)
+    return path
+
+
+@pytest.mark.parametrize("armed", [True, False])
+def test_a_grant_after_a_violation_that_a_handler_jumped_out_of(
+    region: Region, joined: Joined, library: Path, armed: bool
+) -> None:
+    """The page was taken out of the reach of others, so that it ended as SIGSEGV; a grant sees to that."""
+
+    def body(child: Child) -> None:
+        recover = ctypes.CDLL(str(library))
+        recover.jumps.argtypes = [ctypes.c_void_p, ctypes.c_long]
+        recover.jumps.restype = ctypes.c_long
+        recover.install_jump(0x08000000)
+        zero = os.open("/dev/zero", os.O_RDONLY)
+        child.say()
+        while child.hear() == "go":
+            child.say(str(recover.jumps(region.address + PAGE, 50)))
+            child.hear()
+            assert os.readv(zero, [region.buf[PAGE : 2 * PAGE]]) == PAGE
+            region.buf[PAGE] = 1
+            child.say()
+
+    change(region, 0, 2 if armed else pages_of(region), READ)
+    child = joined(body)
+    for turn in range(3):
+        child.say("go")
+        assert child.hear() == "50"
+        change(region, 1, 1, READ_WRITE)
+        child.say()
+        assert child.hear() == "ok", turn
+        agreed(region, child.pid)
+        change(region, 1, 1, READ)
+        agreed(region, child.pid)
