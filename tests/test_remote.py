@@ -560,7 +560,8 @@ def with_pid(pid: int, joined: Joined) -> Child:
         child = joined()
         if child.pid == pid:
             return child
-        child.end()
+        child.kill()
+        child.wait()
     pytest.skip("others were always quicker")
 
 
