@@ -686,6 +686,7 @@ def test_where_userfaultfd_is_refused(region: Region, joined: Joined, call: str,
         fd = os.dup(region.fileno())
         region.close()
         refuse(call, error)
+        until(lambda: belongings()[1] == 1)  # the closed region's may still be ending, too
         before = belongings()
         attempts: list[Callable[[], object]] = [
             lambda: pyshare.create(name, size=PAGE, engine="uffd"),
