@@ -3,9 +3,9 @@
  *   stress SECONDS SEED
  *
  * Participants of one region:
- *   - the crowd: HOLDERS participants in one process, each with two callers, two takers of leases and locks, an
- *     accessor and its agent; joiners, which attach, work and leave again and again; and forks of it all, which rejoin
- *     in the child handler, work, and are killed; the callers and takers get signals meanwhile;
+ *   - the crowd: HOLDERS participants in one process, of both engines, each with two callers, two takers of leases
+ *     and locks, an accessor and its agent; joiners, which attach, work and leave again and again; and forks of it
+ *     all, which rejoin in the child handler, work, and are killed; the callers and takers get signals meanwhile;
  *   - strays: processes that attach, change at random, and are killed in the middle of it.
  * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
  * do (promises 1 and 2), by the copy that survives faults.  The shared pages everybody changes; at the end, when
@@ -122,11 +122,13 @@ static void count(_Atomic uint64_t *counter) {
     atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
 }
 
-static struct ps_region *attach(void) {
+/* By both engines in turn, so that callers of either change the others from outside or wake them. */
+static struct ps_region *attach(uint64_t number) {
     struct ps_outcome outcome;
     struct ps_region *region = NULL;
     const char *field = "";
-    int rc = ps_attach(memory, -1, PS_ENGINE_AUTO, ps_sys_now() + TIMEOUT, &region, &outcome, &field);
+    int rc = ps_attach(memory, -1, number % 2 ? PS_ENGINE_MPROTECT : PS_ENGINE_AUTO, ps_sys_now() + TIMEOUT, &region,
+                       &outcome, &field);
     CHECK(!rc, "ps_attach: %d %s", rc, field);
     return region;
 }
@@ -306,7 +308,7 @@ static void *join_and_leave(void *argument) {
     uint64_t state = 200 + *(uint64_t *)argument;
     for (; !over(); count(&joins)) {
         threads_may_change();
-        struct ps_region *region = attach();
+        struct ps_region *region = attach(below(&state, 2));
         threads_changed(0);
         for (uint64_t i = below(&state, 4); i; i--) {
             change_others(region, &state);
@@ -387,7 +389,7 @@ static void crowd(void) {
     uint64_t number[JOINERS + 1], taker[TAKERS], turns = 0;
     int made = 0;
     for (int i = 0; i < HOLDERS; i++)
-        holder[i] = attach();
+        holder[i] = attach((uint64_t)i);
     for (int i = 0; i < CALLERS; i++)
         pthread_create(&thread[made++], NULL, call, &caller[i]);
     for (int i = 0; i < TAKERS; i++) {
@@ -424,7 +426,7 @@ static uint64_t strays(uint64_t seed) {
         CHECK(!pipe(ends), "%d", errno);
         pid_t pid = fork();
         if (!pid)
-            change_until_killed(attach(), ends, below(&state, UINT32_MAX) + 1);
+            change_until_killed(attach(killed), ends, below(&state, UINT32_MAX) + 1);
         CHECK(pid > 0, "%d", errno);
         close(ends[1]);
         kill_at_work(pid, ends[0], &state);
