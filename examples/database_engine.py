@@ -3,13 +3,14 @@
 Lives here: latches, the log's shared end, the region, the pool of frames, transactions, checkpoints.
 Not here: the files (database_files.py); processes, accidents and the terminal (database_buffer.py).
 
-The region is control pages (READ_WRITE for everyone: latches, buffer table, words), then frames (READ for everyone).
+The region is control pages (READ_WRITE for everyone: buffer table, notes, words), then frames (READ for everyone).
+A latch is one of the region's locks. Who changes a page holds its frame's latch, and leases the frame for the store.
 Invariants
- 1. A frame is open (READ_WRITE) only while its latch says CHANGING or LOADING.
+ 1. A frame is stored to only through `Pool.opened`, while its latch is ours and the latch's note says what is done.
  2. The log comes first: a change is in the log before it is in a frame, and synced before its page goes to the heap.
- 3. Whoever dies, at any instruction, leaves latches that the kernel has released and whose words say how far it was;
-    who takes such a frame next makes it good again from heap and log.
- 4. Order of latches: load, frame, log, flush. A process has one frame at a time.
+ 3. Whoever dies, at any instruction, leaves a latch that is abandoned, its note beside it, and a lease that is
+    abandoned if it was in the middle of a store; who has the latch next makes the frame good again.
+ 4. Latches are taken in the order of their numbers: load, frame, log, flush. A process has one frame at a time.
 Undo is logical, by the opposite amount. Additions commute, so a frame is latched for one change only and not until the
 commit; other transactions may have changed the row in between. The price: nobody may act on a balance that it reads.
 """
@@ -19,11 +20,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from database_files import (
     ABORT,
@@ -47,100 +47,70 @@ from database_files import (
 
 import pyshare
 
-PATIENCE: Final = 10.0  # seconds: nobody waits longer for a latch or a frame
+PATIENCE: Final = 10.0  # seconds: nobody waits longer for a latch, a lease or a frame
 HISTORY_ROOM: Final = 1 << 16  # pages by which the history may grow while a server runs
+SERVER_BYTE: Final = (1 << 40) - 1  # far behind the end of the heap file: a lock on this byte makes the one server
 
 # -- Latches -------------------------------------------------------------------------------------------------------
 
-HELD, CHANGING, LOADING = 1, 2, 3  # how far the holder is: frame as it was; its content changing; its page changing
-LOG_LATCH, FLUSH_LATCH, GROW_LATCH, LOAD_LATCHES, FRAME_LATCHES = 0, 1, 2, 16, 80
-SERVER_BYTE: Final = (1 << 40) - 1  # far behind the end of the heap file: a lock on this byte makes the one server,
-LATCH_BYTES: Final = 1 << 40  # and from here on a byte for each latch
-
-
-class LatchTimeout(DatabaseError):
-    """A latch was held for longer than PATIENCE."""
+GROW_LATCH, LOAD_LATCHES, FRAME_LATCHES, LOG_LATCH, FLUSH_LATCH = 0, 1, 64, 1022, 1023  # from this number on
+CHANGING, LOADING = 1, 2  # what a note says: the frame's content changes; the frame gets another page
+NOTE_WORDS: Final = 4
 
 
 class Left(NamedTuple):
-    """What a dead holder left in a latch."""
+    """What a dead holder has left in its latch's note."""
 
+    mode: int
     slot: int
     incarnation: int
-    mode: int
+    frame: int
     transaction: int
 
 
-def _on_alarm(*_: object) -> None:
-    raise LatchTimeout(f"a latch was not to be had within {PATIENCE:.0f} s")
-
-
 class Latches:
-    """Mutual exclusion that survives the death of its holder, in two halves.
+    """Mutual exclusion that survives the death of its holder: the region's locks, each with a note.
 
-    *Exclusion* is a POSIX record lock (fcntl) on one byte of the heap file. Python has no compare-and-swap on shared
-    memory, and a word there would stay taken for ever; the kernel releases the locks of a dead process, after its last
-    store, wakes who waits, and gives none to a forked child.
-    *State* is two words in the region: the holder (slot and incarnation) with how far it is, and its transaction. The
-    holder clears the first before it unlocks. So whoever gets the lock and finds a word there knows that the last
-    holder died inside, who that was, and what it was doing; that stays until the repair is done, whoever else dies.
+    The lock excludes, and says to its next holder if the last one died inside (`abandoned`). The note says what that
+    one was doing: it is written before, and cleared after. It stays until the repair is done, whoever dies in that.
+    Frames share latches, where there are more of them; that costs waits, and is no danger, as nobody has two frames.
     """
 
-    def __init__(self, fd: int, words: memoryview) -> None:
-        self.fd, self.words = fd, words
+    def __init__(self, region: pyshare.Region, notes: memoryview) -> None:
+        self.region, self.notes = region, notes
         self.me = 0
         self.transaction = 0
+        self.waits: list[int] = []  # ns that each latch took
 
     def become(self, slot: int, incarnation: int) -> None:
         self.me = incarnation << 16 | slot << 4
-        signal.signal(signal.SIGALRM, _on_alarm)
+        self.waits = []
 
-    def acquire(self, latch: int, wait: bool = True) -> bool:
-        """Ours. False: another has it, and we were not to wait."""
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LATCH_BYTES + latch)
-        except BlockingIOError:
-            if not wait:
-                return False
-            self._wait(latch)
-        if not self.words[2 * latch]:
-            self.enter(latch)
-        return True
+    def held(self, latch: int) -> pyshare.Lock:
+        """The latch is ours, until the lock is released. For a latch that guards words only it does not matter that
+        the last holder may have died inside: each word is whole."""
+        begin = time.perf_counter_ns()
+        lock = self.region.lock(latch)
+        self.waits.append(time.perf_counter_ns() - begin)
+        return lock
 
-    def _wait(self, latch: int) -> None:
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, LATCH_BYTES + latch)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    def note(self, latch: int, mode: int, frame: int) -> None:
+        at = latch * NOTE_WORDS
+        self.notes[at + 1] = frame
+        self.notes[at + 2] = self.transaction
+        self.notes[at] = self.me | mode  # the last one: the note is valid
 
-    def enter(self, latch: int) -> None:
-        self.words[2 * latch + 1] = self.transaction
-        self.words[2 * latch] = self.me | HELD
+    def clear(self, latch: int) -> None:
+        self.notes[latch * NOTE_WORDS] = 0
 
     def left(self, latch: int) -> Left | None:
-        """What the last holder left, if it died inside. The word stays; `enter` makes the latch wholly ours."""
-        word = self.words[2 * latch]
-        if word & ~15 == self.me:
-            return None
-        return Left(word >> 4 & 0xFFF, word >> 16, word & 15, self.words[2 * latch + 1])
+        """What the last holder was doing when it died; None if nothing came of that."""
+        word, frame, transaction, _ = self.notes[latch * NOTE_WORDS : (latch + 1) * NOTE_WORDS]
+        return Left(word & 15, word >> 4 & 0xFFF, word >> 16, frame, transaction) if word else None
 
-    def mark(self, latch: int, mode: int) -> None:
-        self.words[2 * latch] = self.me | mode
-
-    def release(self, latch: int) -> None:
-        self.words[2 * latch] = 0
-        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, LATCH_BYTES + latch)
-
-    @contextlib.contextmanager
-    def held(self, latch: int) -> Iterator[None]:
-        """For latches that guard words only: whatever the last holder was at, each word is whole."""
-        self.acquire(latch)
-        yield  # an exception in here ends the process, as a kill would
-        self.release(latch)
-
-    def left_by(self, incarnation: int) -> list[int]:
-        return [at for at, word in enumerate(self.words[::2].tolist()) if word >> 16 == incarnation]
+    def left_by(self, incarnation: int) -> list[Left]:
+        latches = [at for at, word in enumerate(self.notes[::NOTE_WORDS].tolist()) if word >> 16 == incarnation]
+        return [left for latch in latches if (left := self.left(latch))]
 
 
 # -- The region ----------------------------------------------------------------------------------------------------
@@ -158,12 +128,12 @@ class Control:
     """The region and its control pages. Those stay READ_WRITE: a stray store into them is not caught. Their words are
     8 bytes, which a process reads or writes in one instruction: nobody sees half of one, nobody leaves half of one."""
 
-    def __init__(self, name: str, frames: int, capacity: int) -> None:
-        sizes = (16, SLOTS * SLOT_WORDS, 2 * (FRAME_LATCHES + frames), capacity, frames, frames, frames)
+    def __init__(self, name: str, frames: int, capacity: int, prot: pyshare.Prot) -> None:
+        sizes = (16, SLOTS * SLOT_WORDS, (FLUSH_LATCH + 1) * NOTE_WORDS, capacity, frames, frames, frames)
         self.length = -(-8 * sum(sizes) // PAGE) * PAGE
         self.frames = frames
         # replace: after a crash the last holder of the name may still be on its way out
-        self.region = pyshare.create(name, size=self.length + frames * PAGE, prot=pyshare.READ, replace=True)
+        self.region = pyshare.create(name, size=self.length + frames * PAGE, prot=prot, replace=True)
         self.region.mprotect(0, self.length, pyshare.READ_WRITE)
         self.data = self.region.buf[self.length :]
         words = self.region.buf[: self.length].cast("Q")
@@ -173,7 +143,7 @@ class Control:
             at += size
         self._views = [self.data, words, *areas]
         # The buffer table (page -> frame + 1, or 0); by frame: its page + 1; since which LSN it is dirty; its use bit.
-        self.words, self.slots, self.latches, self.table, self.page_of, self.dirty, self.used = areas
+        self.words, self.slots, self.notes, self.table, self.page_of, self.dirty, self.used = areas
 
     def slot(self, number: int) -> memoryview:
         return self.slots[number * SLOT_WORDS : (number + 1) * SLOT_WORDS]
@@ -219,33 +189,76 @@ class Log:
 # -- The pool ------------------------------------------------------------------------------------------------------
 
 
+class Page(Protocol):
+    """A frame that may be stored to, until it is released. A pyshare.Lease is one."""
+
+    @property
+    def view(self) -> memoryview: ...
+
+    @property
+    def abandoned(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+class OpenForAll:
+    """The other way: everybody may store to the frame, by region.mprotect (`close`: until the release) or always."""
+
+    abandoned = True  # nobody can tell if the last one died in the middle of a store, so expect the worst
+
+    def __init__(self, region: pyshare.Region, offset: int, close: bool) -> None:
+        self.region, self.offset, self.close = region, offset, close
+        if close:
+            region.mprotect(offset, PAGE, pyshare.READ_WRITE)
+        self.view = region.buf[offset : offset + PAGE]
+
+    def release(self) -> None:
+        self.view.release()
+        if self.close:
+            self.region.mprotect(self.offset, PAGE, pyshare.READ)
+
+
+PROTECTIONS: Final = ("lease", "window", "mprotect", "none")
+
+
 class Pool:
     """The frames of the region, and the pages in them."""
 
-    def __init__(self, control: Control, heap: Heap, log: Log, latches: Latches) -> None:
+    def __init__(self, control: Control, heap: Heap, log: Log, latches: Latches, protect: str) -> None:
         self.control, self.heap, self.log, self.latches = control, heap, log, latches
+        self.protect = protect
         self.table, self.page_of, self.dirty, self.used = control.table, control.page_of, control.dirty, control.used
         self.count = log.count
-        self.took: list[int] = []  # ns that each change of protection took, until everybody had it
-        self.on_repair: Callable[[int, Left], None] | None = None
+        self.stripes = min(control.frames, LOG_LATCH - FRAME_LATCHES)
+        self.lock: pyshare.Lock | None = None  # the latch of the frame that is ours
+        self.page: Page | None = None  # that frame, while it may be stored to
+        self.stores: list[int] = []  # ns that each page was open
+        self.on_repair: Callable[[int, Left, bool], None] | None = None
+
+    def become(self, count: memoryview) -> None:
+        self.count, self.stores = count, []
 
     # A frame is two pages of memory.
-
-    def protect(self, frame: int, prot: pyshare.Prot) -> None:
-        begin = time.perf_counter_ns()
-        self.control.region.mprotect(self.control.length + frame * PAGE, PAGE, prot)
-        self.took.append(time.perf_counter_ns() - begin)
 
     def view(self, frame: int) -> memoryview:
         return self.control.data[frame * PAGE : (frame + 1) * PAGE]
 
+    def open(self, frame: int) -> Page:
+        region, offset = self.control.region, self.control.length + frame * PAGE
+        if self.protect == "lease":
+            return region.lease(offset, PAGE)
+        if self.protect == "window":
+            return region.lease(offset, PAGE, window=True)
+        return OpenForAll(region, offset, close=self.protect == "mprotect")
+
     @contextlib.contextmanager
-    def opened(self, frame: int) -> Iterator[memoryview]:
-        """The page, for a store. It is open to everyone then, but who keeps to the latches leaves it to us."""
-        self.protect(frame, pyshare.READ_WRITE)
-        with self.view(frame) as page:
-            yield page
-        self.protect(frame, pyshare.READ)
+    def opened(self, frame: int) -> Iterator[Page]:
+        """The frame, for a store. An exception in here ends the process with the page open, as a kill would."""
+        begin = time.perf_counter_ns()
+        self.page = self.open(frame)
+        yield self.page
+        self.page.release()
+        self.stores.append(time.perf_counter_ns() - begin)
 
     # Fixing: a page is in a frame, and the frame's latch is ours.
 
@@ -257,32 +270,45 @@ class Pool:
                 self.used[frame] = 1
                 return frame
 
-    def unfix(self, frame: int) -> None:
-        self.latches.release(FRAME_LATCHES + frame)
+    def unfix(self) -> None:
+        assert self.lock
+        self.lock.release()
 
     @contextlib.contextmanager
     def fixed(self, page: int) -> Iterator[int]:
-        frame = self.fix(page)
-        yield frame
-        self.unfix(frame)
+        """As `fix`. An exception in here ends the process with the latch held, as a kill would."""
+        yield self.fix(page)
+        self.unfix()
 
-    def latch(self, frame: int, wait: bool = True) -> bool:
-        """The frame is ours, and good, though its last holder may have died inside."""
-        latch = FRAME_LATCHES + frame
-        if not self.latches.acquire(latch, wait):
+    def latch_of(self, frame: int) -> int:
+        return FRAME_LATCHES + frame % self.stripes
+
+    def latch(self, frame: int) -> None:
+        """The frame is ours, and good, though the last holder of its latch may have died inside."""
+        latch = self.latch_of(frame)
+        self._latched(latch, self.latches.held(latch))
+
+    def try_latch(self, frame: int) -> bool:
+        latch = self.latch_of(frame)
+        try:
+            lock = self.control.region.lock(latch, timeout=0)
+        except pyshare.PropagationTimeout:
             return False
-        left = self.latches.left(latch)
-        if left:
-            self._repair(frame, left)
-            self.latches.enter(latch)
+        self._latched(latch, lock)
         return True
+
+    def _latched(self, latch: int, lock: pyshare.Lock) -> None:
+        self.lock = lock
+        if lock.abandoned and (left := self.latches.left(latch)):
+            self._repair(left)
+            self.latches.clear(latch)
 
     def _find(self, page: int, frame: int) -> int | None:
         """The frame, latched, if it has the page; None if that was evicted while we waited."""
         self.latch(frame)
         if self.page_of[frame] == page + 1:
             return frame
-        self.unfix(frame)
+        self.unfix()
         return None
 
     def _load(self, page: int) -> int | None:
@@ -291,7 +317,7 @@ class Pool:
             if self.table[page]:
                 return None
             frame = self._victim()
-            self.latches.mark(FRAME_LATCHES + frame, LOADING)
+            self.latches.note(self.latch_of(frame), LOADING, frame)
             if self.page_of[frame]:
                 self.table[self.page_of[frame] - 1] = 0
                 self.count[EVICTIONS] += 1
@@ -299,10 +325,10 @@ class Pool:
             image = self.heap.read(page)
             if image is None:
                 raise DatabaseError(f"page {page} of the heap has a wrong checksum")
-            with self.opened(frame) as view:
-                view[:] = image
+            with self.opened(frame) as open_page:
+                open_page.view[:] = image
             self.table[page] = frame + 1
-            self.latches.mark(FRAME_LATCHES + frame, HELD)
+            self.latches.clear(self.latch_of(frame))
             self.count[LOADS] += 1
         return frame
 
@@ -314,7 +340,7 @@ class Pool:
             self.control.words[HAND] = frame + 1  # two hands at once may skip a frame: it is only a hint
             if self.used[frame]:
                 self.used[frame] = 0
-            elif self.latch(frame, wait=False):
+            elif self.try_latch(frame):
                 self.write_back(frame)
                 return frame
         raise DatabaseError("no frame is free: the pool is too small for so many workers")
@@ -333,34 +359,35 @@ class Pool:
     def change(self, frame: int, change: Change) -> None:
         lsn = self.log_change(frame, change)
         with self.opened(frame) as page:
-            apply(page, change, lsn)
-        self.latches.mark(FRAME_LATCHES + frame, HELD)
+            apply(page.view, change, lsn)
+        self.latches.clear(self.latch_of(frame))
 
     def log_change(self, frame: int, change: Change) -> int:
         # Both before the record exists: who dies from here on leaves a frame that must be made again from the log,
         # and a checkpoint that begins from here on finds it dirty.
-        self.latches.mark(FRAME_LATCHES + frame, CHANGING)
+        self.latches.note(self.latch_of(frame), CHANGING, frame)
         if not self.dirty[frame]:
             self.dirty[frame] = self.control.words[TAIL]
         with self.view(frame) as page:
             return self.log.append(change, page)
 
-    def _repair(self, frame: int, left: Left) -> None:
-        """The frame is what the heap and the log say, and closed. Dying in here is harmless: the next one does it."""
-        page = self.page_of[frame] - 1
-        if left.mode == LOADING:
-            if page >= 0 and self.table[page] == frame + 1:
-                self.table[page] = 0
-            self.page_of[frame] = 0
-            self.protect(frame, pyshare.READ)
-        elif left.mode == CHANGING:
-            words = self.control.words
-            logged = self.log.file.scan(words[REDO], words[TAIL])
-            image, _ = roll_forward(self.heap.read(page), (each for each in logged if each.change.page == page))
-            with self.opened(frame) as view:
-                view[:] = image
-        if left.mode != HELD and self.on_repair:
-            self.on_repair(page, left)
+    def _repair(self, left: Left) -> None:
+        """The frame is what the heap and the log say. Dying in here is harmless: the next one does it."""
+        frame, page = left.frame, self.page_of[left.frame] - 1
+        with self.opened(frame) as open_page:
+            torn = open_page.abandoned  # the last one died in the middle of a store
+            if left.mode == LOADING:
+                if page >= 0 and self.table[page] == frame + 1:
+                    self.table[page] = 0
+                self.page_of[frame] = 0
+            else:
+                words = self.control.words
+                logged = self.log.file.scan(words[REDO], words[TAIL])
+                image = self.heap.read(page) if torn else bytearray(open_page.view)
+                image, _ = roll_forward(image, (each for each in logged if each.change.page == page))
+                open_page.view[:] = image
+        if self.on_repair:
+            self.on_repair(page, left, torn)
 
 
 # -- The engine ----------------------------------------------------------------------------------------------------
@@ -369,7 +396,7 @@ class Pool:
 class Engine:
     """A database that is open. The server makes it; its forked workers go on with their copies of it."""
 
-    def __init__(self, path: str, name: str, frames: int) -> None:
+    def __init__(self, path: str, name: str, frames: int, protect: str = "lease") -> None:
         """Opens the database: what was committed is there, what was not is undone, and a new log begins."""
         begin = time.perf_counter()
         self.heap = Heap(path)
@@ -381,14 +408,15 @@ class Engine:
         file = LogFile(path + ".log")
         self.recovered, found = redo(self.heap, file)
         next_page = max(self.heap.pages, self.layout.history)
-        self.control = Control(name, frames, next_page + HISTORY_ROOM)
+        prot = pyshare.READ_WRITE if protect == "none" else pyshare.READ
+        self.control = Control(name, frames, next_page + HISTORY_ROOM, prot)
         self.words = self.control.words
         self.words[TAIL] = self.words[FLUSHED] = found.tail
         self.words[REDO] = self.words[HORIZON] = found.redo
         self.words[NEXT_PAGE] = next_page
-        self.latches = Latches(self.heap.fd, self.control.latches)
+        self.latches = Latches(self.control.region, self.control.notes)
         self.log = Log(file, self.words, self.latches)
-        self.pool = Pool(self.control, self.heap, self.log, self.latches)
+        self.pool = Pool(self.control, self.heap, self.log, self.latches, protect)
         self.become(0, 1)
         for transaction, changes in found.losers.items():
             self.undo(transaction, changes)
@@ -408,9 +436,10 @@ class Engine:
     def become(self, slot: int, incarnation: int) -> None:
         """This process is the one of this slot from now on. No incarnation comes twice while a server runs."""
         self.number, self.incarnation = slot, incarnation
-        self.slot = self.pool.count = self.log.count = self.control.slot(slot)
-        self.pool.took = []
+        self.slot = self.log.count = self.control.slot(slot)
+        self.pool.become(self.slot)
         self.latches.become(slot, incarnation)
+        pyshare.set_default_timeout(PATIENCE)
 
     # Transactions
 
@@ -459,13 +488,10 @@ class Engine:
         self.log.flush(self.log.append(Change(ABORT, transaction)))
 
     def bury(self, slot: int, incarnation: int) -> int | None:
-        """A dead process holds nothing, and its transaction is undone: so many changes; None if it was in none."""
-        for latch in self.latches.left_by(incarnation):
-            if latch >= FRAME_LATCHES:
-                self.pool.latch(latch - FRAME_LATCHES)
-            else:
-                self.latches.acquire(latch)
-            self.latches.release(latch)
+        """What a dead process left is right, and its transaction undone: so many changes; None if it was in none."""
+        for left in self.latches.left_by(incarnation):
+            self.pool.latch(left.frame)
+            self.pool.unfix()
         words = self.control.slot(slot)
         transaction = words[TRANSACTION]
         if not transaction:
@@ -488,7 +514,7 @@ class Engine:
             if 0 < since < horizon:
                 self.pool.latch(frame)
                 self.pool.write_back(frame)
-                self.pool.unfix(frame)
+                self.pool.unfix()
         self.heap.sync()
         self.log.flush(self.log.append(Change(CHECKPOINT, amount=horizon)))
         self.words[REDO] = horizon
