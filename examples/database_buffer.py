@@ -1,10 +1,18 @@
 """A multi-process database buffer, with accidents: `make demo` runs it, about 15 s.
 
 Forked workers move money (TPC-B: accounts, tellers, branches, history) through one pool of pages in a pyshare region.
-Each page is READ for everyone and opened with `region.mprotect` for the time of a change. Meanwhile a rogue process
-stores into a page that is not open, a worker is killed in the middle of a transaction, and then everybody is killed at
-once and the database restarted from its files. Whether the books balance is asked of a fresh process that has nothing
-but the heap file and the list of what was acknowledged.
+Each page is READ for everyone; a worker that changes one leases it for the time of the store, and latches are the
+region's locks. Meanwhile a rogue process tries stray stores, a worker is killed in the middle of a transaction, and
+then everybody is killed at once and the database restarted from its files. Whether the books balance is asked of a
+fresh process that has nothing but the heap file and the list of what was acknowledged.
+
+`--protect` compares ways to protect the pages:
+
+    lease     the default: a page is writable for who changes it, for nobody else, and only while it does
+    window    the same lease, with the store made through a second mapping that is always writable
+    mprotect  a page is opened for everybody with region.mprotect, and closed again
+    none      every page is READ_WRITE for everybody, always
+    all       one after the other, in turns of half a second; prints a table
 
 Lives here: the processes, the accidents, the terminal.
 Not here: the storage engine (database_engine.py), its files (database_files.py).
@@ -12,7 +20,7 @@ Not here: the storage engine (database_engine.py), its files (database_files.py)
     director   this process: gives orders, keeps the acknowledgements, shows and judges. It has no part in the region
     server     opens the database, makes the region, forks and replaces workers, takes checkpoints (slot 0)
     worker     makes transfers, one after the other (slots 1 to N)
-    rogue      forked by the server for one stray store
+    rogue      forked by the server, one for each stray store
     auditor    a fresh interpreter that reads the heap file
 
 They talk through pipes: orders, a byte each, from the director to the server; news, a line of JSON each, and
@@ -28,11 +36,11 @@ import dataclasses
 import json
 import os
 import random
-import re
 import resource
 import select
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -49,6 +57,7 @@ from database_engine import (
     LOADS,
     ORDER,
     PATIENCE,
+    PROTECTIONS,
     SEQUENCE,
     SLOT_WORDS,
     STOPPING,
@@ -84,10 +93,24 @@ import pyshare
 # The agent is a second thread, and since Python 3.12 os.fork() warns of that; pyshare is made for it.
 warnings.filterwarnings("ignore", message=r".*use of fork\(\) may lead to deadlocks", category=DeprecationWarning)
 
-ACK: Final = struct.Struct("<HQ")  # how many changes of protection; the log is on disk up to; then a row, then their ns
+ACK: Final = struct.Struct("<HHQ")  # how many stores, how many latches; the log is on disk up to; then a row, then ns
 HALFWAY, ROGUE, STOP = b"h", b"r", b"s"  # orders
 CHECKPOINT_EVERY: Final = 2.0  # seconds
 TICK: Final = 0.1  # seconds between two looks at the screen
+TURN: Final = 0.5  # seconds of one kind of protection, where all are compared
+
+# The stray stores that a rogue tries, and which of them each kind of protection catches.
+STRAYS: Final = {
+    "closed": "which nobody has open",
+    "open": "while its owner changes it",
+    "late": "through a view kept from an earlier change",
+}
+CATCHES: Final = {
+    "lease": {"closed", "open", "late"},
+    "window": {"closed", "open"},  # a view of the second mapping stays writable
+    "mprotect": {"closed", "late"},  # open is open for everybody
+    "none": set[str](),
+}
 
 News = dict[str, Any]
 
@@ -111,7 +134,7 @@ def fork(body: Callable[[], int]) -> int:
         code = body()
     except BrokenPipeError:
         code = 2  # the director is gone
-    except (DemoFailed, DatabaseError) as error:
+    except (DemoFailed, DatabaseError, pyshare.ShareError) as error:
         os.write(2, f"database_buffer: {error}\n".encode())
     except BaseException:
         traceback.print_exc()
@@ -134,9 +157,9 @@ class Process:
     def tell(self, **what: Any) -> None:
         os.write(self.news, json.dumps(what).encode() + b"\n")  # below PIPE_BUF: never mixed with another's
 
-    def tell_repair(self, page: int, left: Left) -> None:
+    def tell_repair(self, page: int, left: Left, torn: bool) -> None:
         where = self.engine.layout.describe(page)
-        self.tell(news="repair", slot=self.engine.number, left=left.slot, transaction=left.transaction, page=where)
+        self.tell(news="repair", slot=self.engine.number, left=left.slot, page=where, torn=torn)
 
 
 class Worker(Process):
@@ -149,12 +172,14 @@ class Worker(Process):
     def run(self) -> int:
         engine = self.engine
         while not engine.words[STOPPING]:
-            engine.pool.took.clear()
+            stores, waits = engine.pool.stores, engine.latches.waits
+            stores.clear()
+            waits.clear()
             if engine.slot[ORDER]:
                 self.halfway()
             row = self.transfer()
-            took = array.array("Q", engine.pool.took)
-            os.write(self.acks, ACK.pack(len(took), engine.words[FLUSHED]) + row + took.tobytes())
+            took = array.array("Q", stores + waits).tobytes()
+            os.write(self.acks, ACK.pack(len(stores), len(waits), engine.words[FLUSHED]) + row + took)
         return 0
 
     def pick(self) -> tuple[int, int, int, int]:
@@ -177,7 +202,7 @@ class Worker(Process):
         return row
 
     def halfway(self) -> NoReturn:
-        """Makes two changes and half of a third, reports, and waits to be killed: with a latch held and a page open."""
+        """Makes two changes and half of a third, reports, and waits to be killed: latch held, page leased."""
         engine, layout, pool = self.engine, self.engine.layout, self.engine.pool
         engine.slot[ORDER] = 0
         account, teller, branch, amount = self.pick()
@@ -188,10 +213,10 @@ class Worker(Process):
         frame = pool.fix(page)
         lsn = pool.log_change(frame, Change(ADD, transaction, page, slot, amount))
         engine.log.flush(lsn)  # as another worker's commit would
-        pool.protect(frame, pyshare.READ_WRITE)
-        pool.view(frame)[BODY : BODY + 4] = b"half"  # of the eight bytes of a balance
-        self.tell(news="halfway", slot=engine.number, pid=os.getpid(), lsn=lsn, page=layout.describe(page))
-        select.select([], [], [], PATIENCE)
+        with pool.opened(frame) as open_page:
+            open_page.view[BODY : BODY + 4] = b"half"  # of the eight bytes of a balance
+            self.tell(news="halfway", slot=engine.number, pid=os.getpid(), lsn=lsn, page=layout.describe(page))
+            select.select([], [], [], PATIENCE)
         raise DemoFailed("nobody killed this worker")
 
 
@@ -208,13 +233,12 @@ class Member:
 class Server(Process):
     """Owns the region and the workers. Ends when the director says so, or is gone."""
 
-    def __init__(self, options: argparse.Namespace, name: str, orders: int, news: int, acks: int) -> None:
-        super().__init__(Engine(options.file, name, options.frames), news)
+    def __init__(self, options: argparse.Namespace, protect: str, name: str, orders: int, news: int, acks: int) -> None:
+        super().__init__(Engine(options.file, name, options.frames, protect), news)
         self.orders, self.acks = orders, acks
         self.seed = f"{options.seed} {self.engine.log.file.epoch}"
         self.random = random.Random(self.seed)
         self.members: dict[int, Member] = {}
-        self.names = {os.getpid(): "the server"}
         self.incarnation = self.engine.incarnation
         self.checkpoints = 0
         self.tell(news="ready", **dataclasses.asdict(self.engine.recovered))
@@ -231,7 +255,6 @@ class Server(Process):
             return Worker(self.engine, self.news, self.acks, f"{self.seed} {incarnation}").run()
 
         pid = fork(work)
-        self.names[pid] = f"worker {slot}"
         self.members[slot] = Member(slot, incarnation, pid, os.pidfd_open(pid))
         self.tell(news="hired", slot=slot, pid=pid)
 
@@ -273,38 +296,40 @@ class Server(Process):
             self.tell(news="buried", slot=member.slot, pid=member.pid, code=code, undone=undone)
 
     def rogue(self) -> None:
-        """A stray store into a branch's page, while we hold its latch: nothing else could change it meanwhile."""
+        """Each of the STRAYS into a branch's page, while we hold its latch: nothing else could change it meanwhile."""
         pool, layout = self.engine.pool, self.engine.layout
-        branch = self.random.randrange(layout.branches.rows)
-        page, _ = layout.branches.place(branch)
-        with pool.fixed(page) as frame, pool.view(frame) as view:
-            before = bytes(view)
-            code, line = self.stray(view)
-            unhurt = bytes(view) == before
-        pid = re.search(r"by pid (\d+)", line)
-        self.tell(
-            news="rogue",
-            caught=code == -signal.SIGSEGV and "forbidden store" in line,
-            unhurt=unhurt,
-            line=line,
-            page=layout.describe(page),
-            frame=frame,
-            author=self.names[int(pid[1])] if pid else "an older change than the region remembers",
-        )
+        page, _ = layout.branches.place(self.random.randrange(layout.branches.rows))
+        for kind in STRAYS:
+            with pool.fixed(page) as frame, pool.view(frame) as view:
+                before = bytes(view)
+                code, line = self.stray(kind, frame, view)
+                unhurt = bytes(view) == before
+                if not unhurt:
+                    with pool.opened(frame) as open_page:
+                        open_page.view[:] = before
+            caught = code == -signal.SIGSEGV and "forbidden store" in line
+            self.tell(news="stray", kind=kind, caught=caught, unhurt=unhurt, line=line, page=layout.describe(page))
+        self.tell(news="rogue")
 
-    def stray(self, view: memoryview) -> tuple[int, str]:
-        """How a child ends that stores into this view, and what it says on stderr."""
+    def stray(self, kind: str, frame: int, view: memoryview) -> tuple[int, str]:
+        """How a child ends that stores into this frame, and what it says on stderr."""
+        pool = self.engine.pool
         read, write = os.pipe()
 
         def store() -> int:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(write, 2)
-            view[BODY] ^= 0xFF
+            target = view
+            if kind == "late":
+                with pool.opened(frame) as open_page:
+                    target = open_page.view[:]
+            target[BODY] ^= 0xFF
             return 0
 
-        pid = fork(store)
-        pidfd = os.pidfd_open(pid)
-        wait_ended(pidfd, "the rogue")
+        with pool.opened(frame) if kind == "open" else contextlib.nullcontext():
+            pid = fork(store)
+            pidfd = os.pidfd_open(pid)
+            wait_ended(pidfd, "the rogue")
         os.close(pidfd)
         os.close(write)
         with os.fdopen(read) as stderr:
@@ -332,11 +357,13 @@ class Findings:
     """What the director saw."""
 
     acks: list[bytes] = dataclasses.field(default_factory=list)  # history rows
-    took: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))  # ns
+    stores: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))  # ns that pages were open
+    waits: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))  # ns that latches took
     synced: int = 0  # up to where in the log, at least
     seconds: float = 0.0  # under load
+    speeds: list[float] = dataclasses.field(default_factory=list)  # transactions per second, of each load
     recoveries: list[News] = dataclasses.field(default_factory=list)
-    rogues: list[News] = dataclasses.field(default_factory=list)
+    strays: list[News] = dataclasses.field(default_factory=list)
     victim: News = dataclasses.field(default_factory=dict)  # the worker killed in mid-transaction
     repairs: list[News] = dataclasses.field(default_factory=list)
     buried: list[News] = dataclasses.field(default_factory=list)
@@ -354,7 +381,9 @@ class Findings:
 class Run:
     """One server's life, from outside: its process group, its pipes, and what comes through them."""
 
-    def __init__(self, options: argparse.Namespace, name: str, hear: Callable[[News], None], found: Findings) -> None:
+    def __init__(
+        self, options: argparse.Namespace, protect: str, name: str, hear: Callable[[News], None], found: Findings
+    ) -> None:
         self.hear, self.found = hear, found
         self.heard: list[News] = []
         self.pidfds: dict[int, int] = {}  # of the workers
@@ -367,7 +396,7 @@ class Run:
             os.setpgid(0, 0)  # apart from us: everybody there can be killed at once, and Ctrl-C is ours alone
             for fd in (self.orders, self.news, self.acks):
                 os.close(fd)
-            return Server(options, name, orders, news, acks).run()
+            return Server(options, protect, name, orders, news, acks).run()
 
         self.pid = fork(serve)
         self.pidfd = os.pidfd_open(self.pid)
@@ -392,15 +421,17 @@ class Run:
     def take_acks(self, data: bytes) -> None:
         data, at, found = self.ack + data, 0, self.found
         while len(data) - at >= ACK.size:
-            count, synced = ACK.unpack_from(data, at)
+            stores, waits, synced = ACK.unpack_from(data, at)
             row = at + ACK.size
             took = row + HISTORY.size
-            if took + 8 * count > len(data):
+            wait, end = took + 8 * stores, took + 8 * (stores + waits)
+            if end > len(data):
                 break
             found.acks.append(data[row:took])
-            found.took.frombytes(data[took : took + 8 * count])
+            found.stores.frombytes(data[took:wait])
+            found.waits.frombytes(data[wait:end])
             found.synced = max(found.synced, synced)
-            at = took + 8 * count
+            at = end
         self.ack = data[at:]
 
     def take_news(self, news: News) -> None:
@@ -467,8 +498,8 @@ class Run:
 class Director:
     """The course of events, and what is said meanwhile."""
 
-    def __init__(self, options: argparse.Namespace, console: Console) -> None:
-        self.options, self.console = options, console
+    def __init__(self, options: argparse.Namespace, protect: str, console: Console) -> None:
+        self.options, self.protect, self.console = options, protect, console
         self.name = f"database-buffer-{os.getpid()}"
         self.random = random.Random(options.seed)
         self.found = Findings()
@@ -481,8 +512,9 @@ class Director:
             auto_refresh=False,  # that would be a thread, and this process forks
         )
 
-    def direct(self) -> Findings:
-        found, share = self.found, self.options.seconds / 10
+    def direct(self, seconds: float) -> Findings:
+        """The whole of it: so many seconds under load, in three runs."""
+        found, share = self.found, seconds / 10
         with self.progress:
             with self.run() as run:
                 kills = [(self.random.uniform(0, 5 * share), self.kill_any) for _ in range(self.options.kills)]
@@ -503,9 +535,16 @@ class Director:
         found.name_left = self.name in pyshare.names()
         return found
 
+    def turn(self) -> float:
+        """A run without accidents, for its speed: transactions per second."""
+        with self.run() as run:
+            self.load(run, "turn", TURN, [])
+            self.stop(run)
+        return self.found.speeds[-1]
+
     @contextlib.contextmanager
     def run(self) -> Iterator[Run]:
-        run = Run(self.options, self.name, self.hear, self.found)
+        run = Run(self.options, self.protect, self.name, self.hear, self.found)
         try:
             yield run
         finally:
@@ -527,22 +566,18 @@ class Director:
                 self.draw(task, elapsed / seconds, (len(self.found.acks) - acks) / max(elapsed, TICK))
         self.draw(task, 1.0, (len(self.found.acks) - acks) / elapsed)
         self.found.seconds += elapsed
+        self.found.speeds.append((len(self.found.acks) - acks) / elapsed)
 
     def draw(self, task: TaskID, done: float, speed: float) -> None:
-        latest = self.found.took[max(len(self.found.took) - 1000, 0) :]
-        line = f"{len(self.found.acks):,} transactions, {speed:,.0f}/s; mprotect {duration(percentile(latest, 50))}"
+        latest = self.found.stores[-1000:]
+        line = f"{len(self.found.acks):,} transactions, {speed:,.0f}/s; page change {duration(percentile(latest, 50))}"
         self.progress.update(task, completed=done, line=line)
         self.progress.refresh()
 
     # Accidents
 
     def rogue(self, run: Run) -> None:
-        news = run.ask(ROGUE, "rogue")
-        self.found.rogues.append(news)
-        end = "dead by SIGSEGV" if news["caught"] else "NOT CAUGHT"
-        page = "the page is unhurt" if news["unhurt"] else "THE PAGE IS CHANGED"
-        self.say("rogue", "yellow", f"a rogue worker stores into {news['page']} without opening it: {end}, {page}")
-        self.say("", "dim", news["line"])
+        run.ask(ROGUE, "rogue")
 
     def kill_halfway(self, run: Run) -> None:
         news = run.ask(HALFWAY, "halfway")
@@ -599,16 +634,8 @@ class Director:
         run.end()
 
     def audit(self) -> None:
-        """By a fresh interpreter, from the file's name and the acknowledged rows."""
-        auditor = subprocess.run(
-            [sys.executable, __file__, "--audit", "--file", self.options.file],
-            input=b"".join(self.found.acks),
-            stdout=subprocess.PIPE,
-            timeout=300,
-            check=True,
-        )
-        books = json.loads(auditor.stdout)
-        self.found.audits.append(books)
+        self.found.audits.append(ask_auditor(self.options.file, self.found.acks))
+        books = self.found.audits[-1]
         there = f"{books['acknowledged'] - books['missing']:,} of {books['acknowledged']:,} acknowledged transactions"
         sums = "the books balance" if balanced(books) else "THE BOOKS DO NOT BALANCE"
         good = balanced(books) and not books["missing"]
@@ -629,23 +656,47 @@ class Director:
             "half",
             "yellow",
             f"worker {news['slot']} has made two of its transaction's changes and half of the third: "
-            f"it holds the latch of {news['page']}, the page is open, its balance is nonsense",
+            f"it holds the latch of {news['page']}, has the page open, and its balance is nonsense",
         )
+
+    def say_stray(self, news: News) -> None:
+        end = "dead by SIGSEGV" if news["caught"] else f"NOT CAUGHT with {self.protect}"
+        page = "the page is unhurt" if news["unhurt"] else "the page was changed, and is put right from a copy"
+        self.say("rogue", "yellow", f"stray store into {news['page']}, {STRAYS[news['kind']]}: {end}, {page}")
+        if news["line"]:
+            self.say("", "dim", news["line"])
 
     def hear(self, news: News) -> None:
         kind, found = news["news"], self.found
         if kind == "ready":
             found.recoveries.append(news)
             self.say("open", "green", opening(news))
+        elif kind == "stray":
+            found.strays.append(news)
+            self.say_stray(news)
         elif kind == "repair":
             found.repairs.append(news)
             who = f"worker {news['slot']}" if news["slot"] else "the server"
-            self.say("repair", "green", f"{who} is next at {news['page']}: closes it, makes it again from heap and log")
+            how = "makes it again from heap and log" if news["torn"] else "adds what only the log has"
+            self.say("repair", "green", f"{who} is next at {news['page']}: the latch is abandoned, so it {how}")
         elif kind == "buried":
             found.buried.append(news)
             undone = news["undone"]
             what = "it left nothing to undo" if undone is None else f"its transaction is undone, {undone} changes"
             self.say("undo", "green", f"worker {news['slot']} is dead: {what}")
+
+
+def ask_auditor(file: str, acks: list[bytes]) -> dict[str, int]:
+    """The books, read by a fresh interpreter that has the file's name and the acknowledged rows."""
+    auditor = subprocess.run(
+        [sys.executable, __file__, "--audit", "--file", file],
+        input=b"".join(acks),
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
+    books: dict[str, int] = json.loads(auditor.stdout)
+    return books
 
 
 # -- Words for figures ---------------------------------------------------------------------------------------------
@@ -657,7 +708,7 @@ def percentile(values: Sequence[int], percent: float) -> int:
 
 
 def duration(ns: float) -> str:
-    return f"{ns / 1e3:,.0f} µs" if ns < 10e6 else f"{ns / 1e6:,.0f} ms"
+    return f"{ns / 1e3:.1f} µs" if ns < 100e3 else f"{ns / 1e3:,.0f} µs" if ns < 10e6 else f"{ns / 1e6:,.0f} ms"
 
 
 def balanced(books: dict[str, int]) -> bool:
@@ -682,13 +733,24 @@ def opening(news: News) -> str:
 # -- The report ----------------------------------------------------------------------------------------------------
 
 
-def checks(found: Findings) -> list[tuple[str, bool]]:
+def stray_checks(found: Findings, protect: str) -> list[tuple[str, bool]]:
+    catchable = [stray for stray in found.strays if stray["kind"] in CATCHES[protect]]
+    if not catchable:
+        return []
+    return [
+        (f"each stray write that {protect} can catch was caught", all(stray["caught"] for stray in catchable)),
+        ("each of those left its page unhurt", all(stray["unhurt"] for stray in catchable)),
+    ]
+
+
+def checks(found: Findings, protect: str) -> list[tuple[str, bool]]:
     """What this demonstration promises, and whether it was so."""
     victim, crash, (first, last) = found.victim, found.recoveries[-1], found.audits
-    repaired = any(news["left"] == victim["slot"] and news["page"] == victim["page"] for news in found.repairs)
+    repaired = any(
+        news["left"] == victim["slot"] and news["page"] == victim["page"] and news["torn"] for news in found.repairs
+    )
     return [
-        ("each stray write was caught", all(rogue["caught"] for rogue in found.rogues)),
-        ("each left its page unhurt", all(rogue["unhurt"] for rogue in found.rogues)),
+        *stray_checks(found, protect),
         ("the worker killed in mid-transaction: its half-written page was made again", repaired),
         ("its half transaction was undone, all three changes", victim["undone"] == 3),
         ("the others went on", found.acks_at_stop > found.acks_at_kill),
@@ -708,30 +770,37 @@ def checks(found: Findings) -> list[tuple[str, bool]]:
     ]
 
 
-def figures(found: Findings, options: argparse.Namespace) -> dict[str, Any]:
+def spread(took: Sequence[int]) -> dict[str, int]:
+    ordered = sorted(took)
+    return {name: percentile(ordered, at) for name, at in (("p50", 50), ("p99", 99), ("max", 100))}
+
+
+def figures(found: Findings, options: argparse.Namespace, protect: str) -> dict[str, Any]:
     """What --json writes."""
     return {
+        "protect": protect,
         "seed": options.seed,
         "workers": options.workers,
         "transactions": len(found.acks),
         "seconds": found.seconds,
-        "changes": len(found.took),
-        "propagation_ns": {name: percentile(found.took, at) for name, at in (("p50", 50), ("p99", 99), ("max", 100))},
-        "checks": [{"check": text, "ok": ok} for text, ok in checks(found)],
+        "stores": len(found.stores),
+        "store_ns": spread(found.stores),
+        "latch_ns": spread(found.waits),
+        "checks": [{"check": text, "ok": ok} for text, ok in checks(found, protect)],
         "killed": len(found.killed),
         "crashed": found.crashed,
         **{
             name: getattr(found, name)
-            for name in ("rogues", "victim", "repairs", "buried", "recoveries", "stopped", "audits")
+            for name in ("strays", "victim", "repairs", "buried", "recoveries", "stopped", "audits")
         },
     }
 
 
-def report(console: Console, found: Findings, options: argparse.Namespace) -> None:
+def report(console: Console, found: Findings, options: argparse.Namespace, protect: str) -> None:
     grid = Grid(show_header=False, padding=(0, 1))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
-    for title, text in story(found, options):
+    for title, text in story(found, options, protect):
         grid.add_row(title, escape(text))
     console.print(grid, highlight=True)
     books = Grid("sums, read by a fresh process", padding=(0, 1))
@@ -742,17 +811,25 @@ def report(console: Console, found: Findings, options: argparse.Namespace) -> No
     for name in ("acknowledged", "missing"):
         books.add_row(f"{name} transactions", *(f"{audit[name]:,}" for audit in found.audits))
     console.print(books)
-    for text, ok in checks(found):
+    for text, ok in checks(found, protect):
         console.print(f" [{'green]✓' if ok else 'bold red]✗ NOT SO:'}[/] {text}", highlight=False)
 
 
-def story(found: Findings, options: argparse.Namespace) -> list[tuple[str, str]]:
-    victim, took = found.victim, sorted(found.took)
-    p50, p99, worst = (duration(percentile(took, at)) for at in (50, 99, 100))
+def strays_told(found: Findings, protect: str) -> str:
+    caught = sum(stray["caught"] for stray in found.strays)
+    missed = [text for kind, text in STRAYS.items() if kind not in CATCHES[protect]]
+    beyond = f"; {protect} cannot catch one into a page {', or '.join(missed)}" if missed else ""
+    return f"{caught} of {len(found.strays)} caught{beyond}"
+
+
+def took_told(took: Sequence[int]) -> str:
+    at = spread(took)
+    return f"p50 {duration(at['p50'])}, p99 {duration(at['p99'])}, max {duration(at['max'])}, of {len(took):,}"
+
+
+def story(found: Findings, options: argparse.Namespace, protect: str) -> list[tuple[str, str]]:
+    victim = found.victim
     count = {name: sum(news[name] for news in found.stopped) for name in found.stopped[0] if name != "news"}
-    rogues = "; ".join(
-        f"{rogue['page']} in frame {rogue['frame']}, protected by {rogue['author']}" for rogue in found.rogues
-    )
     more = f". {len(found.killed) - 1} more were killed at random moments" if len(found.killed) > 1 else ""
     return [
         (
@@ -761,17 +838,17 @@ def story(found: Findings, options: argparse.Namespace) -> list[tuple[str, str]]
             f"by {options.workers} workers; {count['begun'] / max(count['syncs'], 1):.1f} to a sync of the log",
         ),
         (
-            "Change propagation",
-            f"p50 {p50}, p99 {p99}, max {worst}, of {len(took):,} changes: from the call of mprotect until every "
-            "process had it, waiting for other changes included",
+            "Page change",
+            f"{took_told(found.stores)}: from opening a page to having closed it, the store between",
         ),
+        ("Latch wait", took_told(found.waits)),
         (
             "Pool",
             f"{options.frames:,} frames for {found.audits[-1]['pages']:,} pages; in runs 1 and 3 "
             f"{count['loads']:,} loads, {count['evictions']:,} evictions, {count['writes']:,} write-backs, "
             f"{count['checkpoints']} checkpoints",
         ),
-        ("Stray writes", f"{sum(rogue['caught'] for rogue in found.rogues)} of {len(found.rogues)} caught: {rogues}"),
+        ("Stray writes", strays_told(found, protect)),
         (
             "Killed in mid-transaction",
             f"worker {victim['slot']}, with {victim['page']} open and half written; the page was made again, "
@@ -803,6 +880,7 @@ def within(kind: type, low: float, high: float) -> Callable[[str], Any]:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n\n")[0])
     add = parser.add_argument
+    add("--protect", choices=(*PROTECTIONS, "all"), default="lease", help="how pages are protected (lease)")
     add("--size", type=within(float, 0.25, 65536), default=8.0, help="of the pool in MiB (8)")
     add("--workers", type=within(int, 2, 200), default=4, help="processes that move money (4)")
     add("--seconds", type=within(float, 1, 3600), default=12.0, help="under load, three runs together (12)")
@@ -832,31 +910,95 @@ def prepare(options: argparse.Namespace) -> int:
     return heap.layout.history
 
 
+INTRODUCTIONS: Final = {
+    "lease": "Each page is READ for everyone; who changes it leases it, and can write it alone.",
+    "window": "Each page is READ for everyone; who changes it leases it, and writes through a second mapping.",
+    "mprotect": "Each page is READ for everyone; who changes it opens it with region.mprotect for all, and closes it.",
+    "none": "Each page is READ_WRITE for everyone, always.",
+    "all": "Kinds of protection take turns.",
+}
+
+
 def demonstrate(options: argparse.Namespace, console: Console) -> int:
-    director = Director(options, console)
+    begin = time.monotonic()
     try:
         pages = prepare(options)
         console.print(
             f"[bold]A database buffer that processes share[/] (seed {options.seed})\n"
             f"{options.workers} workers move money through {options.frames:,} frames of 8 KiB; "
             f"the file has {pages:,} pages.\n"
-            "Each page is READ for everyone; who changes it opens it with region.mprotect\n"
-            "for all of them, and closes it again.\n",
+            f"{INTRODUCTIONS[options.protect]}\n",
             highlight=False,
         )
-        found = director.direct()
+        kept, found = (compare if options.protect == "all" else show)(options, console)
     except (DemoFailed, DatabaseError, OSError, subprocess.SubprocessError) as error:
         console.print(f"[bold red]The demonstration failed:[/] {escape(str(error))}", highlight=False)
         return 1
-    console.print()
-    report(console, found, options)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(figures(found, options), file, indent=1)
-    kept = all(ok for _, ok in checks(found))
+            json.dump(found, file, indent=1)
     words = "[bold green]All is well" if kept else "[bold red]NOT all is well"
-    console.print(f"\n{words}[/] after {time.monotonic() - director.begin:.1f} s", highlight=False)
+    console.print(f"\n{words}[/] after {time.monotonic() - begin:.1f} s", highlight=False)
     return 0 if kept else 1
+
+
+def show(options: argparse.Namespace, console: Console) -> tuple[bool, dict[str, Any]]:
+    """One kind of protection. (Whether all was well, figures)"""
+    protect = options.protect
+    found = Director(options, protect, console).direct(options.seconds)
+    console.print()
+    report(console, found, options, protect)
+    return all(ok for _, ok in checks(found, protect)), figures(found, options, protect)
+
+
+def compare(options: argparse.Namespace, console: Console) -> tuple[bool, dict[str, Any]]:
+    """All kinds in one run: turns for their speed, each round in another order; then a short demonstration of each."""
+    quiet = Console(quiet=True)
+    turns = {protect: Director(options, protect, quiet) for protect in PROTECTIONS}
+    order = list(PROTECTIONS)
+    for _ in range(max(3, round(options.seconds / TURN / len(PROTECTIONS)))):
+        turns["none"].random.shuffle(order)
+        speeds = {protect: turns[protect].turn() for protect in order}
+        console.print("  ".join(f"{protect} {speeds[protect]:,.0f}/s" for protect in PROTECTIONS), highlight=False)
+    shows = {protect: Director(options, protect, quiet).direct(2.0) for protect in PROTECTIONS}
+    directed = [director.found for director in turns.values()] + list(shows.values())
+    books = ask_auditor(options.file, [row for found in directed for row in found.acks])
+    medians = {protect: statistics.median(turns[protect].found.speeds) for protect in PROTECTIONS}
+    console.print(compared(turns, shows, medians))
+    failed = [f"{protect}: {text}" for protect in shows for text, ok in checks(shows[protect], protect) if not ok]
+    if not balanced(books) or books["missing"]:
+        failed.append(f"the books at the end: {books}")
+    for text in failed:
+        console.print(f" [bold red]✗ NOT SO:[/] {escape(text)}", highlight=False)
+    kinds = {
+        protect: figures(shows[protect], options, protect)
+        | {
+            "speed": medians[protect],
+            "relative": medians[protect] / medians["none"],
+            "store_ns": spread(turns[protect].found.stores),
+            "latch_ns": spread(turns[protect].found.waits),
+        }
+        for protect in PROTECTIONS
+    }
+    return not failed, {"kinds": kinds, "books": books}
+
+
+def compared(turns: dict[str, Director], shows: dict[str, Findings], medians: dict[str, float]) -> Grid:
+    grid = Grid("protect", padding=(0, 1), title="transactions per second (medians), and what protects them how well")
+    for title in ("tx/s", "of none", "change\np50", "\np99", "latch\np50", "\np99", "caught", "repaired", "restart"):
+        grid.add_column(title, justify="right", no_wrap=True)
+    for protect, show in shows.items():
+        stores, waits = spread(turns[protect].found.stores), spread(turns[protect].found.waits)
+        grid.add_row(
+            protect,
+            f"{medians[protect]:,.0f}",
+            f"{medians[protect] / medians['none']:.0%}",
+            *(duration(took[at]) for took in (stores, waits) for at in ("p50", "p99")),
+            f"{sum(stray['caught'] for stray in show.strays)} of {len(show.strays)}",
+            f"{len(show.repairs)}",
+            f"{show.recoveries[-1]['seconds']:.2f} s",
+        )
+    return grid
 
 
 def main() -> int:
