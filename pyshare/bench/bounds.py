@@ -171,6 +171,12 @@ def sparse(results: Results) -> Iterator[Verdict]:
         yield from verdict(f"page tables, {what}", results, (case, "uffd", "page tables"), "1 MiB", 1024.0, 1.0)
 
 
+def demo(results: Results) -> Iterator[Verdict]:
+    """The whole program."""
+    ours, theirs = ((Case("demo"), way, "transactions") for way in ("lease", "none"))
+    yield from verdict("demo --protect lease", results, ours, "none", theirs, 0.85, True)
+
+
 def verdicts(results: Results) -> list[Verdict]:
     """Every bound that what was measured allows to judge."""
-    return [one for part in (changes, leases, locks, sparse) for one in part(results)]
+    return [one for part in (changes, leases, locks, sparse, demo) for one in part(results)]
