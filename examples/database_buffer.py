@@ -12,7 +12,7 @@ fresh process that has nothing but the heap file and the list of what was acknow
     window    the same lease, with the store made through a second mapping that is always writable
     mprotect  a page is opened for everybody with region.mprotect, and closed again
     none      every page is READ_WRITE for everybody, always
-    all       one after the other, in turns of half a second; prints a table
+    all       each kind with a database of its own, by turns of a tenth of a second; prints a table
 
 Lives here: the processes, the accidents, the terminal.
 Not here: the storage engine (database_engine.py), its files (database_files.py).
@@ -76,7 +76,6 @@ from database_files import (
     Change,
     DatabaseError,
     Heap,
-    Layout,
     LogFile,
     analyse,
     audit,
@@ -97,7 +96,7 @@ ACK: Final = struct.Struct("<HHQ")  # how many stores, how many latches; the log
 HALFWAY, ROGUE, STOP = b"h", b"r", b"s"  # orders
 CHECKPOINT_EVERY: Final = 2.0  # seconds
 TICK: Final = 0.1  # seconds between two looks at the screen
-TURN: Final = 0.5  # seconds of one kind of protection, where all are compared
+TURN: Final = 0.1  # seconds of one kind of protection, where all are compared
 
 # The stray stores that a rogue tries, and which of them each kind of protection catches.
 STRAYS: Final = {
@@ -361,7 +360,6 @@ class Findings:
     waits: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))  # ns that latches took
     synced: int = 0  # up to where in the log, at least
     seconds: float = 0.0  # under load
-    speeds: list[float] = dataclasses.field(default_factory=list)  # transactions per second, of each load
     recoveries: list[News] = dataclasses.field(default_factory=list)
     strays: list[News] = dataclasses.field(default_factory=list)
     victim: News = dataclasses.field(default_factory=dict)  # the worker killed in mid-transaction
@@ -500,7 +498,7 @@ class Director:
 
     def __init__(self, options: argparse.Namespace, protect: str, console: Console) -> None:
         self.options, self.protect, self.console = options, protect, console
-        self.name = f"database-buffer-{os.getpid()}"
+        self.name = f"database-buffer-{protect}-{os.getpid()}"
         self.random = random.Random(options.seed)
         self.found = Findings()
         self.begin = time.monotonic()
@@ -535,12 +533,16 @@ class Director:
         found.name_left = self.name in pyshare.names()
         return found
 
-    def turn(self) -> float:
-        """A run without accidents, for its speed: transactions per second."""
-        with self.run() as run:
-            self.load(run, "turn", TURN, [])
-            self.stop(run)
-        return self.found.speeds[-1]
+    def turn(self, run: Run, seconds: float) -> float:
+        """Transactions per second of a run that was stopped and will be stopped again."""
+        os.killpg(run.pid, signal.SIGCONT)
+        begin, acks, elapsed = time.monotonic(), len(self.found.acks), 0.0
+        while elapsed < seconds:
+            if not run.pump(seconds - elapsed) or run.over:
+                raise DemoFailed("the server has ended")
+            elapsed = time.monotonic() - begin
+        os.killpg(run.pid, signal.SIGSTOP)
+        return (len(self.found.acks) - acks) / elapsed
 
     @contextlib.contextmanager
     def run(self) -> Iterator[Run]:
@@ -566,7 +568,6 @@ class Director:
                 self.draw(task, elapsed / seconds, (len(self.found.acks) - acks) / max(elapsed, TICK))
         self.draw(task, 1.0, (len(self.found.acks) - acks) / elapsed)
         self.found.seconds += elapsed
-        self.found.speeds.append((len(self.found.acks) - acks) / elapsed)
 
     def draw(self, task: TaskID, done: float, speed: float) -> None:
         latest = self.found.stores[-1000:]
@@ -897,17 +898,15 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def prepare(options: argparse.Namespace) -> int:
-    """There is a database; how many pages it has."""
+def prepare(options: argparse.Namespace) -> None:
+    """There is a database."""
     if not os.path.exists(options.file):
         accounts = options.accounts or max(1000, options.frames * 5 // 4 * BALANCES_PER_PAGE // 1000 * 1000)
         create_database(options.file, accounts)
-        return Layout(accounts).history
+        return
     if options.accounts:
         raise DatabaseError(f"{options.file} exists, and --accounts is for a new file")
-    heap = Heap(options.file)
-    heap.close()
-    return heap.layout.history
+    Heap(options.file).close()
 
 
 INTRODUCTIONS: Final = {
@@ -915,18 +914,16 @@ INTRODUCTIONS: Final = {
     "window": "Each page is READ for everyone; who changes it leases it, and writes through a second mapping.",
     "mprotect": "Each page is READ for everyone; who changes it opens it with region.mprotect for all, and closes it.",
     "none": "Each page is READ_WRITE for everyone, always.",
-    "all": "Kinds of protection take turns.",
+    "all": "Four kinds of protection take turns.",
 }
 
 
 def demonstrate(options: argparse.Namespace, console: Console) -> int:
     begin = time.monotonic()
     try:
-        pages = prepare(options)
         console.print(
             f"[bold]A database buffer that processes share[/] (seed {options.seed})\n"
-            f"{options.workers} workers move money through {options.frames:,} frames of 8 KiB; "
-            f"the file has {pages:,} pages.\n"
+            f"{options.workers} workers move money through {options.frames:,} frames of 8 KiB.\n"
             f"{INTRODUCTIONS[options.protect]}\n",
             highlight=False,
         )
@@ -945,6 +942,7 @@ def demonstrate(options: argparse.Namespace, console: Console) -> int:
 def show(options: argparse.Namespace, console: Console) -> tuple[bool, dict[str, Any]]:
     """One kind of protection. (Whether all was well, figures)"""
     protect = options.protect
+    prepare(options)
     found = Director(options, protect, console).direct(options.seconds)
     console.print()
     report(console, found, options, protect)
@@ -952,51 +950,60 @@ def show(options: argparse.Namespace, console: Console) -> tuple[bool, dict[str,
 
 
 def compare(options: argparse.Namespace, console: Console) -> tuple[bool, dict[str, Any]]:
-    """All kinds in one run: turns for their speed, each round in another order; then a short demonstration of each."""
-    quiet = Console(quiet=True)
-    turns = {protect: Director(options, protect, quiet) for protect in PROTECTIONS}
-    order = list(PROTECTIONS)
-    for _ in range(max(3, round(options.seconds / TURN / len(PROTECTIONS)))):
-        turns["none"].random.shuffle(order)
-        speeds = {protect: turns[protect].turn() for protect in order}
-        console.print("  ".join(f"{protect} {speeds[protect]:,.0f}/s" for protect in PROTECTIONS), highlight=False)
-    shows = {protect: Director(options, protect, quiet).direct(2.0) for protect in PROTECTIONS}
-    directed = [director.found for director in turns.values()] + list(shows.values())
-    books = ask_auditor(options.file, [row for found in directed for row in found.acks])
-    medians = {protect: statistics.median(turns[protect].found.speeds) for protect in PROTECTIONS}
-    console.print(compared(turns, shows, medians))
-    failed = [f"{protect}: {text}" for protect in shows for text, ok in checks(shows[protect], protect) if not ok]
-    if not balanced(books) or books["missing"]:
-        failed.append(f"the books at the end: {books}")
-    for text in failed:
-        console.print(f" [bold red]✗ NOT SO:[/] {escape(text)}", highlight=False)
-    kinds = {
-        protect: figures(shows[protect], options, protect)
-        | {
-            "speed": medians[protect],
-            "relative": medians[protect] / medians["none"],
-            "store_ns": spread(turns[protect].found.stores),
-            "latch_ns": spread(turns[protect].found.waits),
-        }
-        for protect in PROTECTIONS
-    }
-    return not failed, {"kinds": kinds, "books": books}
+    """All kinds in one run: first by turns, for their speed, then each as `show` does it, in short."""
+    directors = {}
+    for protect in PROTECTIONS:
+        own = argparse.Namespace(**{**vars(options), "file": f"{options.file}.{protect}"})
+        prepare(own)
+        directors[protect] = Director(own, protect, Console(quiet=True))
+    speeds = take_turns(directors, options.seconds)
+    kinds = {}
+    for protect, director in directors.items():
+        console.print(f"{protect}: {statistics.median(speeds[protect]):,.0f} transactions/s; now its accidents")
+        found = director.direct(min(options.seconds, 2.0))
+        kinds[protect] = figures(found, options, protect) | {"speed": statistics.median(speeds[protect])}
+    for kind in kinds.values():
+        kind["relative"] = kind["speed"] / kinds["none"]["speed"]
+    console.print(compared(kinds))
+    failed = [(protect, check["check"]) for protect in kinds for check in kinds[protect]["checks"] if not check["ok"]]
+    for protect, text in failed:
+        console.print(f" [bold red]✗ NOT SO[/] with {protect}: {escape(text)}", highlight=False)
+    return not failed, {"protect": "all", "kinds": kinds}
 
 
-def compared(turns: dict[str, Director], shows: dict[str, Findings], medians: dict[str, float]) -> Grid:
-    grid = Grid("protect", padding=(0, 1), title="transactions per second (medians), and what protects them how well")
-    for title in ("tx/s", "of none", "change\np50", "\np99", "latch\np50", "\np99", "caught", "repaired", "restart"):
+def take_turns(directors: dict[str, Director], seconds: float) -> dict[str, list[float]]:
+    """Transactions per second of each kind, turn by turn. All servers are there, and all but one are stopped."""
+    speeds: dict[str, list[float]] = {protect: [] for protect in directors}
+    with contextlib.ExitStack() as stack:
+        runs = {protect: stack.enter_context(director.run()) for protect, director in directors.items()}
+        for protect, run in runs.items():
+            run.expect("ready")
+            directors[protect].turn(run, 5 * TURN)  # until the pool is full
+        order = list(directors)
+        for _ in range(max(3, round(seconds / TURN / len(order)))):
+            random.shuffle(order)
+            for protect in order:
+                speeds[protect].append(directors[protect].turn(runs[protect], TURN))
+        for protect, run in runs.items():
+            os.killpg(run.pid, signal.SIGCONT)
+            directors[protect].stop(run)
+    return speeds
+
+
+def compared(kinds: dict[str, Any]) -> Grid:
+    grid = Grid("protect", padding=(0, 0), title="Kinds of protection: speed (median), times in µs, accidents")
+    titles = ("per s", "of none", "change", "p99", "latch", "p99", "caught", "repairs", "restart")
+    for title in titles:
         grid.add_column(title, justify="right", no_wrap=True)
-    for protect, show in shows.items():
-        stores, waits = spread(turns[protect].found.stores), spread(turns[protect].found.waits)
+    for protect, kind in kinds.items():
         grid.add_row(
             protect,
-            f"{medians[protect]:,.0f}",
-            f"{medians[protect] / medians['none']:.0%}",
-            *(duration(took[at]) for took in (stores, waits) for at in ("p50", "p99")),
-            f"{sum(stray['caught'] for stray in show.strays)} of {len(show.strays)}",
-            f"{len(show.repairs)}",
-            f"{show.recoveries[-1]['seconds']:.2f} s",
+            f"{kind['speed']:,.0f}",
+            f"{kind['relative']:.0%}",
+            *(f"{kind[took][at] / 1e3:,.1f}" for took in ("store_ns", "latch_ns") for at in ("p50", "p99")),
+            f"{sum(stray['caught'] for stray in kind['strays'])} of {len(kind['strays'])}",
+            f"{len(kind['repairs'])}",
+            f"{kind['recoveries'][-1]['seconds']:.2f} s",
         )
     return grid
 
