@@ -11,7 +11,10 @@
  *     owner was alive afterwards, so its pid had not gone to another.
  *  2. Places are looked at, filled and used under the process's borrow lock; a
  *     number that the kernel gave us is no other place's any more
- *     (ps_process_took), whatever the program has closed.
+ *     (ps_process_took), whatever the program has closed.  A userfaultfd of the
+ *     program's own under it would succeed, on our page tables, which lie where
+ *     the other's do: before each use ours are told from others by a flag, which
+ *     is half as dear as fstat.
  *  3. A userfaultfd is a power over a process: it is given to the same user only.
  * Runs in: caller (with the writer lock, but for our own); ps_borrow_answer in
  * the agent.
@@ -96,6 +99,7 @@ static int keep(struct ps_region *region, uint32_t index, uint32_t status, int f
     ps_process_took(high);
     place->inode = fstat(high, &file) ? 0 : file.st_ino;
     place->data = atomic_load_explicit(&slot->canary, memory_order_relaxed) + PS_GUARD;
+    place->next_look = 0; /* should the number go to another (ps_process_took), it is fetched again at once */
     atomic_store_explicit(&place->fd, high, memory_order_relaxed);
     return high;
 }
@@ -119,8 +123,10 @@ int ps_borrow(struct ps_region *region, uint32_t index, uint32_t status, int *so
         return rc;
     struct ps_borrowed *place = place_of(region, index);
     int fd = atomic_load_explicit(&place->fd, memory_order_relaxed);
-    if (place->epoch == epoch && fd >= 0)
+    if (place->epoch == epoch && fd >= 0 && ps_sys_uffd_ours(fd))
         return fd;
+    if (place->epoch == epoch && fd >= 0)
+        ps_borrow_lost(region, index);
     if (place->epoch == epoch && ps_sys_now() < place->next_look)
         return -EAGAIN;
     empty(place);
@@ -134,23 +140,6 @@ int ps_borrow(struct ps_region *region, uint32_t index, uint32_t status, int *so
     if (rc < 0 && rc != -EMFILE && rc != -ENFILE)
         ask(region, index, socket);
     return rc;
-}
-
-/* Another userfaultfd under one of our numbers would change, without an error, the page tables of whoever it is of.  To
- * look at each number takes as long as a change: but programs close by the range, so if the first is what it was, the
- * others are. */
-void ps_borrow_check(struct ps_region *region) {
-    bool lost = false;
-    for (uint32_t index = 0, used = places_of(region) ? ps_slots_used(region) : 0; index < used; index++) {
-        struct ps_borrowed *place = place_of(region, index);
-        if (atomic_load_explicit(&place->fd, memory_order_relaxed) < 0 || !place->epoch)
-            continue;
-        if (leads(place) && !lost)
-            return;
-        lost = true;
-        if (!leads(place))
-            ps_borrow_lost(region, index);
-    }
 }
 
 uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t index) {

@@ -244,7 +244,6 @@ void ps_engine_refuse(struct ps_region *region, uint64_t page);
 
 /* borrow.c: the userfaultfds of other participants */
 int ps_borrow(struct ps_region *region, uint32_t slot, uint32_t status, int *socket);
-void ps_borrow_check(struct ps_region *region);
 uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t slot);
 void ps_borrow_lost(struct ps_region *region, uint32_t slot);
 void ps_borrow_collect(struct ps_region *region, int socket);

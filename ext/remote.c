@@ -125,7 +125,6 @@ uint32_t ps_remote_change(struct ps_region *region, uint64_t generation, const s
                           int *socket) {
     uint32_t bits = 0;
     ps_private_lock(ps_process_borrow_lock(), PS_NEVER);
-    ps_borrow_check(region);
     for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++)
         if (index != region->slot && can_be_reached(ps_slot(region, index)) &&
             !reach(region, index, generation, outside, socket))

@@ -236,9 +236,16 @@ int ps_sys_userfaultfd(void) {
     };
     int fd = result(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY));
     int rc = fd < 0 ? fd : result(ioctl(fd, UFFDIO_API, &api));
+    if (!rc)
+        rc = result(fcntl(fd, F_SETFL, O_NONBLOCK | O_APPEND)); /* means nothing here, so nobody else asks for it */
     if (rc < 0 && fd >= 0)
         close(fd);
     return rc < 0 ? rc : fd;
+}
+
+bool ps_sys_uffd_ours(int fd) {
+    int flags = result(fcntl(fd, F_GETFL));
+    return flags >= 0 && flags & O_APPEND;
 }
 
 int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length) {

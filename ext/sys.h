@@ -70,6 +70,7 @@ int ps_sys_userfaultfd(void);
 int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length);
 int ps_sys_uffd_unregister(int fd, uintptr_t at, uint64_t length);
 int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on);
+bool ps_sys_uffd_ours(int fd); /* from ps_sys_userfaultfd, by pyshare in whatever process */
 /* 1, 0 or -errno: is the page write-protected in that process (pagemap, Documentation/admin-guide/mm/pagemap.rst)? */
 int ps_sys_uffd_protected(int pid, uintptr_t at);
 

@@ -417,6 +417,29 @@ def test_closed_descriptors_are_noticed(
     assert region.buf[0] == 1
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_one_number_becomes_another_userfaultfd(region: Region, joined: Joined, which: int) -> None:
+    """Any one of those that were borrowed, while the others are what they were: it would change our own page tables."""
+
+    def body(child: Child) -> None:
+        change(region, 0, 1, READ)
+        borrowed = sorted(own_userfaultfds())[1:]
+        assert len(borrowed) == 3
+        fd = new_userfaultfd()
+        os.dup2(fd, borrowed[which])
+        obey(region)(child)
+
+    others = [joined() for _ in range(2)]
+    child = joined(body)
+    for other in others:
+        other.stop()
+    for first, prot in [(1, READ), (0, READ_WRITE), (1, READ_WRITE)]:
+        order(child, first, 1, prot)
+        agreed(region, child.pid, *[other.pid for other in others])
+    for other in others:
+        other.resume()
+
+
 def test_a_forked_child_has_no_way_to_its_parents_page_tables(region: Region, joined: Joined) -> None:
     """A userfaultfd addresses the process that made it, whoever has the descriptor."""
     change(region, 0, 2, READ)
