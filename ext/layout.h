@@ -161,7 +161,7 @@ struct ps_shm_slot {
     /* Who may change this participant's page tables to follow the map: 0 or an owner word.
      * W: by CAS 0 -> its own word: the owner of the slot under its private page lock, or a remote caller; a remote
      * caller's word by another one (it holds the writer lock, so the former is dead), and by the owner of the slot once
-     * the claimant is gone.  Released by exchange with 0, release.  R: those, acquire: pairs with the release:
+     * the claimant is gone.  Released by a store of 0, release.  R: those, acquire: pairs with the release:
      * `applied` and the page tables are those that the last claimant left. Crash: of a remote caller: the participant
      * stands where `applied` says; following again is idempotent. */
     _Atomic uint32_t claim;
