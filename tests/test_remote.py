@@ -18,12 +18,26 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Child, idle, until
-from kernel import PAGE, SYSTEM_CALLS, agreed, at_its_limit, libc, mapped, readable, refuse, tell
+from kernel import (
+    PAGE,
+    SECTIONS,
+    SYSTEM_CALLS,
+    agreed,
+    at_its_limit,
+    in_background,
+    libc,
+    mapped,
+    readable,
+    refuse,
+    tell,
+    word,
+)
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, PropagationTimeout, Prot, Region
@@ -34,6 +48,8 @@ Joined = Callable[..., Child]
 HERE = Path(__file__).parent
 CHUNK = 512  # pages of one page table, which are armed together
 AT_ONCE = 0.05  # a timeout that is meant to run out
+SOON = 0.5  # the same, where somebody is meant to come to so-and-so before it does
+SLOT_SIZE, TID = 192, 132  # in ext/layout.h
 
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -191,6 +207,35 @@ def test_chunks_without_page_tables_are_armed_in_the_same_change(region: Region,
     stopped.stop()
     change(region, CHUNK, 2, READ)
     agreed(region, stopped.pid, other.pid)
+
+
+def test_no_page_is_open_while_its_chunk_is_armed(region: Region, joined: Joined) -> None:
+    """A chunk of READ has a mapping that is READ; it becomes writable, for one page, after all others are marked."""
+
+    def body(child: Child) -> None:
+        zero, stores, over = os.open("/dev/zero", os.O_RDONLY), 0, threading.Event()
+        view = region.buf[CHUNK * PAGE : CHUNK * PAGE + 1]
+
+        def hammer() -> None:
+            nonlocal stores
+            while not over.is_set():
+                with contextlib.suppress(OSError):
+                    stores += os.readv(zero, [view])
+
+        with in_background(hammer):
+            child.say()
+            child.hear()
+            over.set()
+        child.say(str(stores))
+
+    change(region, CHUNK, CHUNK, READ)
+    child = joined(body)
+    for _ in range(300):
+        change(region, 2 * CHUNK - 1, 1, READ_WRITE)
+        change(region, CHUNK, CHUNK, READ)
+    child.say()
+    assert child.hear() == "0"
+    agreed(region)
 
 
 SIZES = [PAGE - 1, 511 * PAGE, CHUNK * PAGE, (CHUNK + 1) * PAGE, (3 * CHUNK + 7) * PAGE - 100]
@@ -440,6 +485,38 @@ def test_one_number_becomes_another_userfaultfd(region: Region, joined: Joined, 
         other.resume()
 
 
+def test_a_number_of_ours_that_leads_to_another_process_is_forgotten(fork: Fork) -> None:
+    """Where the limit is low, our own userfaultfds and those of others have numbers of the same range; after
+    closerange, what is borrowed next for one region has the number that was another's own."""
+    with contextlib.ExitStack() as stack:
+        regions = [stack.enter_context(pyshare.create(size=4 * PAGE, engine="uffd")) for _ in range(4)]
+        for one in regions:
+            one.mprotect(0, 2 * PAGE, READ)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        def body(child: Child) -> None:
+            close_all(child)
+            for one in regions:
+                one.mprotect(3 * PAGE, PAGE, READ)  # borrows the parent's
+                for other in regions:
+                    with other.lease(0, 2 * PAGE):
+                        child.say()
+                        child.hear()
+            idle(child)
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+        try:
+            child = fork(body)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for _ in range(len(regions) ** 2):
+            assert child.hear() == "ok"
+            for one in regions:
+                assert mapped(os.getpid(), one)[0] == (0, 2 * PAGE, READ)
+            child.say()
+        assert child.hear() == "ok"
+
+
 def test_a_forked_child_has_no_way_to_its_parents_page_tables(region: Region, joined: Joined) -> None:
     """A userfaultfd addresses the process that made it, whoever has the descriptor."""
     change(region, 0, 2, READ)
@@ -507,6 +584,24 @@ def test_who_has_no_room_for_a_descriptor_wakes_the_others(region: Region, fork:
 
     assert fork(body).hear() == "ok"
     agreed(region, *pids)
+
+
+def test_a_descriptor_of_somebody_else_is_not_believed(region: Region, joined: Joined) -> None:
+    """The slot leads to another process's agent, as where a thread id is used again; the canary is not there."""
+    target, other = joined(obey(region)), joined()
+
+    def tid_at(slot: int) -> int:
+        return word(region, SECTIONS + 8, "Q") + slot * SLOT_SIZE + TID
+
+    assert [one.pid for one in region.participants()] == [os.getpid(), target.pid, other.pid]
+    tids = [word(region, tid_at(slot)) for slot in range(3)]
+    os.pwrite(region.fileno(), struct.pack("I", tids[2]), tid_at(1))
+    for first, prot in ((0, READ), (0, READ_WRITE), (1, READ)):
+        change(region, first, 1, prot)
+        agreed(region, target.pid, other.pid)
+    target.stop()  # and its own word for it, by its socket, is
+    change(region, 0, 2, READ_WRITE)
+    agreed(region, target.pid, other.pid)
 
 
 # -- Deaths ------------------------------------------------------------------------------------------------------------
@@ -840,6 +935,39 @@ def test_agents_that_wake_late_take_nothing_back(joined: Joined) -> None:
                 assert child.hear() == "ok"
         agreed(region, *[child.pid for child in children])
         assert first.follows(region)
+
+
+def test_an_agent_that_is_at_work_itself_is_not_helped(region: Region, joined: Joined) -> None:
+    """It shares a bit with one that must act, woke before the caller came to it, and was stopped while it had the
+    claim.  What it does when it goes on must not undo what was done for it meanwhile."""
+
+    def crowd(child: Child) -> None:
+        fd = os.dup(region.fileno())
+        region.close()
+        kept.extend(pyshare.attach(fd) for _ in range(31))
+        idle(child)
+
+    def call(child: Child) -> None:
+        idle(child)
+        with silent(target):
+            change(region, 0, 1, READ, timeout=SOON)
+        idle(child)
+
+    other = Member(joined, region)
+    joined(crowd)
+    target = joined(point="A2_apply=stop")
+    assert [one.pid for one in region.participants()].index(target.pid) == 33
+    caller = joined(call, point="A2_apply=stop")
+    caller.say()
+    caller.wait_stopped()  # it has told those who must act, and has changed nobody yet
+    target.wait_stopped()
+    caller.resume()
+    assert caller.hear() == "ok"
+    assert mapped(target.pid, region) == [(0, pages_of(region) * PAGE, READ_WRITE)]
+    target.resume()
+    change(region, 1, 1, READ)
+    agreed(region, target.pid)
+    assert other.follows(region)
 
 
 # -- Agents that are lost ----------------------------------------------------------------------------------------------
