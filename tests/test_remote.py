@@ -699,6 +699,78 @@ def test_a_pid_that_is_used_again(region: Region, joined: Joined) -> None:
         second.wait()
 
 
+def in_new_pids(fork: Fork, body: Callable[[], object]) -> None:
+    """In a process that is number 1, with a /proc of its own, where nobody else takes pids."""
+    new_mounts_and_pids, private = 0x20000 | 0x20000000, 0x44000  # CLONE_NEWNS | CLONE_NEWPID; MS_PRIVATE | MS_REC
+
+    def first(_: Child) -> None:
+        assert libc.mount(b"none", b"/", None, private, None) == 0
+        assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
+        body()
+
+    def outside(child: Child) -> None:
+        permitted = libc.unshare(new_mounts_and_pids) == 0
+        child.say(str(permitted))
+        assert not permitted or Child(first).wait() == 0
+
+    child = fork(outside)
+    if child.hear() == "False":
+        pytest.skip("a new pid namespace is not permitted here")
+    assert child.wait() == 0
+
+
+def successor_of(dead: Child) -> Child:
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(dead.pid - 1))
+    child = Child(idle)
+    assert child.pid == dead.pid
+    return child
+
+
+def test_a_pid_that_is_used_again_before_anything_was_borrowed(fork: Fork) -> None:
+    """A slot of the dead leads to a living one's userfaultfd, which marks pages of that pid: not kept for both."""
+
+    def body() -> None:
+        with pyshare.create(size=2 * CHUNK * PAGE, engine="uffd") as region:
+            dead, bystander = Child(idle), Child(idle)
+            assert dead.hear() == bystander.hear() == "ok"
+            dead.kill()
+            dead.wait()
+            second = successor_of(dead)
+            assert second.hear() == "ok"
+            second.stop()
+            change(region, 0, 1, READ)
+            agreed(region, second.pid, bystander.pid)
+            assert len(own_userfaultfds()) == 3, "our own, and of each that lives"
+            change(region, 0, 2, READ_WRITE)
+            agreed(region, second.pid, bystander.pid)
+            for child in (second, bystander):
+                child.end()
+
+    in_new_pids(fork, body)
+
+
+def test_a_pid_that_is_used_again_between_borrowing_and_changing(fork: Fork) -> None:
+    """The change does nothing to its successor, which joins with the map that is made."""
+
+    def body() -> None:
+        with pyshare.create(size=2 * CHUNK * PAGE, engine="uffd") as region:
+            dead = Child(idle)
+            assert dead.hear() == "ok"
+            caller = Child(ordered(region, (0, 1, READ)), point="R1_claim=stop@2")
+            caller.wait_stopped()
+            dead.kill()
+            dead.wait()
+            second = successor_of(dead)
+            caller.resume()
+            assert caller.hear() == second.hear() == "ok"
+            caller.end()
+            assert agreed(region, second.pid)[0] == (0, PAGE, READ)
+            assert sorted(one.pid for one in region.participants() if one.alive) == [1, second.pid]
+            second.end()
+
+    in_new_pids(fork, body)
+
+
 # -- What may be refused -----------------------------------------------------------------------------------------------
 
 
