@@ -230,7 +230,7 @@ def test_no_page_is_open_while_its_chunk_is_armed(region: Region, joined: Joined
 
     change(region, CHUNK, CHUNK, READ)
     child = joined(body)
-    for _ in range(300):
+    for _ in range(2000):
         change(region, 2 * CHUNK - 1, 1, READ_WRITE)
         change(region, CHUNK, CHUNK, READ)
     child.say()
