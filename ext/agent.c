@@ -290,6 +290,8 @@ static int succeed(struct ps_region *region) {
 
 static int join(struct ps_region *region) {
     int rc = own_descriptors(region);
+    if (rc && region->epoch && region->uffd && region->own_userfault < 0)
+        ps_engine_fence(region); /* the predecessor is gone, the marks with it, and nobody will follow any more */
     if (rc)
         return rc;
     if (region->epoch)
