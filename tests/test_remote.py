@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from conftest import Child, idle, until
 from kernel import (
+    GENERATION,
     PAGE,
     SECTIONS,
     SYSTEM_CALLS,
@@ -1068,6 +1069,39 @@ def test_a_lost_agent_opens_nothing(region: Region, fork: Fork, closes: bool) ->
         agreed(region, child.pid)
         change(region, 5, 1, prot)
         agreed(region, child.pid)
+
+
+def wake(region: Region) -> None:
+    """Every agent looks at the generation."""
+    futex, wake_all, guard = 202, 1, 64 << 10
+    low = ctypes.c_void_p(region.address - guard - word(region, 16, "Q") + GENERATION)
+    assert libc.syscall(futex, low, wake_all, 1 << 30, None, None, 0) >= 0
+
+
+def test_a_lost_agent_that_nothing_can_replace_leaves_no_access(region: Region, fork: Fork) -> None:
+    """All descriptors were closed and nobody had borrowed: the marks went too, and the next call closes all."""
+    change(region, 0, 1, READ)
+    view = region.buf
+
+    def body(child: Child) -> None:
+        close_all(child)
+        child.say()
+        child.hear()
+        until(lambda: len(os.listdir("/proc/self/task")) == 1)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            region.generation  # noqa: B018
+        zero = os.open("/dev/zero", os.O_RDONLY)
+        for page in range(2):
+            with pytest.raises(OSError, match="Bad address"):
+                os.readv(zero, [view[page * PAGE : (page + 1) * PAGE]])
+
+    child = fork(body, point="A1_wait=exit@2")
+    assert child.hear() == "ok"
+    wake(region)
+    child.say()
+    assert child.wait() == 0
+    change(region, 0, 1, READ_WRITE)
+    agreed(region)
 
 
 # -- Violations that somebody survives ---------------------------------------------------------------------------------
