@@ -205,12 +205,22 @@ void ps_page_unlock(struct ps_region *region) {
     ps_private_unlock(&region->page_lock);
 }
 
-/* The page lock and the claim: what whoever makes our page tables follow the map holds. */
+/* The page lock and the claim: what whoever makes our page tables follow the map holds.  The claim is not waited for
+ * with the page lock: another process may be stopped with it, and our leases need the page lock alone. */
 int ps_pages_take(struct ps_region *region, int64_t deadline) {
-    int rc = ps_page_lock(region, deadline);
-    if (!rc && (rc = ps_claim_own(region, deadline)))
+    _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
+    for (;;) {
+        int rc = ps_page_lock(region, deadline);
+        if (rc || !(rc = ps_claim_own(region, 0)))
+            return rc;
         ps_page_unlock(region);
-    return rc;
+        int64_t now = ps_sys_now();
+        if (rc != -ETIMEDOUT || now >= deadline)
+            return rc;
+        uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
+        if (seen)
+            ps_sys_wait((struct ps_watch){word, seen}, FUTEX_BITSET_MATCH_ANY, now + PS_MS / 10);
+    }
 }
 
 void ps_pages_give(struct ps_region *region) {

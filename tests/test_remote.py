@@ -1043,6 +1043,21 @@ def test_an_agent_that_is_at_work_itself_is_not_helped(region: Region, joined: J
     assert other.follows(region)
 
 
+def test_a_claim_that_is_stopped_holds_up_no_lease(region: Region, fork: Fork) -> None:
+    """The agent here waits for it, once it has been told of the change; who leases another page does not."""
+    change(region, 4, 1, READ)
+    caller = fork(lambda _: change(region, 0, 1, READ), point="R1_claim=stop")
+    caller.wait_stopped()
+    futex, wake, guard, generation = 202, 1, 64 << 10, 768
+    low = ctypes.c_void_p(region.address - guard - word(region, 16, "Q") + generation)
+    assert libc.syscall(futex, low, wake, 1 << 30, None, None, 0) >= 0
+    for _ in range(1000):
+        with region.lease(4 * PAGE, PAGE, timeout=SOON):
+            region.buf[4 * PAGE] = 1
+    caller.resume()
+    assert caller.wait() == 0
+
+
 # -- Agents that are lost ----------------------------------------------------------------------------------------------
 
 
