@@ -118,6 +118,10 @@ static bool over(void) {
     return ps_sys_now() >= end;
 }
 
+/* Likewise of the crowd's other threads: the one that forks begins after them, and ends before them. */
+static _Atomic uint64_t begun;
+static _Atomic bool forked;
+
 static void count(_Atomic uint64_t *counter) {
     atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
 }
@@ -243,7 +247,7 @@ static void *take(void *argument) {
     uint32_t index = (uint32_t)*(uint64_t *)argument;
     uint64_t state = 400 + index;
     struct ps_region *region = holder[index / 2];
-    for (; !over(); count(&taken)) {
+    for (count(&begun); !forked; count(&taken)) {
         struct ps_lease lease;
         uint32_t lock = (uint32_t)below(&state, LOCKED);
         if (take_lease(region, &state, &lease)) {
@@ -271,7 +275,8 @@ static void *call(void *argument) {
     struct caller *me = argument;
     uint64_t index = (uint64_t)(me - caller), state = index + 1;
     struct ps_region *region = holder[index / 2];
-    for (uint32_t note = 0; !over(); count(&me->turns)) {
+    count(&begun);
+    for (uint32_t note = 0; !forked; count(&me->turns)) {
         uint64_t at = below(&state, OWN), pages = 1 + below(&state, OWN - at), first = index * OWN + at;
         uint32_t prot = (uint32_t)below(&state, 4);
         if (note < NOTES)
@@ -290,7 +295,7 @@ static void *use(void *argument) {
     struct ps_region **mine = argument, *region = *mine;
     struct ps_participant participant;
     uint64_t index = (uint64_t)(mine - holder), state = 100 + index;
-    for (; !over(); count(&accesses)) {
+    for (count(&begun); !forked; count(&accesses)) {
         use_data(region, &state);
         uint64_t generation = ps_generation(region);
         read_note(&caller[2 * index], generation + 1);
@@ -306,7 +311,7 @@ static void *use(void *argument) {
 
 static void *join_and_leave(void *argument) {
     uint64_t state = 200 + *(uint64_t *)argument;
-    for (; !over(); count(&joins)) {
+    for (count(&begun); !forked; count(&joins)) {
         threads_may_change();
         struct ps_region *region = attach(below(&state, 2));
         threads_changed(0);
@@ -360,6 +365,8 @@ static void on_signal(int signal) {
 static void *fork_and_kill(void *argument) {
     uint64_t state = 300 + *(uint64_t *)argument;
     sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_signal}, NULL); /* no SA_RESTART: it ends a wait */
+    while (begun < CALLERS + TAKERS + HOLDERS + JOINERS)
+        sched_yield();
     for (; !over(); count(&forks)) {
         for (int i = 0; i < CALLERS + TAKERS; i++)
             pthread_kill(thread[i], SIGUSR1);
@@ -402,6 +409,8 @@ static void crowd(void) {
         number[i] = (uint64_t)i;
         pthread_create(&thread[made++], NULL, i < JOINERS ? join_and_leave : fork_and_kill, &number[i]);
     }
+    pthread_join(thread[--made], NULL);
+    forked = true;
     while (made)
         pthread_join(thread[--made], NULL);
     settle_and_compare();
