@@ -91,7 +91,13 @@ cdef extern from "core.h" nogil:
         bint window
         bint in_place
         bint abandoned
-    int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd)
+    ctypedef enum policy_t "enum ps_policy":
+        pass
+    enum:
+        PS_DIE
+        PS_RAISE
+        PS_WAIT
+    int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, policy_t policy, const char *name, int *fd)
     ctypedef enum engine_t "enum ps_engine":
         pass
     enum:
@@ -167,6 +173,7 @@ cdef extern from *:
     object capsule_of(ps_region *region)
 
 PAGE_SIZE = 4096
+POLICIES = {"die": PS_DIE, "raise": PS_RAISE, "wait": PS_WAIT}
 ENGINES = {"auto": PS_ENGINE_AUTO, "mprotect": PS_ENGINE_MPROTECT, "uffd": PS_ENGINE_UFFD}
 MAX_PARTICIPANTS = PS_SLOTS_MAX
 NAME_MAX = PS_NAME_MAX
@@ -941,10 +948,10 @@ cdef hold_handlers():
         faulthandler.disable = _disable_faulthandler
 
 
-def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, str name):
+def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, int policy, str name):
     """A new region's descriptor; nobody participates yet."""
     cdef int fd = -1
-    cdef int rc = ps_create(size, prot, slots, mode, name.encode(), &fd)
+    cdef int rc = ps_create(size, prot, slots, mode, <policy_t>policy, name.encode(), &fd)
     if rc:
         raise_code(rc, "create")
     return fd

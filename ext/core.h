@@ -72,7 +72,8 @@ struct ps_participant {
 };
 
 /* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1. */
-int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd);
+int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, enum ps_policy policy, const char *name,
+              int *fd);
 int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **region,
               struct ps_outcome *outcome, const char **field);
 int ps_close_begin(struct ps_region *region); /* 0: it is ours to close, or PS_ECLOSED */

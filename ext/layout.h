@@ -25,15 +25,19 @@
 #include <stdint.h>
 
 #define PS_MAGIC 0x0065726168737970u /* "pyshare\0", little endian */
-#define PS_VERSION 2u
+#define PS_VERSION 3u
 
 #define PS_NAME_MAX 200   /* characters of a region's name */
 #define PS_SLOTS_MAX 2047 /* slot + 1 fits 11 bits of an owner word */
 #define PS_RING 1024      /* latest changes; a power of two */
 #define PS_SECTIONS 16
 #define PS_LINE 64
-#define PS_LOCKS 1024  /* user locks of a region */
-#define PS_CLOSERS 64u /* changes that wait for leases at the same time; one bit each in a mask */
+#define PS_LOCKS 1024    /* user locks of a region */
+#define PS_SAVE_LOCKS 64 /* behind them, our own: one saves a page for snapshots, by page modulo this */
+#define PS_SNAPSHOTS 8u  /* at the same time; fewer where so many areas do not fit into an address range */
+#define PS_SNAPSHOT_BYTE                                                                                               \
+    (UINT64_C(1) << 62) /* of the memfd, behind all of it: + k is read-locked (OFD) by who has snapshot k */
+#define PS_CLOSERS 64u  /* changes that wait for leases at the same time; one bit each in a mask */
 
 /* An owner word names a participant for ever (until its slot's epoch wraps,
  * after 2^20 joins of one slot): WAITING | epoch | slot + 1.  0: nobody. */
@@ -57,7 +61,15 @@ enum ps_state {
 #define PS_ACK_WAITING 0x80000000u
 #define PS_ACK_MASK 0x7fffffffu
 
-enum ps_kind { PS_SET = 0, PS_UNDO = 1 };
+enum ps_kind {
+    PS_SET = 0,    /* the map becomes `prot` in the range */
+    PS_UNDO = 1,   /* it becomes what it was: somebody could not apply the change */
+    PS_THAW = 2,   /* it becomes what it was before a freeze; never undone */
+    PS_FOLLOW = 3, /* it stays: page tables follow it again in the range, because snapshots began or ended */
+};
+
+/* What happens at a forbidden access. */
+enum ps_policy { PS_DIE = 0, PS_RAISE = 1, PS_WAIT = 2 };
 
 /* What a participant can do; tells callers which way a change may go. */
 #define PS_CAN_UFFD 0x1u /* its mapping follows by userfaultfd; it can be changed from outside */
@@ -72,8 +84,38 @@ enum ps_section_kind {
     PS_SEC_CUR = 3,   /* one byte a page: protection ^ initial protection */
     PS_SEC_OLD = 4,   /* the same, frozen while the record is open */
     PS_SEC_LEASE = 5, /* one held word (below) a page */
-    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS] */
-    PS_SEC_LAST = PS_SEC_LOCK,
+    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS + PS_SAVE_LOCKS] */
+    PS_SEC_KEPT = 7,  /* one byte a page: as CUR, what it was before the freeze that is in force */
+    PS_SEC_STATE = 8, /* per snapshot area one byte a page (enum ps_saved), each area's from a page boundary on */
+    PS_SEC_STAMP = 9, /* one word a page: the generation at which it was last known to be written */
+    PS_SEC_LAST = PS_SEC_STAMP,
+};
+
+/* A snapshot's word: serial << PS_SNAPSHOT_BITS | one of these. */
+enum ps_snapshot_state {
+    PS_SNAPSHOT_FREE = 0,
+    PS_SNAPSHOT_PREPARING = 1, /* pages are being protected; stores make them PS_DIRTY */
+    PS_SNAPSHOT_ACTIVE = 2,    /* its moment has come: who stores saves first */
+    PS_SNAPSHOT_COMPLETE = 3,  /* it needs nothing of the region's data any more */
+};
+#define PS_SNAPSHOT_BITS 4
+#define PS_SNAPSHOT_MASK ((1u << PS_SNAPSHOT_BITS) - 1)
+
+/* A byte of PS_SEC_STATE.
+ * W: whoever stores or saves, by 0 -> DIRTY (while PREPARING) and to SAVED, release, under the page's save lock after
+ * the copy; never back, until the area is used again.  R: anybody, acquire: pairs with SAVED: the area has the page.
+ * Crash: not SAVED: the page in the region is still the snapshot's. */
+enum ps_saved { PS_UNSAVED = 0, PS_DIRTY = 1, PS_SAVED = 2 };
+
+/* A copy-on-write image of the data at one moment.  Page p of area k, behind the data in the memfd, is its page p where
+ * the state says so; else the data's is. */
+struct ps_shm_snapshot {
+    /* W: snapshotter at S1, S4, S7, release; whoever finds that nobody holds its lock byte, to FREE; each under the
+     * writer lock.  R: anybody, acquire.  Crash: PREPARING or ACTIVE without a holder of its byte: freed by the next.
+     */
+    _Atomic uint32_t word;
+    uint32_t pad;                /* W: nobody.  R: nobody */
+    _Atomic uint64_t generation; /* W: snapshotter at S4, before ACTIVE: of its moment.  R: anybody */
 };
 
 /* A held word says who has a page leased, or a lock: two owner words.
@@ -133,7 +175,7 @@ struct ps_shm_record {
     _Atomic uint32_t author; /* W: as prot; pid of the author, in its pid namespace.  R: as prot */
     uint32_t pad0;           /* W: nobody.  R: nobody */
     _Atomic uint64_t time;   /* W: as prot; CLOCK_BOOTTIME ns at which the author began.  R: as prot */
-    uint64_t pad1;           /* W: nobody.  R: nobody */
+    _Atomic uint64_t back;   /* W: as prot; of a thaw the generation before the freeze.  R: as prot */
 };
 
 /* Which change set what, for agents that catch up and for error messages.
@@ -147,8 +189,11 @@ struct ps_shm_ring {
     _Atomic uint64_t time;       /* W: as first; CLOCK_BOOTTIME ns.  R: anybody */
     _Atomic uint32_t prot;       /* W: as first; for UNDO the protection that was refused.  R: anybody */
     _Atomic uint32_t author;     /* W: as first; pid of the author.  R: anybody */
-    _Atomic uint32_t kind;       /* W: as first.  R: anybody; an agent that fails at UNDO fences itself */
-    uint32_t pad[5];             /* W: nobody.  R: nobody */
+    _Atomic uint32_t kind;       /* W: as first.  R: anybody; an agent that fails at UNDO or THAW fences itself */
+    _Atomic uint32_t
+        slowest; /* W: caller, before `done`; pid of whom it waited for last, 0: nobody.  R: for information */
+    _Atomic uint64_t done; /* W: caller at C7 / U5, release; CLOCK_BOOTTIME ns, 0 before.  R: for information */
+    _Atomic uint64_t back; /* W: as first; of a THAW the generation before the freeze, else 0.  R: anybody; checked */
 };
 
 struct ps_shm_slot {
@@ -200,6 +245,13 @@ struct ps_shm_slot {
     _Atomic uint32_t socket; /* W: owner: the five hexadecimal digits of its agent's abstract socket.  R: anybody */
     _Atomic uint64_t canary; /* W: owner: address of its canary page.  R: anybody */
     uint64_t pad3[2];        /* W: nobody.  R: nobody */
+
+    /* Line 3: what it holds. */
+    /* W: owner's threads: + 1, seq_cst, before a lease's words are taken; - 1, seq_cst, after they are given back, and
+     * wakes who sleeps on it where a closer is there.  R: snapshotter, seq_cst after its closer: 0: no lease is held
+     * by it.  Crash: too high; ignored once the owner is dead. */
+    _Atomic uint32_t leases;
+    uint32_t pad4[15]; /* W: nobody.  R: nobody */
 };
 
 struct ps_shm_header {
@@ -216,9 +268,11 @@ struct ps_shm_header {
     uint64_t nonce[2];          /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
     uint64_t created;           /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
     uint32_t creator;           /* W: creator.  R: at attach; its pid, the author of generation 0 */
-    uint32_t pad0;              /* W: nobody.  R: nobody */
+    uint32_t policy;            /* W: creator.  R: at attach; enum ps_policy, each participant's at first */
     char name[PS_NAME_MAX + 8]; /* W: creator.  R: at attach; NUL terminated, may be "" */
     struct ps_shm_section section[PS_SECTIONS]; /* W: creator.  R: at attach; ends at PS_SEC_END */
+    uint32_t areas; /* W: creator.  R: at attach; snapshot areas behind the data, at most PS_SNAPSHOTS */
+    uint32_t pad0;  /* W: nobody.  R: nobody */
 
     /* Line 11: the writer lock. */
     /* W: by CAS 0 -> owner word, owner word -> owner word + WAITING, dead owner's word -> own word; released by
@@ -247,16 +301,35 @@ struct ps_shm_header {
      * lease word need be looked at */
     _Atomic uint32_t leases;
     uint32_t pad1; /* W: nobody.  R: nobody */
+    /* Bits of the snapshots that are PREPARING or ACTIVE. */
+    /* W: as their words, seq_cst, after them when it comes and before them when it goes.  R: lease-takers, seq_cst
+     * after their CAS; who follows the map, acquire.  Crash: as the words. */
+    _Atomic uint64_t snapshots;
     /* W: as its fields say.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_closer closer[PS_CLOSERS];
+
+    /* Line 40: the freeze. */
+    /* W: freezer at F1 by CAS 0 -> owner word; 0 at F5, release, and wakes who sleeps on it (WAITING).  Anybody who
+     * finds the owner gone makes it its own by CAS, thaws, and clears it.  R: anybody, acquire.
+     * Crash: names a dead owner. */
+    _Alignas(PS_LINE) _Atomic uint32_t freezer;
+    uint32_t pad2; /* W: nobody.  R: nobody */
+    /* W: freezer at F2, when KEPT is whole, before its record is begun; 0 when the thaw is complete.
+     * R: whoever thaws, under the writer lock: 0: nothing is to be put back.  The generation before the freeze, + 1. */
+    _Atomic uint64_t frozen;
+
+    /* Line 41: the snapshots. */
+    /* W: as its fields say.  R: as its fields say */
+    _Alignas(PS_LINE) struct ps_shm_snapshot snapshot[PS_SNAPSHOTS];
 };
 
 static_assert(sizeof(struct ps_shm_section) == 24, "section");
 static_assert(sizeof(struct ps_shm_record) == 64, "record: one line");
 static_assert(sizeof(struct ps_shm_ring) == 64, "ring entry: one line");
-static_assert(sizeof(struct ps_shm_slot) == 3 * PS_LINE, "slot: three lines");
+static_assert(sizeof(struct ps_shm_slot) == 4 * PS_LINE, "slot: four lines");
 static_assert(sizeof(struct ps_shm_lock) == PS_LINE, "lock: one line");
 static_assert(sizeof(struct ps_shm_closer) == 24, "closer");
+static_assert(sizeof(struct ps_shm_snapshot) == 16, "snapshot");
 static_assert(sizeof(struct ps_shm_header) <= 4096, "header: one page");
 static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "atomics are plain words");
 static_assert((PS_RING & (PS_RING - 1)) == 0, "ring: a power of two");

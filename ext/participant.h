@@ -38,7 +38,7 @@
 /* What the header said at attach. */
 struct ps_shape {
     uint64_t control_size, size, pages;
-    uint32_t slots, initial;
+    uint32_t slots, initial, policy, areas;
     uint64_t nonce[2], created;
     uint32_t creator;
     char name[PS_NAME_MAX + 8];

@@ -40,7 +40,7 @@ static uint64_t whole_pages(uint64_t bytes) {
     return (bytes + PS_PAGE - 1) / PS_PAGE * PS_PAGE;
 }
 
-static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32_t slots) {
+static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32_t slots, uint32_t areas) {
     switch (kind) {
     case PS_SEC_SLOTS:
         return slots * sizeof(struct ps_shm_slot);
@@ -52,16 +52,32 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
     case PS_SEC_LEASE:
         return pages * sizeof(uint64_t);
     case PS_SEC_LOCK:
-        return PS_LOCKS * sizeof(struct ps_shm_lock);
+        return (PS_LOCKS + PS_SAVE_LOCKS) * sizeof(struct ps_shm_lock);
+    case PS_SEC_KEPT:
+        return pages;
+    case PS_SEC_STATE:
+        return areas * whole_pages(pages);
+    case PS_SEC_STAMP:
+        return pages * sizeof(uint64_t);
     default:
         return 0;
     }
 }
 
+static uint64_t file_length(const struct ps_shm_header *header) {
+    return header->control_size + (1 + (uint64_t)header->areas) * header->pages * PS_PAGE;
+}
+
+/* As many as leave room for the data and its other mappings. */
+static uint32_t areas_for(uint64_t pages) {
+    uint64_t room = PS_FAR_SIZE / 2 / (pages * PS_PAGE);
+    return room < 5 ? 0 : room - 4 < PS_SNAPSHOTS ? (uint32_t)room - 4 : PS_SNAPSHOTS;
+}
+
 static void lay_out(struct ps_shm_header *header) {
     uint64_t at = PS_PAGE;
     for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LAST; kind++) {
-        uint64_t length = section_length((enum ps_section_kind)kind, header->pages, header->slots);
+        uint64_t length = section_length((enum ps_section_kind)kind, header->pages, header->slots, header->areas);
         header->section[kind - 1] = (struct ps_shm_section){.kind = kind, .offset = at, .length = length};
         at = whole_pages(at + length);
     }
@@ -69,7 +85,7 @@ static void lay_out(struct ps_shm_header *header) {
 }
 
 static int fill(int fd, const struct ps_shm_header *header, uint32_t mode) {
-    if (ftruncate(fd, (off_t)(header->control_size + header->pages * PS_PAGE)) || fchmod(fd, mode))
+    if (ftruncate(fd, (off_t)file_length(header)) || fchmod(fd, mode))
         return -errno;
     ssize_t wrote = pwrite(fd, header, sizeof *header, 0);
     if (wrote != (ssize_t)sizeof *header)
@@ -77,7 +93,8 @@ static int fill(int fd, const struct ps_shm_header *header, uint32_t mode) {
     return fcntl(fd, F_ADD_SEALS, SEALS) ? -errno : 0;
 }
 
-int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const char *name, int *fd) {
+int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, enum ps_policy policy, const char *name,
+              int *fd) {
     struct ps_shm_header header = {
         .magic = PS_MAGIC,
         .version = PS_VERSION,
@@ -88,7 +105,9 @@ int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, const
         .initial = prot,
         .created = ps_sys_boottime(),
         .creator = (uint32_t)getpid(),
+        .policy = policy,
     };
+    header.areas = areas_for(header.pages);
     strncpy(header.name, name, PS_NAME_MAX);
     lay_out(&header);
     int rc = ps_sys_random(header.nonce, sizeof header.nonce);
@@ -112,7 +131,8 @@ static const char *check_sections(const struct ps_shm_header *header, struct ps_
         if (section->offset % PS_PAGE || section->offset < PS_PAGE || section->offset > end ||
             section->length > end - section->offset)
             return "section";
-        if (section->length < section_length((enum ps_section_kind)section->kind, header->pages, header->slots))
+        if (section->length <
+            section_length((enum ps_section_kind)section->kind, header->pages, header->slots, header->areas))
             return "section length";
         shape->offset[section->kind] = section->offset;
     }
@@ -140,10 +160,13 @@ static const char *check_header(const struct ps_shm_header *header, uint64_t fil
         return "slots";
     if (header->initial > 7)
         return "initial";
+    if (header->policy > PS_WAIT)
+        return "policy";
+    if (header->areas > PS_SNAPSHOTS)
+        return "areas";
     if (!header->size || header->size > file_size || header->pages != (header->size + PS_PAGE - 1) / PS_PAGE)
         return "size";
-    if (header->control_size % PS_PAGE || header->control_size > file_size ||
-        file_size - header->control_size != header->pages * PS_PAGE)
+    if (header->control_size % PS_PAGE || header->control_size > file_size || file_size != file_length(header))
         return "control_size";
     return is_name(header->name, sizeof header->name) ? NULL : "name";
 }
@@ -171,6 +194,8 @@ int ps_region_validate(int fd, struct ps_shape *shape, const char **field) {
     shape->pages = header.pages;
     shape->slots = header.slots;
     shape->initial = header.initial;
+    shape->policy = header.policy;
+    shape->areas = header.areas;
     shape->created = header.created;
     shape->creator = header.creator;
     memcpy(shape->nonce, header.nonce, sizeof shape->nonce);

@@ -330,7 +330,7 @@ def create(
                 f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
             )
     mode = _names.masked(mode)
-    fd = _core.create(size, bits, max_participants, mode, name or "")
+    fd = _core.create(size, bits, max_participants, mode, _core.POLICIES["die"], name or "")
     try:
         deadline = _core.deadline_of(DEFAULT)
         if name is None:

@@ -447,7 +447,7 @@ int main(int argc, char **argv) {
     int status;
     CHECK(argc == 3, "usage: stress SECONDS SEED");
     end = ps_sys_now() + (int64_t)(atof(argv[1]) * 1000) * PS_MS;
-    int rc = ps_create(PAGES * PS_PAGE, PROT_READ | PROT_WRITE, 64, 0600, "", &memory);
+    int rc = ps_create(PAGES * PS_PAGE, PROT_READ | PROT_WRITE, 64, 0600, PS_DIE, "", &memory);
     CHECK(!rc, "ps_create: %d", rc);
     pid_t pid = fork();
     if (!pid) {

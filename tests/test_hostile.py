@@ -35,15 +35,18 @@ SECTIONS, LOCK, GENERATION, SLOTS_USED = 288, 704, 768, 832
 ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24, 32))
 CLOSERS, CLOSER = 960, 1024
 ACK, ERROR, LIVE, STATUS, PID = 0, 16, 64, 68, 128  # in a slot
-SLOT_SIZE, RING_ENTRY, RING = 192, 64, 1024
+SLOT_SIZE, RING_ENTRY, RING = 256, 64, 1024
 SLOTS_AT = PAGE  # the first section
 RING_AT = 2 * PAGE
 CUR_AT = RING_AT + RING * RING_ENTRY
 OLD_AT, LEASES_AT, LOCKS_AT = (CUR_AT + i * PAGE for i in (1, 2, 3))
+KEPT_AT = LOCKS_AT + 17 * PAGE
+STATE_AT, STAMP_AT = KEPT_AT + PAGE, KEPT_AT + 9 * PAGE
+AREAS = 8
 
 
 def new_region(pages: int = PAGES, slots: int = SLOTS) -> int:
-    return _core.create(pages * PAGE, pyshare.READ_WRITE, slots, 0o600, "")
+    return _core.create(pages * PAGE, pyshare.READ_WRITE, slots, 0o600, _core.POLICIES["die"], "")
 
 
 @pytest.fixture
@@ -168,10 +171,12 @@ def test_offsets(fd: int) -> None:
         assert peek(fd, RING_AT + 3 * RING_ENTRY) == 3
         assert os.pread(fd, 4, CUR_AT) == bytes([pyshare.READ ^ pyshare.READ_WRITE] * 3 + [0])
         assert os.pread(fd, 3, OLD_AT) == bytes(3)
-        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 7, SECTIONS), 24 * i) for i in range(7)]
+        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 10, SECTIONS), 24 * i) for i in range(10)]
         assert [(kind, at) for kind, _, at, _ in kinds] == [
-            (1, SLOTS_AT), (2, RING_AT), (3, CUR_AT), (4, OLD_AT), (5, LEASES_AT), (6, LOCKS_AT), (0, 0),
+            (1, SLOTS_AT), (2, RING_AT), (3, CUR_AT), (4, OLD_AT), (5, LEASES_AT), (6, LOCKS_AT), (7, KEPT_AT),
+            (8, STATE_AT), (9, STAMP_AT), (0, 0),
         ]  # fmt: skip
+        assert os.fstat(fd).st_size == STAMP_AT + PAGE + (1 + AREAS) * PAGES * PAGE
 
 
 def use(region: Region, timeout: float = SHORT) -> list[BaseException]:

@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 CHUNK = 512  # pages of one page table, which are armed together
 AT_ONCE = 0.05  # a timeout that is meant to run out
 SOON = 0.5  # the same, where somebody is meant to come to so-and-so before it does
-SLOT_SIZE, TID = 192, 132  # in ext/layout.h
+SLOT_SIZE, TID = 256, 132  # in ext/layout.h
 
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -273,7 +273,8 @@ def page_out(region: Region) -> None:
 
 def punch(region: Region) -> None:
     keep_size, punch_hole = 1, 2
-    data = os.fstat(region.fileno()).st_size - pages_of(region) * PAGE
+    with open("/proc/self/maps") as maps:
+        data = next(int(line.split()[2], 16) for line in maps if line.startswith(f"{region.address:x}-"))
     assert libc.fallocate(region.fileno(), keep_size | punch_hole, ctypes.c_long(data), ctypes.c_long(4 * PAGE)) == 0
 
 

@@ -147,7 +147,7 @@ def fields(body: str) -> Iterator[tuple[str, str]]:
 def test_every_shared_field_has_its_contract() -> None:
     structs = re.findall(r"^struct (ps_shm_\w+) \{\n(.*?)^\};", (EXT / "layout.h").read_text(), re.S | re.M)
     assert [name for name, _ in structs] == [
-        f"ps_shm_{end}" for end in ("lock", "closer", "section", "record", "ring", "slot", "header")
+        f"ps_shm_{end}" for end in ("snapshot", "lock", "closer", "section", "record", "ring", "slot", "header")
     ]
     for name, body in structs:
         declared = list(fields(body))
