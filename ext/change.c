@@ -148,7 +148,18 @@ static void ring_write(struct ps_region *region, uint64_t generation, enum ps_ki
                           memory_order_relaxed);
     atomic_store_explicit(&at->prot, atomic_load_explicit(&record->prot, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&at->kind, kind, memory_order_relaxed);
+    atomic_store_explicit(&at->slowest, 0, memory_order_relaxed);
+    atomic_store_explicit(&at->done, 0, memory_order_relaxed);
     atomic_store_explicit(&at->generation, generation, memory_order_release);
+}
+
+/* The record of `generation` closes. */
+static void close_record(struct ps_region *region, uint64_t generation, uint32_t slowest) {
+    struct ps_shm_ring *at = ps_ring(region, generation);
+    atomic_store_explicit(&at->slowest, slowest, memory_order_relaxed);
+    atomic_store_explicit(&at->done, ps_sys_boottime(), memory_order_release); /* who sees it sees the slowest */
+    /* seq_cst: pairs with an agent that failed, which looks at `complete` after its acknowledgement. */
+    atomic_store_explicit(&ps_header(region)->record.complete, generation, memory_order_seq_cst);
 }
 
 bool ps_change_open(const struct ps_region *region) {
@@ -204,10 +215,11 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
 struct waiting {
     uint64_t generation;
     int64_t deadline;
-    bool committed; /* nobody undoes it: who failed is waited for until it has fenced itself */
-    bool early;     /* the deadline is not the caller's but the end of the grace, or of the patience */
-    int spins;      /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
-    int socket;     /* of ours, for answers from agents that were asked for their userfaultfd; -1: none was */
+    bool committed;   /* nobody undoes it: who failed is waited for until it has fenced itself */
+    bool early;       /* the deadline is not the caller's but the end of the grace, or of the patience */
+    uint32_t slowest; /* pid of the last one that had not acknowledged when it was first looked at; 0: none */
+    int spins;  /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
+    int socket; /* of ours, for answers from agents that were asked for their userfaultfd; -1: none was */
     struct ps_outcome *outcome;
 };
 
@@ -266,7 +278,11 @@ static bool spin_for(struct ps_shm_slot *slot, const struct waiting *waiting) {
 static bool await_slot(struct ps_region *region, uint32_t index, struct waiting *waiting) {
     struct ps_shm_slot *slot = ps_slot(region, index);
     uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
-    if (ps_state_of(status) != PS_LIVE || spin_for(slot, waiting))
+    if (ps_state_of(status) != PS_LIVE ||
+        follows(slot, atomic_load_explicit(&slot->ack, memory_order_acquire), waiting))
+        return true;
+    waiting->slowest = atomic_load_explicit(&slot->pid, memory_order_relaxed);
+    if (spin_for(slot, waiting))
         return true;
     for (bool slept = false;; slept = true) {
         /* acquire: pairs with the agent's exchange: what it applied before is in force. */
@@ -287,7 +303,7 @@ static bool await_slot(struct ps_region *region, uint32_t index, struct waiting 
 static int await_all(struct ps_region *region, struct waiting *waiting) {
     struct ps_outcome *outcome = waiting->outcome;
     uint32_t used = ps_slots_used(region);
-    outcome->silent = 0;
+    outcome->silent = waiting->slowest = 0;
     waiting->spins = used <= region->cpus ? SPIN : 0;
     for (uint32_t index = 0; index < used; index++)
         if (!await_slot(region, index, waiting))
@@ -350,7 +366,6 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
 }
 
 static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {
-    struct ps_shm_record *record = &ps_header(region)->record;
     map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
     PS_POINT(U2_map);
     map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first + count / 2, count - count / 2);
@@ -359,8 +374,7 @@ static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint
     waiting->generation = attempt + 1;
     int rc = await_all(region, waiting);
     PS_POINT(U5_complete);
-    /* seq_cst: pairs with an agent that failed, which looks at `complete` after its acknowledgement. */
-    atomic_store_explicit(&record->complete, attempt + 1, memory_order_seq_cst);
+    close_record(region, attempt + 1, waiting->slowest);
     return rc;
 }
 
@@ -387,7 +401,7 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
             error = find_error(region, attempt, &waiting->outcome->failed_pid);
         if (!error) {
             PS_POINT(C7_complete);
-            atomic_store_explicit(&record->complete, attempt, memory_order_seq_cst); /* as in undo */
+            close_record(region, attempt, waiting->slowest);
             return rc;
         }
         PS_POINT(U1_kind);
