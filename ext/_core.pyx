@@ -1012,3 +1012,6 @@ def _capsule(Handle handle not None):
     if handle.region is NULL:
         raise_code(PS_ECLOSED, "measure")
     return capsule_of(handle.region)
+
+
+include "_observe.pxi"

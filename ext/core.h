@@ -136,6 +136,35 @@ struct ps_calls {
     void (*lock_give)(struct ps_region *region, uint32_t index);
 };
 
+/* Looking without taking part (observe.c).  The handle is the caller's memory, zero at first, and no participant's:
+ * beside what follows only ps_generation, ps_size, ps_name and ps_run may be called with it. */
+struct ps_seen_change {
+    uint64_t first, count; /* pages */
+    uint64_t time, done;   /* CLOCK_BOOTTIME ns; done 0: not over, or undone */
+    uint32_t kind, prot, author, slowest;
+};
+struct ps_seen_slot {
+    uint32_t owner; /* as held words and the freezer's have it */
+    uint32_t pid, capabilities, flags;
+    uint64_t start; /* of the process: clock ticks, 0 unknown */
+    uint64_t applied;
+    uint64_t data; /* where it says to have the data: to be checked */
+    bool live;     /* it has joined */
+    bool alive;    /* its memory is still there */
+    bool here;     /* its pid is one of our pid namespace */
+};
+int ps_observe(struct ps_region *seen, int fd, const char **field);
+void ps_observe_end(struct ps_region *seen);
+int ps_observe_wait(const struct ps_region *seen, uint64_t generation, int64_t deadline);
+bool ps_observe_change(const struct ps_region *seen, uint64_t generation, struct ps_seen_change *out);
+bool ps_observe_open(const struct ps_region *seen, uint64_t *first, uint64_t *count);
+int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot *out);
+uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint32_t area, uint64_t first,
+                        uint64_t *value);
+uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen);
+uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64_t *generation);
+int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked);
+
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);
 int ps_name_find(int name_fd, int *region_fd);

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 import pyshare
-from pyshare import bench, doctor
+from pyshare import bench, doctor, trace
 
-COMMANDS = (bench, doctor)
+COMMANDS = (bench, doctor, trace)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -92,6 +92,7 @@ MAY_CALL = {
     "lease.c": set(),
     "lock.c": set(),
     "names.c": DESCRIPTORS,
+    "observe.c": {"mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
     "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mremap", "munmap"},

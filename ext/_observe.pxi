@@ -1,0 +1,231 @@
+"""_observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/observe.c).
+
+Lives here: Observer, which `pyshare trace` and `pyshare map` stand on.  It gives what is in the control segment as
+plain tuples, at the moment of each look; what that means is theirs.
+"""
+
+cdef extern from *:
+    """
+    #include "participant.h"
+    """
+
+cdef extern from "participant.h":
+    struct ps_shape:
+        uint64_t pages
+        uint32_t areas
+        uint32_t creator
+        uint64_t created
+        uint64_t control_size
+    struct ps_cached:
+        uint64_t device
+        uint64_t inode
+    # All of it, so that it can lie in an object of ours: the size is C's.
+    struct observer_t "ps_region":
+        ps_shape shape
+        ps_cached memory
+
+cdef extern from "core.h" nogil:
+    enum:
+        PS_SEC_LEASE
+        PS_SEC_KEPT
+        PS_SEC_STATE
+        PS_SNAPSHOT_MASK
+        PS_RING
+        PS_SET
+        PS_UNDO
+        PS_THAW
+        PS_FOLLOW
+    ctypedef enum layer_t "enum ps_section_kind":
+        pass
+    struct ps_seen_change:
+        uint64_t first
+        uint64_t count
+        uint64_t time
+        uint64_t done
+        uint32_t kind
+        uint32_t prot
+        uint32_t author
+        uint32_t slowest
+    struct ps_seen_slot:
+        uint32_t owner
+        uint32_t pid
+        uint32_t capabilities
+        uint32_t flags
+        uint64_t start
+        uint64_t applied
+        uint64_t data
+        bint live
+        bint alive
+        bint here
+    int ps_observe(ps_region *seen, int fd, const char **field)
+    void ps_observe_end(ps_region *seen)
+    int ps_observe_wait(const ps_region *seen, uint64_t generation, int64_t deadline)
+    bint ps_observe_change(const ps_region *seen, uint64_t generation, ps_seen_change *out)
+    bint ps_observe_open(const ps_region *seen, uint64_t *first, uint64_t *count)
+    int ps_observe_slot(ps_region *seen, uint32_t index, ps_seen_slot *out)
+    uint64_t ps_observe_run(ps_region *seen, layer_t layer, uint32_t area, uint64_t first, uint64_t *value)
+    uint32_t ps_observe_freezer(const ps_region *seen, uint64_t *frozen)
+    uint32_t ps_observe_snapshot(const ps_region *seen, uint32_t area, uint64_t *generation)
+    int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, flag *marked)
+
+RING = PS_RING
+KINDS = {PS_SET: "set", PS_UNDO: "undone", PS_THAW: "thawed", PS_FOLLOW: "follow"}
+SNAPSHOT_STATES = ("free", "preparing", "active", "complete")
+
+
+@cython.final
+cdef class Observer:
+    """A region's control segment, read-only: no slot, no lock, nobody waits for it.
+
+    ``fd`` is a descriptor of the region; a read-only description of it is opened, and goes with the object.
+    """
+
+    cdef observer_t observer
+    cdef bint open
+
+    def __cinit__(self, int fd):
+        cdef const char *field = NULL
+        cdef int own = os.open(f"/proc/thread-self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        cdef int rc = ps_observe(self.seen(), own, &field)
+        if rc:
+            os.close(own)
+            raise_code(rc, "observe", None if field is NULL else field.decode())
+        self.open = True
+
+    cdef ps_region *seen(self) noexcept nogil:
+        return <ps_region *>&self.observer
+
+    def __dealloc__(self):
+        if self.open:
+            ps_observe_end(self.seen())
+
+    # -- What it is --
+
+    def name(self):
+        """As it was created, or None."""
+        return ps_name(self.seen()).decode() or None
+
+    def size(self):
+        """Bytes."""
+        return ps_size(self.seen())
+
+    def pages(self):
+        """Of the data."""
+        return self.observer.shape.pages
+
+    def file(self):
+        """(device, inode, where the data begin) of the memory."""
+        return self.observer.memory.device, self.observer.memory.inode, self.observer.shape.control_size
+
+    # -- Changes --
+
+    def generation(self):
+        """The latest that is published."""
+        return ps_generation(self.seen())
+
+    def wait(self, uint64_t generation, int64_t deadline):
+        """Sleeps until the generation is another one, at most until then; it may wake for nothing, or miss it."""
+        with nogil:
+            ps_observe_wait(self.seen(), generation, deadline)
+        PyErr_CheckSignals()
+
+    def change(self, uint64_t generation):
+        """(kind, first page, pages, protection, author, begun, done, slowest); None where the ring has it no more."""
+        cdef ps_seen_change one
+        if not ps_observe_change(self.seen(), generation, &one):
+            return None
+        return one.kind, one.first, one.count, one.prot, one.author, one.time, one.done, one.slowest
+
+    def under_way(self):
+        """(first page, pages) of the change that is not over, or None."""
+        cdef uint64_t first, count
+        return (first, count) if ps_observe_open(self.seen(), &first, &count) else None
+
+    # -- Who takes part --
+
+    def slots(self):
+        """[(owner word, pid, start time, applied, address of the data, live, alive, here, by uffd, fenced)]"""
+        cdef ps_seen_slot one
+        cdef uint32_t index = 0
+        cdef int rc = 0
+        found = []
+        while rc >= 0:
+            rc = ps_observe_slot(self.seen(), index, &one)
+            if rc > 0:
+                found.append((one.owner, one.pid, one.start, one.applied, one.data, bool(one.live), bool(one.alive),
+                              bool(one.here), bool(one.capabilities & PS_CAN_UFFD), bool(one.flags & PS_SLOT_FENCED)))
+            index += 1
+        return found
+
+    # -- Pages: runs of (first page, pages, value), ascending, that cover the region --
+
+    def protections(self):
+        """Of the map."""
+        cdef uint64_t page = 0, run
+        cdef uint32_t prot
+        found = []
+        while page < self.observer.shape.pages:
+            with nogil:
+                run = ps_run(self.seen(), page, self.observer.shape.pages, &prot)
+            found.append((page, run, prot))
+            page += run
+        return found
+
+    cdef list layer(self, int kind, uint32_t area):
+        cdef uint64_t page = 0, run, value
+        found = []
+        while page < self.observer.shape.pages:
+            with nogil:
+                run = ps_observe_run(self.seen(), <layer_t>kind, area, page, &value)
+            found.append((page, run, value))
+            page += run
+        return found
+
+    def leases(self):
+        """Owner words; 0: nobody's."""
+        return self.layer(PS_SEC_LEASE, 0)
+
+    def kept(self):
+        """Protections from before the freeze that is in force."""
+        return self.layer(PS_SEC_KEPT, 0)
+
+    def saved(self, uint32_t area):
+        """Of a snapshot: 0: not yet, 1: written while it was being prepared, 2: saved."""
+        if area >= self.observer.shape.areas:
+            raise IndexError(f"area {area}")
+        return self.layer(PS_SEC_STATE, area)
+
+    # -- The whole --
+
+    def freeze(self):
+        """(owner word of the freezer, the generation that everybody had before); None: there is none."""
+        cdef uint64_t frozen
+        cdef uint32_t owner = ps_observe_freezer(self.seen(), &frozen)
+        return (owner, frozen - 1) if owner and frozen else None
+
+    def snapshots(self):
+        """[(area, state, generation)] of those that there are."""
+        cdef uint32_t area, word
+        cdef uint64_t generation
+        found = []
+        for area in range(self.observer.shape.areas):
+            word = ps_observe_snapshot(self.seen(), area, &generation)
+            if 0 < word & PS_SNAPSHOT_MASK < len(SNAPSHOT_STATES):
+                found.append((area, SNAPSHOT_STATES[word & PS_SNAPSHOT_MASK], generation))
+        return found
+
+
+def marks(int pagemap, uint64_t page, uint64_t pages):
+    """[(pages, marked)] of a process's address space: what userfaultfd(2) protects there; OSError (ESRCH: it is gone)."""
+    cdef uint64_t end = page + pages
+    cdef int64_t run
+    cdef flag marked = 0
+    found = []
+    while page < end:
+        with nogil:
+            run = ps_observe_marks(pagemap, page, end, &marked)
+        if run < 0:
+            raise OSError(-run, os.strerror(-run))
+        found.append((run, bool(marked)))
+        page += run
+    return found

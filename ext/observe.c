@@ -1,0 +1,186 @@
+/* observe.c - looking at a region without taking part in it.
+ *
+ * Lives here: what `pyshare trace` and `pyshare map` read of a control
+ * segment, and of another process's page tables.
+ * Invariants
+ *  1. The control segment is mapped read-only, through a description that was
+ *     opened read-only: nothing here can change a region.  So there is no slot,
+ *     no lock, no claim, and nobody waits for an observer; what it finds may be
+ *     half of a change, and whoever asks looks again.
+ *  2. A handle of an observer is no participant's: it is in no table, its
+ *     address range holds the control segment alone, and of the core only what
+ *     reads may be called with it.
+ *  3. What is read is checked as it is everywhere: the header by
+ *     ps_region_validate, indices against the shape.
+ *  4. Holes of the memfd are not read: that would fill them.
+ * Runs in: caller.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "participant.h"
+
+#define BLOCK 512u                       /* entries of a pagemap that are read at once */
+#define PAGEMAP_MARKED 57                /* bit of an entry: write-protected by userfaultfd */
+#define PAGEMAP_ENTRY 8u                 /* bytes */
+#define HOLDER_MASK UINT64_C(0x7fffffff) /* of a held word: its owner word, without WAITING */
+
+/* `fd` is read-only, and belongs to the observer from now on; not after an error. */
+int ps_observe(struct ps_region *seen, int fd, const char **field) {
+    int rc = ps_region_validate(fd, &seen->shape, field);
+    if (!rc)
+        rc = ps_cached_identify(&seen->memory, PS_MEMORY, fd);
+    if (rc)
+        return rc;
+    void *at = mmap(NULL, seen->shape.control_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED)
+        return -errno;
+    seen->memory.fd = fd;
+    seen->own = seen->own_entry = seen->own_userfault = -1;
+    atomic_store_explicit(&seen->base, (uintptr_t)at, memory_order_relaxed);
+    return 0;
+}
+
+void ps_observe_end(struct ps_region *seen) {
+    munmap(ps_header(seen), seen->shape.control_size);
+    ps_cached_forget(seen, &seen->memory);
+}
+
+/* Until the generation is another one; callers that change page tables from outside wake nobody. */
+int ps_observe_wait(const struct ps_region *seen, uint64_t generation, int64_t deadline) {
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(seen)->generation;
+    return ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, FUTEX_BITSET_MATCH_ANY, deadline);
+}
+
+bool ps_observe_change(const struct ps_region *seen, uint64_t generation, struct ps_seen_change *out) {
+    const struct ps_shm_ring *at = ps_ring(seen, generation);
+    struct ps_shm_ring entry;
+    if (!ps_change_read(seen, generation, &entry))
+        return false;
+    *out = (struct ps_seen_change){
+        .first = entry.first,
+        .count = entry.count,
+        .time = entry.time,
+        .kind = entry.kind,
+        .author = entry.author,
+        .prot = atomic_load_explicit(&at->prot, memory_order_relaxed) & 7,
+        .done = atomic_load_explicit(&at->done, memory_order_acquire), /* pairs with close_record: the slowest too */
+        .slowest = atomic_load_explicit(&at->slowest, memory_order_relaxed),
+    };
+    atomic_thread_fence(memory_order_acquire); /* as in ps_change_read */
+    return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation;
+}
+
+/* The open change, which may be one that is not published yet; false: there is none. */
+bool ps_observe_open(const struct ps_region *seen, uint64_t *first, uint64_t *count) {
+    const struct ps_shm_record *record = &ps_header(seen)->record;
+    *first = atomic_load_explicit(&record->first, memory_order_relaxed);
+    *count = atomic_load_explicit(&record->count, memory_order_relaxed);
+    if (*first >= seen->shape.pages || *count > seen->shape.pages - *first)
+        *first = *count = 0;
+    return ps_change_open(seen);
+}
+
+/* 1; 0: nobody has this slot; -ENOENT: there are no more. */
+int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot *out) {
+    if (index >= ps_slots_used(seen))
+        return -ENOENT;
+    const struct ps_shm_slot *slot = ps_slot(seen, index);
+    uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
+    enum ps_state state = ps_state_of(status);
+    if (state != PS_LIVE && state != PS_JOINING)
+        return 0;
+    uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
+    *out = (struct ps_seen_slot){
+        .owner = (status >> PS_STATE_BITS & PS_EPOCH_MASK) << PS_OWNER_SLOT_BITS | (index + 1),
+        .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
+        .start = atomic_load_explicit(&slot->start, memory_order_relaxed),
+        .capabilities = atomic_load_explicit(&slot->capabilities, memory_order_relaxed),
+        .flags = atomic_load_explicit(&slot->flags, memory_order_relaxed),
+        .applied = atomic_load_explicit(&slot->applied, memory_order_relaxed),
+        .data = atomic_load_explicit(&slot->canary, memory_order_relaxed) + PS_GUARD,
+        .live = state == PS_LIVE,
+        .alive = ps_sys_ofd_free(ps_query_fd(seen), index) == 0,
+        .here = pidns && pidns == ps_sys_pid_namespace(),
+    };
+    return 1;
+}
+
+/* -- Layers of the map ---------------------------------------------------------------------------------------- */
+
+/* How many elements from `first` on, before `end`, are the same in the bits of `mask`, and what they are. */
+static uint64_t run_of(struct ps_region *seen, uint64_t offset, uint32_t width, uint64_t mask, uint64_t first,
+                       uint64_t end, uint64_t *value) {
+    for (uint64_t at = first; at < end;) {
+        uint64_t byte = offset + at * width, data = ps_region_skip_hole(seen, byte, offset + end * width);
+        if (data > byte) {
+            if (at > first && *value)
+                return at - first;
+            *value = 0;
+            at = (data - offset) / width;
+            continue;
+        }
+        for (uint64_t stop = (byte / PS_PAGE + 1) * PS_PAGE; at < end && byte < stop; at++, byte += width) {
+            const char *where = (const char *)ps_header(seen) + byte;
+            uint64_t found =
+                width == 1 ? atomic_load_explicit((const _Atomic uint8_t *)where, memory_order_relaxed)
+                           : atomic_load_explicit((const _Atomic uint64_t *)(const void *)where, memory_order_relaxed);
+            if (at == first)
+                *value = found & mask;
+            else if ((found & mask) != *value)
+                return at - first;
+        }
+    }
+    return end - first;
+}
+
+uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint32_t area, uint64_t first,
+                        uint64_t *value) {
+    uint64_t offset = seen->shape.offset[layer], end = seen->shape.pages, run;
+    if (layer == PS_SEC_LEASE)
+        return run_of(seen, offset, sizeof(uint64_t), HOLDER_MASK, first, end, value);
+    if (layer == PS_SEC_STATE)
+        offset += area * ((seen->shape.pages + PS_PAGE - 1) / PS_PAGE * PS_PAGE);
+    run = run_of(seen, offset, 1, UINT8_MAX, first, end, value);
+    if (layer != PS_SEC_STATE)
+        *value = (*value ^ seen->shape.initial) & 7;
+    return run;
+}
+
+uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen) {
+    const struct ps_shm_header *header = ps_header(seen);
+    *frozen = atomic_load_explicit(&header->frozen, memory_order_relaxed);
+    return atomic_load_explicit(&header->freezer, memory_order_acquire) & ~PS_OWNER_WAITING;
+}
+
+uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64_t *generation) {
+    const struct ps_shm_snapshot *snapshot = &ps_header(seen)->snapshot[area];
+    uint32_t word = atomic_load_explicit(&snapshot->word, memory_order_acquire);
+    *generation = atomic_load_explicit(&snapshot->generation, memory_order_relaxed);
+    return word;
+}
+
+/* -- Page tables ---------------------------------------------------------------------------------------------- */
+
+/* Of a process whose pagemap this is: how many pages from `page` (of its address space) on, before `end`, are marked,
+ * or not; -errno. */
+int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked) {
+    uint64_t entry[BLOCK];
+    for (uint64_t at = page; at < end;) {
+        uint64_t wanted = end - at < BLOCK ? end - at : BLOCK;
+        ssize_t got = pread(pagemap, entry, wanted * PAGEMAP_ENTRY, (off_t)(at * PAGEMAP_ENTRY));
+        if (got < (ssize_t)PAGEMAP_ENTRY) /* 0: the process has no memory any more */
+            return got < 0 ? -errno : -ESRCH;
+        for (uint64_t i = 0; i < (uint64_t)got / PAGEMAP_ENTRY; i++, at++) {
+            bool mark = entry[i] >> PAGEMAP_MARKED & 1;
+            if (at == page)
+                *marked = mark;
+            else if (mark != *marked)
+                return (int64_t)(at - page);
+        }
+    }
+    return (int64_t)(end - page);
+}

@@ -1,0 +1,135 @@
+"""A region as somebody sees it who does not take part in it: what ``trace`` and ``map`` have in common.
+
+Lives here: the way from a name to an observer, who its participants are, and
+the words and colours in which both commands speak.
+Not here: what is in a control segment (ext/observe.c), page tables (map.py).
+Invariant: a look changes nothing, and nobody waits for who looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import psutil
+
+from pyshare import _core, _names
+from pyshare._errors import ShareError
+from pyshare._region import Prot
+
+PAGE = _core.PAGE_SIZE
+COLOURS = {  # of a protection: for text, and for a picture
+    "NONE": ("white on grey35", "#9aa0a6"),
+    "READ": ("black on sky_blue1", "#9ecae9"),
+    "READ_WRITE": ("black on dark_sea_green3", "#7cc48f"),
+    "EXEC": ("black on plum2", "#d7b5e8"),
+}
+
+
+class Slot(NamedTuple):
+    """A participant, as its slot says."""
+
+    owner: int  # its name in lease words and the freeze
+    pid: int  # as it sees itself
+    start: int  # of the process, in clock ticks
+    applied: int  # the change that its page tables follow
+    data: int  # where it says to have the data
+    live: bool  # it has joined
+    alive: bool  # its memory is still there
+    here: bool  # its pid is one of our pid namespace
+    uffd: bool
+    fenced: bool
+
+    def process(self) -> psutil.Process | None:
+        """Its process; None where that is gone, or cannot be seen from here."""
+        with contextlib.suppress(psutil.Error, OSError, ValueError, IndexError):
+            with open(f"/proc/{self.pid}/stat") as stat:
+                start = int(stat.read().rpartition(")")[2].split()[19])
+            if self.here and start == self.start:
+                return psutil.Process(self.pid)
+        return None
+
+    def command(self) -> str:
+        """Its command line, or why there is none."""
+        if not self.here:
+            return "(in another pid namespace)"
+        process = self.process()
+        with contextlib.suppress(psutil.Error):
+            if process is not None:
+                return printable(" ".join(process.cmdline()) or f"[{process.name()}]")
+        return "(gone)"
+
+
+def slots(observer: _core.Observer) -> list[Slot]:
+    """Everybody who takes part, or is about to."""
+    return [Slot(*one) for one in observer.slots()]
+
+
+def printable(text: str) -> str:
+    """Nothing that a terminal takes for an order."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def protection(bits: int) -> str:
+    """In words."""
+    rest = Prot.READ_WRITE if bits & 3 == 3 else Prot(bits & 3)
+    return "|".join(str(part.name) for part in (rest, Prot(bits & 4)) if part) or "NONE"
+
+
+def colour(bits: int) -> tuple[str, str]:
+    """Of a protection: for text, and for a picture."""
+    return COLOURS["EXEC" if bits & 4 else "READ_WRITE" if bits & 2 else "READ" if bits & 1 else "NONE"]
+
+
+def in_bytes(observer: _core.Observer, first: int, count: int) -> tuple[int, int]:
+    """(offset, length), the last page as far as it goes."""
+    return first * PAGE, min(count * PAGE, observer.size() - first * PAGE)
+
+
+def size(number: int) -> str:
+    """Bytes, for people."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if number >= 1 << shift:
+            return f"{number / (1 << shift):.4g} {unit}"
+    return f"{number} bytes"
+
+
+def title(observer: _core.Observer) -> str:
+    """What is looked at, in a line."""
+    pages, live = observer.pages(), sum(slot.live and slot.alive for slot in slots(observer))
+    return (
+        f"region {observer.name()!r}: {pages:,} page{'s' * (pages != 1)}, {size(observer.size())}; "
+        f"{live} participant{'s' * (live != 1)}; change {observer.generation()}"
+    )
+
+
+def observe(name: str) -> tuple[_core.Observer, int]:
+    """An observer, and a descriptor of the same memory, read-only; ShareError, OSError, ValueError as ``attach``."""
+    with _names.found(_names.check(name), time.monotonic_ns() + 1_000_000_000) as (fd, _):
+        return _core.Observer(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def observed(name: str, command: str) -> Iterator[tuple[_core.Observer, int]]:
+    """The same for a command: where there is nothing to see it says why and exits with 1."""
+    try:
+        observer, fd = observe(name)
+    except (ShareError, OSError, ValueError) as error:
+        print(f"pyshare {command}: {error}", file=sys.stderr)
+        sys.exit(1)
+    try:
+        yield observer, fd
+    finally:
+        os.close(fd)
+
+
+def ended(observer: _core.Observer, name: str, fd: int) -> bool:
+    """Nobody takes part any more, nor is a forked child about to."""
+    if any(slot.alive for slot in slots(observer)):
+        return False
+    with _names.of_region(name, fd) as entry:
+        return entry < 0
