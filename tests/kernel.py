@@ -121,7 +121,7 @@ def held(region: Region, kind: int, index: int) -> tuple[int, int]:
 
 def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:
     """A new region whose last change was this one; nobody has seen another. Without the remote engine."""
-    fd = _core.create(size, Prot.READ_WRITE, max_participants, 0o600, "")
+    fd = _core.create(size, Prot.READ_WRITE, max_participants, 0o600, _core.POLICIES["die"], "")
     try:
         for offset in (GENERATION, ATTEMPT, COMPLETE):
             os.pwrite(fd, struct.pack("Q", generation), offset)
