@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import pyshare
 from pyshare import bench, doctor, trace
+from pyshare import map as map_
 
-COMMANDS = (bench, doctor, trace)
+COMMANDS = (bench, doctor, map_, trace)
 
 
 def parser() -> argparse.ArgumentParser:

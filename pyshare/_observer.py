@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import psutil
+from rich.console import Console
 
 from pyshare import _core, _names
 from pyshare._errors import ShareError
@@ -74,6 +75,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def short(command: str) -> str:
+    """The name of what runs, for a narrow column."""
+    words = command.split(" ")
+    program = os.path.basename(words[0])
+    script = next((word for word in words[1:] if not word.startswith("-")), "") if program.startswith("python") else ""
+    return os.path.basename(script) or program if not command.startswith("(") else command
+
+
 def protection(bits: int) -> str:
     """In words."""
     rest = Prot.READ_WRITE if bits & 3 == 3 else Prot(bits & 3)
@@ -125,6 +134,26 @@ def observed(name: str, command: str) -> Iterator[tuple[_core.Observer, int]]:
         yield observer, fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def to_who_listens() -> Iterator[None]:
+    """What is written goes nowhere from the moment on at which its reader has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+class Listened(Console):
+    """A console that leaves a reader who has gone to who uses it; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what it came from."""
+        raise
 
 
 def ended(observer: _core.Observer, name: str, fd: int) -> bool:

@@ -26,12 +26,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.text import Text
 
 from pyshare import _core, _observer
@@ -177,21 +174,13 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.3g} s"
 
 
-def short(command: str) -> str:
-    """The name of what runs, for a narrow column."""
-    words = command.split(" ")
-    program = os.path.basename(words[0])
-    script = next((word for word in words[1:] if not word.startswith("-")), "") if program.startswith("python") else ""
-    return os.path.basename(script) or program if not command.startswith("(") else command
-
-
 WHAT = {"undone": "as before (undone)", "thawed": "as before (thawed)", "follow": "(page tables, for a snapshot)"}
 
 
 def line(change: Change) -> Text:
     """For people."""
     when = time.strftime("%H:%M:%S", time.localtime(change.time)) + f".{int(change.time % 1 * 1000):03d}"
-    slowest = f"{change.slowest} {short(change.slowest_command or '')}" if change.slowest else "-"
+    slowest = f"{change.slowest} {_observer.short(change.slowest_command or '')}" if change.slowest else "-"
     text = Text(f"{change.generation:>8}  {when}  {change.offset:>12} {change.length:>12}  ")
     what = WHAT.get(change.kind) or _observer.protection(change.protection)
     style = "bold red" if change.kind in ("refused", "undone") else ""
@@ -221,7 +210,7 @@ class Lines:
     """Says it to people."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = _observer.Listened(highlight=False)
 
     def _print(self, text: Text) -> None:
         terminal = self._console.is_terminal
@@ -333,9 +322,6 @@ def tell(arguments: argparse.Namespace, observer: _core.Observer, fd: int) -> in
 
 def run(arguments: argparse.Namespace) -> int:
     """Traces until the count, the time, the region's end, or Ctrl-C."""
-    with _observer.observed(arguments.name, NAME) as (observer, fd):
-        try:
-            return tell(arguments, observer, fd)
-        except BrokenPipeError:  # whoever read has seen enough; nothing is left for Python to flush at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+    with _observer.observed(arguments.name, NAME) as (observer, fd), _observer.to_who_listens():
+        return tell(arguments, observer, fd)
+    return 0
