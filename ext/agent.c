@@ -194,6 +194,7 @@ static int offer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     uintptr_t canary = (uintptr_t)ps_header(region) + region->shape.control_size;
     uint32_t name = 0;
+    atomic_store_explicit(&slot->canary, canary, memory_order_relaxed); /* says where the data are, by uffd or not */
     int rc = region->uffd ? ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE) : 0;
     if (rc && region->engine == PS_ENGINE_AUTO) { /* a filter that lets part of it pass */
         close(region->own_userfault);
@@ -206,7 +207,6 @@ static int offer(struct ps_region *region) {
     region->own_socket = ps_sys_socket(&name);
     atomic_store_explicit(&slot->uffd, (uint32_t)region->own_userfault, memory_order_relaxed);
     atomic_store_explicit(&slot->socket, name, memory_order_relaxed);
-    atomic_store_explicit(&slot->canary, canary, memory_order_relaxed);
     /* release: whoever finds it (acquire) finds the others. */
     atomic_store_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
     return 0;
