@@ -13,8 +13,8 @@ differ among themselves.
 What a participant has otherwise than the map is a difference, marked "^" below its row, unless there is a reason: pages
 that it has leased are open to it alone (L), pages that a snapshot has yet to save are READ until then (s), a page of a
 forbidden store is a private copy for a moment (q).  A change under way is waited for, half a second at most, and what
-it has not reached by then is marked "~".  A difference is told only if a second look finds it too.  A participant that
-is late (stopped, say) shows one until it follows, and its row says so.
+it has not reached by then is marked "~".  A difference is told only if six looks in a row find it: leases of a
+microsecond come and go.  A participant that is late (stopped, say) shows one until it follows, and its row says so.
 
 ``--json`` prints one object: ``name``, ``size``, ``page_size``, ``generation``, ``under_way`` ({offset, length} or
 null), ``map`` (a list of {offset, length, protection}), ``leases`` ({offset, length, pid}), ``snapshots``
@@ -51,7 +51,7 @@ from pyshare._observer import PAGE, Slot
 NAME = "map"
 
 PRIVATE = 8  # beside protection bits: a copy of the process's own
-LOOKS, PAUSE = 25, 0.02  # at a change under way, and seconds between them
+SURE, PATIENT, PAUSE = 6, 25, 0.02  # looks at a difference, and at a change under way; seconds between them
 COLUMNS = 1024  # of a picture
 
 Runs = list[tuple[int, int, int]]  # (first page, pages, value), ascending
@@ -238,62 +238,71 @@ def accounted(slot: Slot, wanted: int, real: int, holder: int, snapshot_waits: b
     return "kept" if snapshot_waits and real == wanted & ~2 else ""
 
 
-def differences(look: Look, one: Seat) -> list[Difference]:
-    """Of a participant, in one look."""
+def differences(look: Look, one: Seat, moving: Sequence[tuple[int, int]]) -> list[Difference]:
+    """Of a participant, in one look; `moving` are the pages that were changed meanwhile."""
     if one.pages is None:
         return []
-    start, length = look.under_way or (0, 0)
     found = []
     for first, count, (wanted, real, holder) in overlaid(look.map, one.pages, look.leases):
         if not accounted(one.slot, wanted, real, holder, look.snapshot_waits):
-            under_way = first < start + length and start < first + count
+            under_way = any(first < start + length and start < first + count for start, length in moving)
             found.append(Difference(first, count, wanted, real, under_way))
+    return found
+
+
+def changed(observer: _core.Observer, since: int) -> list[tuple[int, int]]:
+    """(first page, pages) of what has been changed since a generation, or is being changed; all, where that is lost."""
+    under_way, latest = observer.under_way(), observer.generation()
+    found = [under_way] if under_way else []
+    for generation in range(since + 1, min(latest, since + _core.RING) + 1):
+        change = observer.change(generation)
+        if change is None:
+            return [(0, observer.pages())]
+        found.append(change[1:3])
     return found
 
 
 def look_once(observer: _core.Observer) -> Look:
     """Everything, while others go on."""
-    generation, freeze = observer.generation(), observer.freeze()
-    seats = [seat(observer, slot) for slot in _observer.slots(observer)]
+    generation, under_way, freeze = observer.generation(), observer.under_way(), observer.freeze()
     look = Look(
         generation=generation,
-        under_way=observer.under_way(),
+        under_way=under_way,
         map=observer.protections(),
         leases=observer.leases(),
         freeze=freeze,
         kept=observer.kept() if freeze else [],
         snapshots=[(area, state, moment, observer.saved(area)) for area, state, moment in observer.snapshots()],
-        seats=seats,
+        seats=[seat(observer, slot) for slot in _observer.slots(observer)],
     )
-    for one in seats:
-        one.differences = differences(look, one)
+    moving = changed(observer, generation) + ([under_way] if under_way else [])
+    for one in look.seats:
+        one.differences = differences(look, one, moving)
     return look
 
 
 def persistent(old: Sequence[Difference], new: Sequence[Difference]) -> list[Difference]:
     """What both looks found, as the second has it."""
     found = []
-    for one in new:
-        for other in old:
-            first, end = max(one.first, other.first), min(one.first + one.count, other.first + other.count)
-            if first < end:
-                found.append(dataclasses.replace(one, first=first, count=end - first))
+    for one, other in itertools.product(new, old):
+        first, end = max(one.first, other.first), min(one.first + one.count, other.first + other.count)
+        if first < end:
+            found.append(dataclasses.replace(one, first=first, count=end - first))
     return found
 
 
 def look(observer: _core.Observer) -> Look:
-    """With differences that are there at two looks; a change under way is waited for, a moment."""
+    """With the differences that were there each time; a change under way is waited for, a moment."""
     seen = look_once(observer)
-    for _ in range(LOOKS):
-        if seen.under_way is None and not any(one.differences for one in seen.seats):
+    for looks in range(1, PATIENT):
+        found = [difference for one in seen.seats for difference in one.differences]
+        if not found or (looks >= SURE and not any(difference.under_way for difference in found)):
             break
         time.sleep(PAUSE)
         before = {one.slot.owner: one.differences for one in seen.seats}
-        was_under_way, seen = seen.under_way, look_once(observer)
+        seen = look_once(observer)
         for one in seen.seats:
             one.differences = persistent(before.get(one.slot.owner, []), one.differences)
-        if seen.under_way is None and was_under_way is None:
-            break
     return seen
 
 
@@ -529,7 +538,7 @@ def plot(path: str, observer: _core.Observer, seen: Look) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import patches, pyplot, ticker
+    from matplotlib import patches, pyplot
 
     grid, rows = Grid(observer.pages(), COLUMNS), strips(seen)
     figure, axes = pyplot.subplots(figsize=(14, 1.7 + 0.62 * len(rows)), layout="constrained")
@@ -552,8 +561,8 @@ def plot(path: str, observer: _core.Observer, seen: Look) -> None:
         )
     axes.set(xlim=(0, grid.cells), ylim=(len(rows) - 0.25, -0.6), yticks=range(len(rows)))
     axes.set_yticklabels([row.label for row in rows], fontsize=10)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(lambda cell, _: _observer.size(int(cell) * grid.each * PAGE) if cell else "0")
+    offsets = range(0, grid.pages, 1 << max(0, (grid.pages - 1).bit_length() - 3))  # powers of two, at most eight
+    axes.set_xticks([page / grid.each for page in offsets], [_observer.size(page * PAGE) for page in offsets])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
