@@ -339,6 +339,7 @@ QUARANTINED = Token("q", "white on deep_pink3", "#d84b8a", "a private copy, unti
 TOKENS = (NONE, READ, READ_WRITE, EXEC, LEASED, UNSAVED, DIRTY, SAVED, KEPT, QUARANTINED, MIXED)
 DIFFERS, UNDER_WAY = "^", "~"
 RED, AMBER = "#d62728", "#e69f00"
+MARKS = ((DIFFERS, "bold red", "otherwise than the map"), (UNDER_WAY, "yellow", "a change is under way"))
 
 
 def protection_token(bits: int) -> Token:
@@ -418,7 +419,7 @@ def seat_strip(seen: Look, one: Seat) -> Strip:
 
 def strips(seen: Look) -> list[Strip]:
     """All rows."""
-    note = f"change {seen.generation + 1} is under way" if seen.under_way else ""
+    note = f"a change of {pages_of(seen.under_way[1])} is under way" if seen.under_way else ""
     rows = [Strip("map", [(at, n, protection_token(bits)) for at, n, bits in seen.map], note)]
     if seen.freeze:
         rows.append(freeze_strip(seen))
@@ -496,15 +497,18 @@ def draw_strip(grid: Grid, strip: Strip) -> Iterator[Text]:
         yield Text(" " * LABEL) + Text(strip.note, "bold red" if DIFFERS in marks else "dim")
 
 
-def legend(used: Iterable[Token], marks: set[str]) -> Text:
-    """What is in the rows."""
-    text = Text()
-    for token in used:
-        text.append(f" {token.letter} ", token.style).append(f" {token.meaning}   ")
-    for mark, meaning in ((DIFFERS, "otherwise than the map"), (UNDER_WAY, "a change is under way")):
-        if mark in marks:
-            text.append(f" {mark} ", "bold red" if mark == DIFFERS else "yellow").append(f" {meaning}   ")
-    return text
+def legend(used: Iterable[Token], marks: set[str], width: int) -> Iterator[Text]:
+    """What is in the rows; lines."""
+    entries = [(token.letter, token.style, token.meaning) for token in used]
+    entries += [(mark, style, meaning) for mark, style, meaning in MARKS if mark in marks]
+    line = Text()
+    for letter, style, meaning in entries:
+        entry = Text.assemble((f" {letter} ", style), f" {meaning}")
+        if line and len(line) + 3 + len(entry) > width:
+            yield line
+            line = Text()
+        line = Text.assemble(line, "   " if line else "", entry)
+    yield line
 
 
 def used_in(rows: Sequence[list[Token]]) -> list[Token]:
@@ -526,8 +530,9 @@ def draw(observer: _core.Observer, seen: Look, console: Console, width: int | No
         for text in draw_strip(grid, row):
             say(text)
     drawn = [grid.tokens(row.tokens) for row in rows if row.tokens is not None]
-    console.print()
-    console.print(legend(used_in(drawn), {mark for row in rows for _, _, mark in row.marks}))
+    say(Text())
+    for text in legend(used_in(drawn), {mark for row in rows for _, _, mark in row.marks}, console.width):
+        say(text)
 
 
 # -- As a picture ----------------------------------------------------------------------------------
@@ -572,11 +577,9 @@ def plot(path: str, observer: _core.Observer, seen: Look) -> None:
         for token in used_in(drawn)
     ]
     marks = {mark for row in rows for _, _, mark in row.marks}
-    for mark, colour, meaning in (
-        (DIFFERS, RED, "otherwise than the map"),
-        (UNDER_WAY, AMBER, "a change is under way"),
-    ):
+    for mark, _, meaning in MARKS:
         if mark in marks:
+            colour = RED if mark == DIFFERS else AMBER
             handles.append(patches.Patch(facecolor="white", edgecolor=colour, linewidth=2, hatch="////", label=meaning))
     figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)), frameon=False, fontsize=9)
     figure.savefig(path, dpi=130, facecolor="white")
@@ -683,7 +686,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Draws the region once."""
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         print("pyshare map: --plot needs matplotlib: say pip install 'pyshare[plot]'", file=sys.stderr)
-        return 2
+        return 1
     with _observer.observed(arguments.name, NAME) as (observer, _), _observer.to_who_listens():
         seen = look(observer)
         if arguments.plot:
