@@ -20,6 +20,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
@@ -97,6 +98,20 @@ cdef extern from "core.h" nogil:
         PS_DIE
         PS_RAISE
         PS_WAIT
+    policy_t ps_policy_of "ps_policy"(const ps_region *region)
+    void ps_set_policy(ps_region *region, policy_t policy)
+    struct ps_violation_t "ps_violation":
+        uint32_t count
+        bint interrupted
+        uint64_t offset
+        uint32_t actual
+        uint32_t required
+        ps_author author
+        char *region
+        PyObject *code
+        PyObject *other
+        int line
+    void ps_quarantine_leave()
     int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, policy_t policy, const char *name, int *fd)
     ctypedef enum engine_t "enum ps_engine":
         pass
@@ -169,8 +184,11 @@ cdef extern from *:
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
     Py_ssize_t users_of_view(object view)
     Py_ssize_t Py_REFCNT(PyObject *object)
+    void Py_XDECREF(PyObject *object)
     bint Py_IsFinalizing()
     object capsule_of(ps_region *region)
+
+include "_violation.pxi"
 
 PAGE_SIZE = 4096
 POLICIES = {"die": PS_DIE, "raise": PS_RAISE, "wait": PS_WAIT}
@@ -337,6 +355,9 @@ cdef class Handle:
         cdef int rc
         if self.region is NULL:
             raise_code(PS_ECLOSED, doing)
+        if violation_of_thread().count:
+            with nogil:
+                ps_quarantine_leave()
         self.count()
         self.calls += 1
         with nogil:
@@ -544,6 +565,27 @@ cdef class Handle:
         finally:
             self.leave()
 
+    # -- Policies --
+
+    def _policy(self, int policy):
+        """The one in force in this process, after setting it where `policy` is one."""
+        self.enter("on_violation")
+        if policy >= 0:
+            if policy != PS_DIE:
+                expect_violations()
+            ps_set_policy(self.region, <policy_t>policy)
+        policy = ps_policy_of(self.region)
+        self.leave()
+        return policy
+
+    def guard(self):
+        """A context manager at whose end this thread is told, by a ProtectionError, of forbidden accesses in it.
+
+        ``with region.guard():`` is exact for whatever stores: ctypes, torch, any C code. Where the policy is "raise"
+        an error comes without it too, but, except for memoryviews, arrays and calls, some instructions late.
+        """
+        return Guard.__new__(Guard)
+
     # -- Leases and locks --
 
     cdef bint is_ready(self) except -1:
@@ -689,9 +731,11 @@ cdef class Handle:
         if rc != PS_EREFUSED:
             raise_code(rc, doing)
         author = refusal.author
-        raise _errors.ProtectionError._of(
+        error = _errors.ProtectionError.__new__(_errors.ProtectionError)
+        error._fill(
             doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, refusal.required, refusal.actual,
             author.generation if author.known else None, author.pid if author.known else None)
+        raise error
 
     def _read(self, uint64_t offset, uint64_t length):
         cdef ps_refusal refusal
@@ -913,6 +957,7 @@ cdef object held_ndarray_new(type cls, PyObject *arguments, PyObject *keywords):
 cdef hold_arrays():
     """Where numpy is loaded: take the place of ndarray's constructor, also in the types that have inherited it."""
     global ndarray_new
+    wrap_numpy()
     if ndarray_new is not NULL:
         return
     ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
@@ -973,6 +1018,8 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     if rc:
         raise_code(rc, "attach", None if field is NULL else field.decode())
     handle.region = region
+    if ps_policy_of(region) != PS_DIE:
+        expect_violations()
     return handle
 
 

@@ -111,7 +111,7 @@ int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadl
     }
     ps_pages_give(region);
     if (waited_for)
-        ps_sys_wake(&ps_slot(region, region->slot)->ack, 1, FUTEX_BITSET_MATCH_ANY);
+        ps_sys_wake(&ps_slot(region, region->slot)->ack, INT32_MAX, FUTEX_BITSET_MATCH_ANY); /* threads of ours, too */
     return 0;
 }
 
@@ -256,7 +256,10 @@ static int join_slot(struct ps_region *region) {
  * byte. Whoever called for it takes that away (ps_region_reserve). */
 static void leave(struct ps_region *region) {
     if (region->epoch) {
+        ps_page_lock(region, PS_NEVER); /* against a thread that ends a quarantine just now */
         ps_region_unmap_data(region);
+        ps_quarantine_forget(region);
+        ps_page_unlock(region);
         PS_POINT(L1_unmap);
         ps_name_write_row(region, false);
         ps_slot_leave(region);
@@ -419,5 +422,8 @@ void ps_agent_stop(struct ps_region *region) {
         /* acquire: it may have left, and ended, between the two looks; what it did came before. */
         (void)atomic_load_explicit(&region->agent, memory_order_acquire);
     }
+    ps_page_lock(region, PS_NEVER);
+    ps_quarantine_forget(region);
     ps_region_reserve(region); /* without an agent to leave, this is the crash path: the byte is free, so we are dead */
+    ps_page_unlock(region);
 }

@@ -65,6 +65,28 @@ struct ps_refusal {
     struct ps_author author;
 };
 
+/* A forbidden access that a thread has yet to learn of: a copy of everything, since the region may be closed by then.
+ */
+struct ps_violation {
+    uint32_t count;   /* accesses, of which the first one is described; 0: none */
+    bool interrupted; /* it waited, and a signal wants to be served: the access did not take place */
+    uint64_t offset;  /* byte */
+    uint32_t actual, required;
+    struct ps_author author;
+    char region[PS_NAME_MAX + 8];
+    void *code, *other; /* the binding's: where the program was; what else was to be raised there */
+    int line;
+};
+
+/* What the handler of violations asks of the binding.  Called in the faulting thread, without any lock of ours. */
+struct ps_hooks {
+    bool (*can_raise)(void);                      /* the thread can be told of an exception */
+    void (*tell)(struct ps_violation *violation); /* ... and is, of its first one */
+    void *(*release)(void);           /* other threads of the interpreter may run; NULL: it did not keep them from it */
+    void (*regain)(void *token);      /* the end of that; does not come back where the process is about to end */
+    bool (*interrupted)(void *token); /* between the two: does a signal want to be served? */
+};
+
 struct ps_participant {
     uint32_t pid, tid, capabilities, flags;
     uint64_t applied;
@@ -106,6 +128,13 @@ int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participan
 /* Data, by accessors that cannot crash. */
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
 int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
+
+/* Violations. */
+enum ps_policy ps_policy(const struct ps_region *region); /* this process's own */
+void ps_set_policy(struct ps_region *region, enum ps_policy policy);
+void ps_set_hooks(const struct ps_hooks *hooks); /* for good; without any, a policy other than PS_DIE is PS_DIE */
+struct ps_violation *ps_violation(void);         /* of the calling thread */
+void ps_quarantine_leave(void); /* what the calling thread stored where it may not is gone; it sees shared data again */
 
 void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
 /* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;

@@ -1,7 +1,8 @@
 /* engine.c - how page tables change: by VMA, or by entry.
  *
  * Lives here: making our own page tables follow the map, by mprotect or by
- * userfaultfd; and the fence.
+ * userfaultfd; and the fence.  Which pages are private for a while is
+ * quarantine.c's: where the map is followed, that ends.
  *
  * The uffd engine cares for chunks of PS_CHUNK pages, those of one page table.
  * A chunk is plain, its protection that of its VMAs, until the first page of it
@@ -251,12 +252,30 @@ static int set(struct ps_region *region, uint64_t page, uint64_t end, uint32_t p
     return prot & PROT_WRITE ? set_writable(region, page, end) : set_read(region, page, end);
 }
 
-int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
+static int follow(struct ps_region *region, uint64_t first, uint64_t count) {
     int rc = 0;
     for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
         uint32_t prot;
         run = wanted_run(region, page, end, &prot);
         rc = set(region, page, page + run, prot);
+    }
+    return rc;
+}
+
+int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = region->quarantines ? ps_quarantine_end(region, &first, &count) : 0;
+    return rc ? rc : follow(region, first, count);
+}
+
+/* Pages that were in quarantine are shared, and no-access until they follow the map.  In armed chunks registered again:
+ * what comes next marks them, and then makes them writable (invariant 4). */
+int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = ps_region_map_again(region, first, count);
+    for (uint64_t page = first, end = first + count, run; region->uffd && page < end && !rc; page += run) {
+        uint8_t state;
+        run = same_chunks(region, page, end, &state);
+        if (state & ARMED)
+            rc = enlist(region, page, run);
     }
     return rc;
 }
@@ -280,7 +299,7 @@ static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count
     int rc = ps_page_lock(region, deadline);
     if (rc)
         return rc;
-    bool arms = region->uffd && !all_armed(region, first, count);
+    bool arms = region->uffd && (!all_armed(region, first, count) || region->quarantines);
     if (arms && (rc = ps_claim_own(region, deadline)))
         goto out;
     if (region->unsynced)

@@ -1,15 +1,17 @@
 /* fault.c - what happens at a forbidden access.
  *
  * Lives here: the copy that survives faults, and on it the safe accessors; the
- * handler of SIGSEGV and SIGBUS, its line on stderr, and its place in the
- * chain of handlers.
+ * handler of SIGSEGV and SIGBUS, the policies (die, raise, wait), the line on
+ * stderr, and our place in the chain of handlers.
  * Invariants
  *  1. The handler is async-signal-safe: no lock, no malloc, no stdio, errno
  *     preserved; what it reads of the table and of shared memory are atomics.
  *  2. Only faults in our own ranges are ours; every other one goes to the
  *     handler below as if we were not there.
  *  3. A fault is never swallowed: it is mended (the copy; a change that was in
- *     the way), or the process ends by the signal.
+ *     the way), told as an exception, waited out, or the process ends by the
+ *     signal.
+ *  4. The binding is asked (ps_hooks) while nothing of ours is held.
  * The chain: handlers found below ours form a stack.  A fault starts at its
  * top.  Where that handler raises it again (faulthandler does, with raise()) or
  * calls us back, the next one below gets it, at last the default action.  A
@@ -33,6 +35,7 @@
 #define MARKS 100               /* ... of them SIGBUS, whose other meaning is that no memory is left */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
+#define SLICE (20 * PS_MS)      /* how long a wait by policy sleeps before it looks at leases and for signals */
 #define NEAR (1u << 20)         /* how far from its caller's frame a handler is still inside of it */
 
 /* -- The copy -------------------------------------------------------------------------------------------------- */
@@ -58,10 +61,20 @@ static bool allows(uint32_t prot, bool store) {
     return prot & (store ? PROT_WRITE : PROT_READ | PROT_WRITE); /* on x86-64 a writable page can be read */
 }
 
+static bool in_place(const struct ps_region *region, uint64_t page) {
+    uint32_t held = PS_HERE_HELD | PS_HERE_IN_PLACE;
+    return (ps_here(region, page) & held) == held;
+}
+
 /* A store that the map forbids all, and a lease allows us: by window to its thread alone. */
 static bool leased_for(const struct ps_region *region, uint64_t page, uint32_t prot, bool store) {
-    uint32_t in_place = PS_HERE_HELD | PS_HERE_IN_PLACE;
-    return store && prot == PROT_READ && ((ps_here(region, page) & in_place) == in_place || ps_here_own(region, page));
+    return store && prot == PROT_READ && (in_place(region, page) || ps_here_own(region, page));
+}
+
+/* At the public address. */
+static bool permits(const struct ps_region *region, uint64_t page, bool store) {
+    uint32_t prot = ps_protection(region, page);
+    return allows(prot, store) || (store && prot == PROT_READ && in_place(region, page));
 }
 
 /* The first page of a range where neither the map nor a lease allows the access, or the page past it. */
@@ -372,7 +385,7 @@ static bool on_its_way(const struct ps_offer *offer, uint64_t fault, bool by_ker
     return by_kernel && ours && offer->returned && fault == offer->fault;
 }
 
-/* -- The handler ----------------------------------------------------------------------------------------------- */
+/* -- Changes under way ----------------------------------------------------------------------------------------- */
 
 static uint64_t mix(uint64_t a, uint64_t b, uint64_t c) {
     return ((a * UINT64_C(0x9e3779b97f4a7c15) ^ b) * UINT64_C(0x9e3779b97f4a7c15) ^ c) | 1;
@@ -397,6 +410,117 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
     faults->retried = retry;
     return faults->retries++ < REPEATS;
 }
+
+/* -- Policies -------------------------------------------------------------------------------------------------- */
+
+enum fate {
+    DIE, /* as if there were no other policy */
+    GO,  /* the instruction may run again */
+};
+
+static bool in_order(const struct ps_region *region) {
+    return ps_running(region) && !region->fenced && atomic_load_explicit(&region->use, memory_order_acquire) == PS_OPEN;
+}
+
+/* How many pages from `page` on, before `end`, are as forbidden as it is. */
+static uint64_t forbidden_run(struct ps_region *region, uint64_t page, uint64_t end, bool store) {
+    uint32_t prot = ps_protection(region, page);
+    uint64_t next = page + 1;
+    while (next < end && ps_protection(region, next) == prot && !permits(region, next, store))
+        next++;
+    return next - page;
+}
+
+/* The page becomes private, and probably some behind it; unless it is allowed by now. 1: it was forbidden. */
+static int quarantine(struct ps_region *region, uint64_t page, bool store) {
+    int rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
+    if (rc)
+        return rc;
+    if (!in_order(region)) {
+        rc = -EACCES;
+    } else if (permits(region, page, store)) {
+        rc = ps_engine_mend(region, page);
+    } else {
+        uint64_t end = page + ps_quarantine_wish(region, page);
+        end = end < region->shape.pages ? end : region->shape.pages;
+        rc = ps_quarantine_begin(region, page, forbidden_run(region, page, end, store));
+        rc = rc ? rc : 1;
+    }
+    ps_pages_give(region);
+    return rc;
+}
+
+static void describe(struct ps_region *region, uint64_t offset, bool store, struct ps_violation *violation) {
+    struct ps_refusal refusal;
+    refuse(region, offset / PS_PAGE, store, &refusal);
+    violation->offset = offset;
+    violation->actual = refusal.actual;
+    violation->required = refusal.required;
+    violation->author = refusal.author;
+    memcpy(violation->region, region->shape.name, sizeof violation->region);
+}
+
+/* The access goes to a private page, and the thread is told of it. */
+static enum fate raise_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store,
+                          bool interrupted) {
+    struct ps_violation *violation = ps_violation();
+    if (!hooks->can_raise())
+        return DIE;
+    int rc = quarantine(region, offset / PS_PAGE, store);
+    if (rc <= 0)
+        return rc ? DIE : GO;
+    violation->interrupted |= interrupted;
+    if (violation->count++)
+        return GO;
+    describe(region, offset, store, violation);
+    hooks->tell(violation);
+    return GO;
+}
+
+/* One sleep, until our page tables follow another generation, or a while has passed: then leases may have changed. */
+static int sleep_on_map(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    uint32_t seen = atomic_load_explicit(&slot->ack, memory_order_relaxed), flagged = seen | PS_ACK_WAITING;
+    if (seen != flagged && !atomic_compare_exchange_strong_explicit(&slot->ack, &seen, flagged, memory_order_relaxed,
+                                                                    memory_order_relaxed))
+        return 0;
+    return ps_sys_wait((struct ps_watch){&slot->ack, flagged}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + SLICE);
+}
+
+static enum fate wait_for_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store) {
+    void *token = hooks->release();
+    uint64_t page = offset / PS_PAGE;
+    bool interrupted = false;
+    while (in_order(region) && ps_policy(region) == PS_WAIT && !permits(region, page, store) && !interrupted) {
+        int rc = sleep_on_map(region);
+        interrupted = (rc == -EINTR || rc == -ETIMEDOUT) && hooks->interrupted(token);
+    }
+    hooks->regain(token);
+    if (interrupted)
+        return raise_it(hooks, region, offset, store, true);
+    return in_order(region) ? GO : DIE;
+}
+
+static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store) {
+    const struct ps_hooks *hooks = ps_process_hooks();
+    enum ps_policy policy = hooks ? ps_policy(region) : PS_DIE;
+    if (policy == PS_DIE || !in_order(region))
+        return DIE;
+    if (permits(region, offset / PS_PAGE, store)) /* our page tables should: not for ever */
+        return ps_process_faults()->retries < 2 * REPEATS && !mend(region, offset / PS_PAGE) ? GO : DIE;
+    return policy == PS_RAISE ? raise_it(hooks, region, offset, store, false)
+                              : wait_for_it(hooks, region, offset, store);
+}
+
+enum ps_policy ps_policy(const struct ps_region *region) {
+    return (enum ps_policy)atomic_load_explicit(&region->policy, memory_order_relaxed);
+}
+
+void ps_set_policy(struct ps_region *region, enum ps_policy policy) {
+    atomic_store_explicit(&region->policy, policy, memory_order_relaxed);
+}
+
+/* -- The handler ----------------------------------------------------------------------------------------------- */
 
 /* The kernel's word; or, raised again by a handler above us (raise() gives no address), what the registers still
  * hold of it.  They hold it long: what the kernel has told us before is old news. */
@@ -430,8 +554,14 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
         errno = saved;
         return;
     }
-    if (mark && !allows(ps_protection(region, at / PS_PAGE), store)) { /* else there is no memory for the page */
-        ps_engine_refuse(region, at / PS_PAGE);                        /* it comes again, as SIGSEGV */
+    bool forbidden = signal == SIGSEGV || (mark && !allows(ps_protection(region, at / PS_PAGE), store));
+    bool executes = registers[REG_ERR] & (1 << 4);
+    if (data && by_kernel && forbidden && !executes && by_policy(region, at, store) == GO) {
+        errno = saved;
+        return;
+    }
+    if (mark && forbidden) {                    /* else there is no memory for the page */
+        ps_engine_refuse(region, at / PS_PAGE); /* it comes again, as SIGSEGV */
         errno = saved;
         return;
     }

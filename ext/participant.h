@@ -82,6 +82,12 @@ enum ps_agent_state {
     PS_AGENT_LEFT = 4,
 };
 
+#define PS_QUARANTINES 64u
+struct ps_quarantine { /* pages that were replaced by private ones, after a forbidden access */
+    uint64_t first, count;
+    int tid; /* of the thread that did it */
+};
+
 struct ps_region {
     _Atomic uint32_t use;   /* enum ps_use */
     _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard, window, guard; 0: none */
@@ -114,7 +120,13 @@ struct ps_region {
     uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
-    _Atomic bool window;     /* under page_lock: the data is mapped a second time, for leases by window */
+    _Atomic uint32_t policy; /* enum ps_policy, relaxed: of this process; a forked child's too */
+
+    _Atomic uint32_t quarantines; /* how many there are of them, the oldest first; both under page_lock */
+    struct ps_quarantine quarantine[PS_QUARANTINES];
+    uintptr_t source; /* under page_lock: of a no-access mapping of the data, from which its pages come back; 0: none */
+
+    _Atomic bool window; /* under page_lock: the data is mapped a second time, for leases by window */
 
     /* A place per slot, written under the process's borrow lock, and never given back; NULL: none was ever wanted.  A
      * forked child keeps them: they lead to the same participants. */
@@ -131,6 +143,9 @@ int ps_region_map_control(struct ps_region *region, int own);
 int ps_region_map_data(struct ps_region *region, int own);
 int ps_region_unmap_data(struct ps_region *region);
 int ps_region_map_window(struct ps_region *region);
+int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero);
+int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count);
+void ps_region_unmap_source(struct ps_region *region);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
@@ -242,6 +257,14 @@ void ps_engine_forget(struct ps_region *region);
 void ps_engine_doubt(struct ps_region *region);
 void ps_engine_refuse(struct ps_region *region, uint64_t page);
 
+int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count);
+
+/* quarantine.c: private pages in the place of shared ones */
+uint64_t ps_quarantine_wish(const struct ps_region *region, uint64_t page);
+int ps_quarantine_begin(struct ps_region *region, uint64_t first, uint64_t count);
+int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count);
+void ps_quarantine_forget(struct ps_region *region);
+
 /* borrow.c: the userfaultfds of other participants */
 int ps_borrow(struct ps_region *region, uint32_t slot, uint32_t status, int *socket);
 uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t slot);
@@ -314,7 +337,10 @@ struct ps_faults { /* of a thread; only its own signal handler touches it */
 };
 
 int ps_process_start(void);
-int ps_process_tid(void); /* of the calling thread */
+const struct ps_hooks *ps_process_hooks(void); /* NULL: none */
+struct ps_region *
+ps_process_next(struct ps_region *region); /* of those that were ever open; NULL: the first, the end */
+int ps_process_tid(void);                  /* of the calling thread */
 void ps_process_become_agent(const struct ps_region *region);
 bool ps_process_is_agent(const struct ps_region *region); /* the calling thread, with the table that it has */
 _Atomic uint32_t *ps_process_borrow_lock(void);

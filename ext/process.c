@@ -2,7 +2,7 @@
  *
  * Lives here: all mutable state at file scope - the table of handles, the
  * signal chains' memory, the flag that tells a known process from a raw
- * child, what became of each thread's latest fault - and what happens at fork().
+ * child, what became of each thread's latest fault, its violation - and what happens at fork().
  * Invariants
  *  1. A handle is found by whoever looks, without a lock: `use` and `base` are
  *     atomic, and its memory is never given back.
@@ -28,6 +28,8 @@ static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
 static _Thread_local struct ps_faults faults;
+static _Thread_local struct ps_violation violation;
+static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
 static _Thread_local const struct ps_region *agent_of;
 static _Atomic uint32_t borrow_lock;      /* lock.c */
@@ -42,6 +44,23 @@ struct ps_chain *ps_process_chain(int signal) {
 
 struct ps_faults *ps_process_faults(void) {
     return &faults;
+}
+
+struct ps_violation *ps_violation(void) {
+    return &violation;
+}
+
+void ps_set_hooks(const struct ps_hooks *given) {
+    atomic_store_explicit(&hooks, given, memory_order_release); /* pairs with the handler's look */
+}
+
+const struct ps_hooks *ps_process_hooks(void) {
+    return atomic_load_explicit(&hooks, memory_order_acquire);
+}
+
+struct ps_region *ps_process_next(struct ps_region *region) {
+    struct ps_region *next = region ? region + 1 : regions;
+    return next < regions + atomic_load_explicit(&regions_used, memory_order_acquire) ? next : NULL;
 }
 
 int ps_process_tid(void) {
@@ -93,6 +112,8 @@ static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
     region->page_lock = region->descriptor_lock = 0;
     region->leased = 0;
+    region->quarantines = 0;
+    region->source = 0;
     region->window = false;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;

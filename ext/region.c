@@ -285,6 +285,54 @@ int ps_region_map_window(struct ps_region *region) {
     return map_at(at, PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
 }
 
+/* As ps_region_map_window, anywhere, and nobody may access it. */
+static int map_source(struct ps_region *region) {
+    uintptr_t last = (uintptr_t)ps_header(region) + region->shape.control_size - PS_PAGE;
+    uint64_t length = PS_PAGE + region->shape.pages * PS_PAGE;
+    if (region->source)
+        return 0;
+    void *at = mremap((void *)last, 0, length, MREMAP_MAYMOVE);
+    if (at == MAP_FAILED)
+        return -errno;
+    if (mprotect(at, length, PROT_NONE)) {
+        int rc = -errno;
+        munmap(at, length);
+        return rc;
+    }
+    region->source = (uintptr_t)at + PS_PAGE;
+    return 0;
+}
+
+/* Pages of our own in the place of shared ones: with their content, or zero. */
+int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero) {
+    uintptr_t at = (uintptr_t)ps_address(region) + page * PS_PAGE;
+    uint64_t length = count * PS_PAGE, offset = region->shape.control_size + page * PS_PAGE;
+    int fd = zero ? -1 : ps_query_fd(region), flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
+    if (fd < 0 && !zero)
+        return fd;
+    int rc = map_source(region);
+    if (!rc)
+        rc = map_at(at, length, PROT_READ | PROT_WRITE, flags | (zero ? MAP_ANONYMOUS : 0), fd,
+                    zero ? 0 : (off_t)offset);
+    if (!rc && (madvise((void *)at, length, MADV_DONTFORK) || madvise((void *)at, length, MADV_DONTDUMP)))
+        rc = -errno;
+    return rc;
+}
+
+/* ... and the shared ones again, no-access.  By the description that the others of the data have, else each would stay
+ * a mapping apart for ever. */
+int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count) {
+    void *from = (void *)(region->source + page * PS_PAGE);
+    void *at = (char *)ps_address(region) + page * PS_PAGE;
+    return mremap(from, 0, count * PS_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED ? -errno : 0;
+}
+
+void ps_region_unmap_source(struct ps_region *region) {
+    if (region->source)
+        munmap((void *)(region->source - PS_PAGE), PS_PAGE + region->shape.pages * PS_PAGE);
+    region->source = 0;
+}
+
 /* -- Descriptors --------------------------------------------------------------------------------------------- */
 
 bool ps_cached_leads(int fd, const struct ps_cached *cached) {
@@ -448,6 +496,7 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, stru
         return PS_EREGIONS;
     region->shape = shape;
     region->engine = engine;
+    region->policy = shape.policy;
     rc = cache(&region->memory, PS_MEMORY, fd);
     if (!rc)
         rc = cache(&region->entry, PS_ENTRY, name_fd);

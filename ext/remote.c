@@ -112,7 +112,7 @@ static bool reach(struct ps_region *region, uint32_t index, uint64_t generation,
     }
     ps_claim_release(region, index);
     if (seen & PS_ACK_WAITING)
-        ps_sys_wake(&slot->ack, 1, FUTEX_BITSET_MATCH_ANY);
+        ps_sys_wake(&slot->ack, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     if (rc == -ESRCH) /* proved to be its memory when it was borrowed, and that is gone */
         ps_slot_bury(region, index, status);
     else if (rc == -EBADF || rc == -ENOTTY || rc == -EINVAL)

@@ -1,7 +1,7 @@
 """The errors of pyshare, and nothing else.
 
 ShareError(Exception)
-├ ProtectionError(PermissionError)    .offset .required .actual .generation .author
+├ ProtectionError(PermissionError)    .region .offset .required .actual .generation .author .file .line
 ├ PropagationTimeout(TimeoutError)    .pids .generation
 ├ RegionExists(FileExistsError)
 ├ RegionNotFound(FileNotFoundError)
@@ -35,37 +35,47 @@ def _restore(cls: type[ShareError], args: tuple[Any, ...], state: dict[str, Any]
 
 
 class ProtectionError(ShareError, PermissionError):
-    """An access that the region's protection forbids; raised by ``read`` and ``write``.
+    """An access that the region's protection forbids.
+
+    Raised by ``read`` and ``write``, and, where the policy is "raise", for any other access: then the error names the
+    line of the program that made it.
 
     Attributes:
+        region: the region's name, or None.
         offset: where the page begins, in bytes from the start of the region.
         required: the protection that the access needs.
         actual: the protection of the page.
         generation: the change that set it; 0 is the creation; None if it is older than the latest 1,024 changes.
         author: the pid that made this change, as that process sees it; None with ``generation``.
+        file, line: where the program was at the access; None for ``read`` and ``write``, and where it cannot be known.
     """
 
     def __init__(
         self,
         message: str,
         *,
+        region: str | None = None,
         offset: int = 0,
         required: int = 0,
         actual: int = 0,
         generation: int | None = None,
         author: int | None = None,
+        file: str | None = None,
+        line: int | None = None,
     ) -> None:
         super().__init__(message)
         self.errno = errno.EACCES
+        self.region = region
         self.offset = offset
         self.required = required
         self.actual = actual
         self.generation = generation
         self.author = author
+        self.file = file
+        self.line = line
 
-    @classmethod
-    def _of(
-        cls,
+    def _fill(
+        self,
         doing: str,
         name: str | None,
         offset: int,
@@ -73,7 +83,10 @@ class ProtectionError(ShareError, PermissionError):
         actual: int,
         generation: int | None,
         author: int | None,
-    ) -> ProtectionError:
+        file: str | None = None,
+        line: int | None = None,
+    ) -> None:
+        """As __init__, with the message that belongs to it. `offset` is that of the byte."""
         since = (
             f"since change {generation} by pid {author}"
             if generation
@@ -81,14 +94,19 @@ class ProtectionError(ShareError, PermissionError):
             if generation is None
             else f"since it was created by pid {author} (change 0)"
         )
-        return cls(
+        place = f", at {file}:{line}" if file else ""
+        ProtectionError.__init__(
+            self,
             f"{doing}: page {offset // 4096} (offset {offset}) of {f'region {name!r}' if name else 'the region'} is "
-            f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed",
-            offset=offset,
+            f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed{place}",
+            region=name,
+            offset=offset // 4096 * 4096,
             required=required,
             actual=actual,
             generation=generation,
             author=author,
+            file=file,
+            line=line,
         )
 
 

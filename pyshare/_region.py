@@ -48,6 +48,13 @@ def _check_engine(engine: str) -> int:
     return number
 
 
+def _check_policy(policy: str) -> int:
+    number = _core.POLICIES.get(policy) if isinstance(policy, str) else None
+    if number is None:
+        raise ValueError(f"on_violation must be 'die', 'raise' or 'wait', not {policy!r}")
+    return number
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Participant:
     """A process that has a region mapped, as of the moment it was looked at.
@@ -234,6 +241,26 @@ class Region(_core.Handle):
             for first, count, prot in self._runs(pages)
         ]
 
+    def on_violation(self, policy: str | None = None) -> str:
+        """What happens in this process at a forbidden access, from now on where a policy is given.
+
+        "die": one line on stderr that says why, then SIGSEGV, as by mprotect(2).
+        "raise": the access does not take place, and the Python thread that tried gets a ProtectionError with the line
+        of the program. At once where a memoryview, an array or a call did it, or in :meth:`guard`; else some
+        instructions later. Until then other threads of this process see there what it stored.
+        "wait": the thread sleeps until the protection, or a lease of this process, allows the access; other threads
+        run meanwhile. Ctrl-C ends the wait, and the access does not take place.
+
+        A thread without a Python state (a library's own) dies where it should raise. Accesses outside the region's
+        data, execution, and those of a process that is fenced or detached are fatal under each policy.  ``read`` and
+        ``write`` raise at once under each; a system call gets EFAULT under each: see ``readinto`` and ``recv_into``.
+
+        A forked child begins with its parent's policy, whoever attaches with the region's (``create``).
+        """
+        number = -1 if policy is None else _check_policy(policy)
+        in_force = self._policy(number)
+        return next(word for word, value in _core.POLICIES.items() if value == in_force)
+
     def participants(self) -> list[Participant]:
         """Who has the region mapped now; dead ones that nobody has noticed yet have ``alive`` False."""
         return [
@@ -294,6 +321,7 @@ def create(
     max_participants: int = 1024,
     engine: str = "auto",
     replace: bool = False,
+    on_violation: str = "die",
 ) -> Region:
     """A new region, all zero, in which this process participates; its memory is taken when it is first touched.
 
@@ -305,6 +333,8 @@ def create(
         max_participants: 1 to 2,047.
         engine: "uffd", "mprotect", or "auto": "uffd" where the kernel allows it, else "mprotect".
         replace: let the name move here from a live region of the same owner; whoever has that one keeps it.
+        on_violation: what happens in each participant at a forbidden access, until it decides otherwise for itself
+            (:meth:`Region.on_violation`): "die", "raise" or "wait".
 
     Raises:
         RegionExists: the name leads to a live region (a stale one is replaced).
@@ -323,14 +353,14 @@ def create(
     max_participants = _core.integer(max_participants, "max_participants")
     if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
         raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
-    wanted = _check_engine(engine)
+    wanted, policy = _check_engine(engine), _check_policy(on_violation)
     if name is not None and not replace:
         with contextlib.suppress(FileNotFoundError), _names.live(name):
             raise RegionExists(
                 f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
             )
     mode = _names.masked(mode)
-    fd = _core.create(size, bits, max_participants, mode, _core.POLICIES["die"], name or "")
+    fd = _core.create(size, bits, max_participants, mode, policy, name or "")
     try:
         deadline = _core.deadline_of(DEFAULT)
         if name is None:

@@ -95,7 +95,8 @@ MAY_CALL = {
     "observe.c": {"mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
-    "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mremap", "munmap"},
+    "quarantine.c": set(),
+    "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
     "remote.c": set(),
     "slot.c": {"getpid"},
     "sys.c": DESCRIPTORS
@@ -228,7 +229,8 @@ def test_package_uses_no_ctypes() -> None:
 # -- The interface -----------------------------------------------------------------------------------------------------
 
 SIGNATURES = {
-    "create": "(name=None, *, size, mode=384, prot=3, max_participants=1024, engine='auto', replace=False)",
+    "create": "(name=None, *, size, mode=384, prot=3, max_participants=1024, engine='auto', replace=False, "
+    "on_violation='die')",
     "attach": "(name_or_fd, *, engine='auto', timeout=DEFAULT)",
     "unlink": "(name)",
     "names": "()",
@@ -239,6 +241,8 @@ SIGNATURES = {
     "Region.protection": "(self, offset)",
     "Region.protections": "(self)",
     "Region.participants": "(self)",
+    "Region.on_violation": "(self, policy=None)",
+    "Region.guard": "(self)",
     "Region.read": "(self, offset, length)",
     "Region.write": "(self, offset, data)",
     "Region.lease": "(self, offset, length, *, timeout=DEFAULT, window=False)",
@@ -249,7 +253,10 @@ SIGNATURES = {
 PROPERTIES = ["name", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
 ERRORS = {
     "ShareError": (Exception, []),
-    "ProtectionError": (PermissionError, ["offset", "required", "actual", "generation", "author"]),
+    "ProtectionError": (
+        PermissionError,
+        ["region", "offset", "required", "actual", "generation", "author", "file", "line"],
+    ),
     "PropagationTimeout": (TimeoutError, ["pids", "generation"]),
     "RegionExists": (FileExistsError, []),
     "RegionNotFound": (FileNotFoundError, []),

@@ -1,0 +1,138 @@
+/* quarantine.c - private pages in the place of shared ones, until a thread learns of its forbidden access.
+ *
+ * Lives here: each region's table of the pages that are private now, how much
+ * that may be, and the return to shared memory.
+ *
+ * A thread that stores where it may not gets private pages there: the store
+ * takes place in them, shared data is untouched, and the C code that did it
+ * goes on to where an exception can be raised.  For a forbidden load they are
+ * zero.  Other threads of the process see the private pages meanwhile.
+ * Invariants
+ *  1. Begun and ended under the page lock and with the claim: pages in
+ *     quarantine are no longer registered with our userfaultfd, so a caller
+ *     outside finds that we must follow by ourselves.
+ *  2. Whatever makes page tables follow the map ends the quarantine there
+ *     first (ps_engine_apply): rights are given to shared pages only.
+ *  3. An entry goes when its pages are shared again, not before.
+ *  4. Bounded: PS_QUARANTINES runs and MOST pages a region; the oldest make
+ *     room, whosever they are: a thread that needs them yet faults again.
+ * Runs in: caller, agent, signal handler.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "participant.h"
+
+#define LONGEST 4096u /* pages of a run */
+#define MOST (4 * LONGEST)
+#define STRIDE 16u /* pages: accesses so far apart still count as one after the other */
+
+static bool overlap(const struct ps_quarantine *run, uint64_t first, uint64_t end) {
+    return run->first < end && first < run->first + run->count;
+}
+
+static void drop(struct ps_region *region, uint32_t index) {
+    uint32_t left = region->quarantines - 1 - index;
+    memmove(&region->quarantine[index], &region->quarantine[index + 1], left * sizeof *region->quarantine);
+    atomic_store_explicit(&region->quarantines, region->quarantines - 1, memory_order_relaxed);
+}
+
+/* How many pages from `page` on the thread is likely to want next: twice as many each time where it goes upwards. */
+uint64_t ps_quarantine_wish(const struct ps_region *region, uint64_t page) {
+    for (uint32_t i = region->quarantines; i--;) {
+        const struct ps_quarantine *run = &region->quarantine[i];
+        if (run->tid != ps_process_tid())
+            continue;
+        uint64_t end = run->first + run->count, gap = run->count > STRIDE ? run->count : STRIDE;
+        if (page < end || page - end > gap)
+            return 1;
+        return 2 * run->count < LONGEST ? 2 * run->count : LONGEST;
+    }
+    return 1;
+}
+
+static uint64_t pages_in(const struct ps_region *region) {
+    uint64_t pages = 0;
+    for (uint32_t i = 0; i < region->quarantines; i++)
+        pages += region->quarantine[i].count;
+    return pages;
+}
+
+static int end_run(struct ps_region *region, uint32_t index) {
+    return ps_engine_apply(region, region->quarantine[index].first, region->quarantine[index].count);
+}
+
+/* Pages that forbid the access, all with the first one's protection. */
+int ps_quarantine_begin(struct ps_region *region, uint64_t first, uint64_t count) {
+    for (uint32_t i = 0; i < region->quarantines;) {
+        int rc = 0;
+        if (overlap(&region->quarantine[i], first, first + count) && !(rc = end_run(region, i)))
+            i = 0; /* others may have gone with it */
+        else
+            i++;
+        if (rc)
+            return rc;
+    }
+    while (region->quarantines == PS_QUARANTINES || (region->quarantines && pages_in(region) + count > MOST)) {
+        int rc = end_run(region, 0);
+        if (rc)
+            return rc;
+    }
+    /* Before the pages: should the mapping fail half way, they are to be put right. */
+    region->quarantine[region->quarantines] = (struct ps_quarantine){first, count, ps_process_tid()};
+    atomic_store_explicit(&region->quarantines, region->quarantines + 1, memory_order_relaxed);
+    bool zero = !(ps_protection(region, first) & 3);
+    int rc = ps_region_map_private(region, first, count, zero);
+    if (rc)
+        end_run(region, region->quarantines - 1);
+    return rc;
+}
+
+/* All runs that have to do with the range, which becomes the one that is to follow the map then. */
+int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count) {
+    uint64_t unit = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
+    for (uint32_t i = 0; i < region->quarantines;) {
+        const struct ps_quarantine run = region->quarantine[i];
+        if (!overlap(&run, from / unit * unit, (end + unit - 1) / unit * unit)) {
+            i++;
+            continue;
+        }
+        int rc = ps_engine_restore(region, run.first, run.count);
+        if (rc)
+            return rc;
+        drop(region, i);
+        from = run.first < from ? run.first : from;
+        end = run.first + run.count > end ? run.first + run.count : end;
+        i = 0; /* it may have come near to others */
+    }
+    *first = from;
+    *count = end - from;
+    return 0;
+}
+
+static void leave(struct ps_region *region) {
+    if (ps_pages_take(region, PS_NEVER))
+        return;
+    int rc = 0;
+    for (uint32_t i = 0; i < region->quarantines && !rc;)
+        if (region->quarantine[i].tid != ps_process_tid())
+            i++;
+        else if (!(rc = end_run(region, i)))
+            i = 0;
+    ps_pages_give(region);
+    if (rc) /* rather no access than to what is not shared */
+        ps_agent_fence(region);
+}
+
+void ps_quarantine_leave(void) {
+    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
+        if (atomic_load_explicit(&region->quarantines, memory_order_relaxed) && ps_running(region))
+            leave(region);
+}
+
+/* The data is mapped no more. Under the page lock. */
+void ps_quarantine_forget(struct ps_region *region) {
+    atomic_store_explicit(&region->quarantines, 0, memory_order_relaxed);
+    ps_region_unmap_source(region);
+}
