@@ -181,19 +181,24 @@ def test_what_one_cannot_apply_is_told_as_refused_and_undone(region: Region, joi
 def test_a_change_whose_author_died_is_told_when_somebody_has_finished_it(
     region: Region, fork: Callable[..., Child], point: str
 ) -> None:
+    """Also where the ring had another change in its place."""
+
     def change(_child: Child) -> None:
         region.mprotect(8 * PAGE, 2 * PAGE, READ)
 
+    for number in range(_core.RING):
+        region.mprotect(0, PAGE, READ if number % 2 else NONE)
+    since, first = ("--since", str(_core.RING)), _core.RING + 1
     dead = fork(change, point=f"{point}=kill")
     assert dead.wait() == -signal.SIGKILL
-    status, events = told("--since", "0", "--timeout", "0.1")
+    status, events = told(*since, "--timeout", "0.1")
     assert (status, events[-1]) == (0, {"event": "ended", "why": "timeout"})
-    assert [(one["generation"], one["over"], one["seconds"]) for one in events[:-1]] == [(1, False, None)]
+    assert [(one["generation"], one["over"], one["seconds"]) for one in events[:-1]] == [(first, False, None)]
     region.mprotect(0, PAGE, NONE)
-    _, events = told("--since", "0", "--count", "2")
+    _, events = told(*since, "--count", "2")
     assert [(one["generation"], one["over"], one["pid"]) for one in events[:2]] == [
-        (1, True, dead.pid),
-        (2, True, os.getpid()),
+        (first, True, dead.pid),
+        (first + 1, True, os.getpid()),
     ]
     assert events[0]["command"] == "(gone)"
 
