@@ -448,7 +448,9 @@ def as_nobody(child: Child) -> None:
 
 @needs_root
 def test_an_unprivileged_process_of_the_same_user_may_look(fork: Callable[..., Child]) -> None:
-    traced, drawn = json.loads(fork(as_nobody).hear())
+    child = fork(as_nobody)
+    traced, drawn = json.loads(child.hear())
+    assert child.wait() == 0
     assert (traced[0], drawn[0]) == (0, 0), (traced, drawn)
     assert traced[1].splitlines()[-1].split()[2:5] == ["0", str(PAGE), "READ"]
     rows = [row.split()[-1] for row in drawn[1].splitlines() if row]
