@@ -52,7 +52,7 @@ NAME = "map"
 
 PRIVATE = 8  # beside protection bits: a copy of the process's own
 SURE, PATIENT, PAUSE = 6, 25, 0.02  # looks at a difference, and at a change under way; seconds between them
-COLUMNS = 1024  # of a picture
+COLUMNS, FEW = 1024, 256  # runs in a row of a picture that can be seen; pages that can be told apart
 
 Runs = list[tuple[int, int, int]]  # (first page, pages, value), ascending
 
@@ -329,14 +329,15 @@ NONE, READ, READ_WRITE, EXEC = (
     of_protection(bits, letter, meaning)
     for bits, letter, meaning in ((0, ".", "NONE"), (1, "r", "READ"), (3, "w", "READ_WRITE"), (4, "x", "executable"))
 )
+PARTLY = Token("/", "black on medium_purple1", "#a99ce6", "saved in part")
 MIXED = Token("+", "black on khaki1", "#f3e08c", "several of these")
 LEASED = Token("L", "black on orange1", "#f5a742", "leased: its holder may write")
 KEPT = Token("s", "black on medium_purple1", "#a58be0", "READ until a snapshot has saved it")
 SAVED = Token("S", "white on slate_blue3", "#6f5bd0", "saved by the snapshot")
 UNSAVED = Token("-", "black on lavender", "#e3ddf8", "in the snapshot, not written since")
-DIRTY = Token("d", "black on medium_purple1", "#a58be0", "written while the snapshot was prepared")
+DIRTY = Token("d", "black on light_pink1", "#f0b7cf", "written while the snapshot was prepared")
 QUARANTINED = Token("q", "white on deep_pink3", "#d84b8a", "a private copy, until a violation is raised")
-TOKENS = (NONE, READ, READ_WRITE, EXEC, LEASED, UNSAVED, DIRTY, SAVED, KEPT, QUARANTINED, MIXED)
+TOKENS = (NONE, READ, READ_WRITE, EXEC, LEASED, UNSAVED, DIRTY, PARTLY, SAVED, KEPT, QUARANTINED, MIXED)
 DIFFERS, UNDER_WAY = "^", "~"
 RED, AMBER = "#d62728", "#e69f00"
 MARKS = ((DIFFERS, "bold red", "otherwise than the map"), (UNDER_WAY, "yellow", "a change is under way"))
@@ -447,7 +448,9 @@ class Grid:
 
     @staticmethod
     def _mixed(one: Token | None, other: Token) -> Token:
-        return LEASED if {one, other} == {LEASED, NOTHING} else MIXED
+        if {one, other} == {LEASED, NOTHING}:
+            return LEASED
+        return PARTLY if {one, other} <= {UNSAVED, DIRTY, SAVED, PARTLY} else MIXED
 
     def marks(self, runs: Iterable[tuple[int, int, str]]) -> str:
         """One a cell, a difference before what is under way."""
@@ -538,6 +541,55 @@ def draw(observer: _core.Observer, seen: Look, console: Console, width: int | No
 # -- As a picture ----------------------------------------------------------------------------------
 
 
+class Canvas:
+    """Rows of a picture, in pages from the left."""
+
+    HEIGHT = 0.68
+
+    def __init__(self, axes: Any, grid: Grid) -> None:
+        self._axes = axes
+        self._grid = grid
+        self.used: list[list[Token]] = []
+
+    def _bar(self, place: int, first: int, count: int, **how: Any) -> None:
+        self._axes.broken_barh([(first, count)], (place - self.HEIGHT / 2, self.HEIGHT), **how)
+
+    def _pieces(self, strip: Strip) -> list[tuple[int, int, Token]]:
+        """Its runs, or, where they are too many to be seen, its cells."""
+        runs = merged(strip.tokens or [])
+        if len(runs) <= COLUMNS:
+            return runs
+        each = self._grid.each
+        return merged((cell * each, each, token) for cell, token in enumerate(self._grid.tokens(runs)))
+
+    def strip(self, place: int, strip: Strip) -> None:
+        """One row."""
+        if strip.tokens is None:
+            self._note(place, self._grid.pages / 2, strip.note, size=9, style="italic", ha="center", va="center")
+            return
+        pieces = self._pieces(strip)
+        self.used.append([token for _, _, token in pieces])
+        for first, count, token in pieces:
+            if token is not NOTHING:
+                self._bar(place, first, count, facecolor=token.colour, linewidth=0)
+        if self._grid.pages <= FEW:
+            low, high = place - self.HEIGHT / 2, place + self.HEIGHT / 2
+            self._axes.vlines(range(1, self._grid.pages), low, high, color="white", linewidth=0.8)
+        self._bar(place, 0, self._grid.pages, facecolor="none", edgecolor="#bdc1c6", linewidth=0.8, clip_on=False)
+        for first, count, mark in strip.marks:
+            self._bar(place, first, count, **marked_by(mark), zorder=3)
+        colour = RED if any(mark == DIFFERS for _, _, mark in strip.marks) else "#5f6368"
+        self._note(place + 0.43, 0, strip.note, size=8, color=colour, va="top")
+
+    def _note(self, place: float, at: float, text: str, **how: Any) -> None:
+        self._axes.text(at, place, text, **{"color": "#5f6368", **how})
+
+
+def marked_by(mark: str) -> dict[str, Any]:
+    """How a mark looks in a picture."""
+    return {"facecolor": "none", "edgecolor": RED if mark == DIFFERS else AMBER, "linewidth": 2, "hatch": "////"}
+
+
 def plot(path: str, observer: _core.Observer, seen: Look) -> None:
     """The same rows are drawn in a file."""
     import matplotlib
@@ -545,68 +597,28 @@ def plot(path: str, observer: _core.Observer, seen: Look) -> None:
     matplotlib.use("agg")
     from matplotlib import patches, pyplot
 
-    grid, rows = Grid(observer.pages(), COLUMNS), strips(seen)
+    pages, rows = observer.pages(), strips(seen)
     figure, axes = pyplot.subplots(figsize=(14, 1.7 + 0.62 * len(rows)), layout="constrained")
-    drawn = []
+    canvas = Canvas(axes, Grid(pages, COLUMNS))
     for place, row in enumerate(rows):
-        if row.tokens is not None:
-            tokens = grid.tokens(row.tokens)
-            drawn.append(tokens)
-            plot_row(axes, place, grid, tokens, grid.marks(row.marks))
-        middle = row.tokens is None
-        axes.text(
-            0 if not middle else grid.cells / 2,
-            place + (0.0 if middle else 0.43),
-            row.note,
-            fontsize=8 if not middle else 9,
-            color=RED if any(mark == DIFFERS for _, _, mark in row.marks) else "#5f6368",
-            style="italic" if middle else "normal",
-            ha="center" if middle else "left",
-            va="center" if middle else "top",
-        )
-    axes.set(xlim=(0, grid.cells), ylim=(len(rows) - 0.25, -0.6), yticks=range(len(rows)))
-    axes.set_yticklabels([row.label for row in rows], fontsize=10)
-    offsets = range(0, grid.pages, 1 << max(0, (grid.pages - 1).bit_length() - 3))  # powers of two, at most eight
-    axes.set_xticks([page / grid.each for page in offsets], [_observer.size(page * PAGE) for page in offsets])
+        canvas.strip(place, row)
+    axes.set(xlim=(0, pages), ylim=(len(rows) - 0.25, -0.6))
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=10)
+    offsets = range(0, pages, 1 << max(0, (pages - 1).bit_length() - 3))  # powers of two, at most eight
+    axes.set_xticks(offsets, [_observer.size(page * PAGE) if page else "0" for page in offsets])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{_observer.title(observer)}; {grid.scale}", loc="left", fontsize=12, pad=24)
-    handles: list[Any] = [
+    axes.set_title(_observer.title(observer), loc="left", fontsize=12, pad=24)
+    handles = [
         patches.Patch(facecolor=token.colour, edgecolor="#80868b", linewidth=0.5, label=token.meaning)
-        for token in used_in(drawn)
+        for token in used_in(canvas.used)
     ]
     marks = {mark for row in rows for _, _, mark in row.marks}
-    for mark, _, meaning in MARKS:
-        if mark in marks:
-            colour = RED if mark == DIFFERS else AMBER
-            handles.append(patches.Patch(facecolor="white", edgecolor=colour, linewidth=2, hatch="////", label=meaning))
+    handles += [patches.Patch(**marked_by(mark), label=meaning) for mark, _, meaning in MARKS if mark in marks]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)), frameon=False, fontsize=9)
     figure.savefig(path, dpi=130, facecolor="white")
     pyplot.close(figure)
-
-
-def plot_row(axes: Any, place: int, grid: Grid, tokens: list[Token], marks: str) -> None:
-    """One strip of cells."""
-    low, high = place - 0.34, 0.68
-    at = 0
-    for token, same in itertools.groupby(tokens):
-        length = len(list(same))
-        if token is not NOTHING:
-            axes.broken_barh([(at, length)], (low, high), facecolor=token.colour, linewidth=0)
-        at += length
-    if grid.cells <= 256:  # cells that the eye can tell apart
-        axes.vlines(range(1, grid.cells), low, low + high, color="white", linewidth=0.8)
-    axes.broken_barh([(0, grid.cells)], (low, high), facecolor="none", edgecolor="#bdc1c6", linewidth=0.8)
-    at = 0
-    for mark, cells in itertools.groupby(marks):
-        length = len(list(cells))
-        if mark != " ":
-            colour = RED if mark == DIFFERS else AMBER
-            axes.broken_barh(
-                [(at, length)], (low, high), facecolor="none", edgecolor=colour, linewidth=2, hatch="////", zorder=3
-            )
-        at += length
 
 
 # -- As an object ----------------------------------------------------------------------------------
