@@ -59,6 +59,7 @@ cdef extern from "core.h" nogil:
         PS_ESIGNAL
         PS_EREGIONS
         PS_ENESTED
+        PS_EFROZEN
         PS_LOCKS
     int64_t PS_TRY
     struct ps_region:
@@ -146,6 +147,8 @@ cdef extern from "core.h" nogil:
     void *ps_window(const ps_region *region)
     int ps_user_lock_take(ps_region *region, uint32_t index, int64_t deadline, flag *abandoned, ps_outcome *outcome)
     void ps_user_lock_give(ps_region *region, uint32_t index)
+    int ps_freeze(ps_region *region, int64_t deadline, ps_outcome *outcome)
+    int ps_thaw(ps_region *region)
     int ps_name_format(int name_fd, int region_fd)
     int ps_name_find(int name_fd, int *region_fd)
     int ps_name_leads_to(int name_fd, int region_fd)
@@ -293,6 +296,9 @@ cdef raise_code(int code, str doing, str field=None):
     if code == PS_ENESTED:
         raise _errors.ShareError(
             f"{doing}: this thread holds a lease on some of these pages, and would wait for itself; release it first")
+    if code == PS_EFROZEN:
+        raise _errors.ShareError(
+            f"{doing}: this thread has frozen the region itself, and would wait for itself; thaw it first")
     if code == PS_EREGIONS:
         raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
     raise OSError(-code, f"{doing}: {os.strerror(-code)}")
@@ -303,6 +309,15 @@ cdef list pids_of(ps_outcome *outcome):
     return sorted({outcome.pids[i] for i in range(outcome.silent)})
 
 
+cdef raise_undone(ps_outcome *outcome, str doing):
+    late = ", ".join(map(str, pids_of(outcome)))
+    error = OSError(outcome.error, f"{doing}: pid {outcome.failed_pid} could not apply the change, so it was undone "
+                    f"everywhere: {os.strerror(outcome.error)}"
+                    + (f"; pid {late} has not acknowledged that in time" if late else ""))
+    error.pid = outcome.failed_pid
+    raise error
+
+
 cdef raise_timeout(ps_outcome *outcome, str doing):
     pids = pids_of(outcome)
     who = ", ".join(map(str, pids))
@@ -310,8 +325,8 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
         message = (f"{doing}: change {outcome.generation} is made, but pid {who} has not acknowledged it in time; "
                    "it applies the change before anything else it acknowledges")
     else:
-        message = (f"{doing}: nothing was changed: pid {who} held a lease on these pages or the region's lock, or was "
-                   "silent, until the timeout")
+        message = (f"{doing}: nothing was changed: pid {who} held a lease on these pages or the region's lock, had it "
+                   "frozen, or was silent, until the timeout")
     raise _errors.PropagationTimeout(message, pids=pids, generation=outcome.generation or None)
 
 
@@ -420,8 +435,8 @@ cdef class Handle:
     def _close(self):
         if self._exported():
             raise BufferError(
-                "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, or another thread "
-                "is using it; release them first")
+                "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
+                "or another thread is using it; release them first")
         if self.view is not None:
             self.view.release()
             self.view = None
@@ -525,12 +540,7 @@ cdef class Handle:
                     else:
                         rc = ps_change(self.region, first, bytes, bits, deadline, &outcome)
             if outcome.error:
-                late = ", ".join(map(str, pids_of(&outcome)))
-                error = OSError(outcome.error, f"mprotect: pid {outcome.failed_pid} could not apply the change, so it "
-                                f"was undone everywhere: {os.strerror(outcome.error)}"
-                                + (f"; pid {late} has not acknowledged that in time" if late else ""))
-                error.pid = outcome.failed_pid
-                raise error
+                raise_undone(&outcome, "mprotect")
             if rc == PS_ETIMEOUT:
                 raise_timeout(&outcome, "mprotect")
             if rc:
@@ -724,6 +734,75 @@ cdef class Handle:
                 raise_code(rc, "lock", self.corrupt_field())
         finally:
             self.leave()
+
+    # -- Freezing --
+
+    def frozen(self, *, timeout=DEFAULT):
+        """Everything is READ for everybody, until it is released; then it is again exactly what it was.
+
+        A consistent point in time of the memory of all processes: ``with region.frozen():`` what is read belongs
+        together. Pages that are NONE can be read too, those that are EXEC cannot be executed; ``protections()`` says
+        READ. Leases end first, and none begins; whoever wants one, or calls ``mprotect``, or freezes too, in whatever
+        process or thread, waits for the end. A store is a violation, by each participant's policy.
+
+        Raises:
+            PropagationTimeout: somebody (``pids``) held a lease or the region's lock, had it frozen, or was silent for
+                ``timeout`` seconds. Nothing is frozen.
+            ShareError: this thread holds a lease, or has frozen the region already. Nothing is frozen.
+            OSError: a participant could not apply it; it was undone everywhere.
+            KeyboardInterrupt: after Ctrl-C; nothing is frozen.
+            RegionClosed, CorruptRegion.
+
+        If the freezer dies, whoever notices first thaws: a caller, a waiter, or the thread whose store is refused. A
+        forked child has not frozen what its parent has.
+        """
+        cdef Frozen frozen = Frozen.__new__(Frozen)
+        cdef int64_t deadline = deadline_of(timeout)
+        self.enter("frozen")
+        try:
+            self.freeze(frozen, deadline)
+        finally:
+            self.leave()
+        return frozen
+
+    cdef freeze(self, Frozen frozen, int64_t deadline):
+        cdef ps_outcome outcome
+        cdef int rc
+        while True:
+            with nogil:
+                rc = ps_freeze(self.region, deadline, &outcome)
+            if rc != PS_ESIGNAL or outcome.generation:
+                break
+            self.serve_signals("frozen")  # nothing is frozen
+        if not rc or rc == PS_ESIGNAL:
+            self.count()
+            frozen.handle = self
+            frozen.forks = self.forks
+            frozen.at = outcome.generation
+            self.holds += 1
+            if rc:
+                rc = self.await_freeze(frozen, deadline, &outcome)
+        if rc == PS_ETIMEOUT:
+            raise_held(&outcome, "frozen")
+        if outcome.error:
+            raise_undone(&outcome, "frozen")
+        if rc:
+            raise_code(rc, "frozen", self.corrupt_field())
+
+    cdef int await_freeze(self, Frozen frozen, int64_t deadline, ps_outcome *outcome) except? -1:
+        """It is held, and somebody has not acknowledged it yet; not held after anything but 0."""
+        cdef int rc = PS_ESIGNAL
+        try:
+            while rc == PS_ESIGNAL:
+                PyErr_CheckSignals()
+                with nogil:
+                    rc = ps_await(self.region, frozen.at, deadline, outcome)
+        except BaseException:
+            frozen.release()
+            raise
+        if rc:
+            frozen.release()
+        return rc
 
     # -- Data --
 
@@ -935,6 +1014,80 @@ cdef class Lock:
 
     def __repr__(self):
         return f"<pyshare.Lock {self.index}, {'held' if self.is_held() else 'released'}>"
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Frozen:
+    """A region that is READ for everybody; made by :meth:`Region.frozen`, a context manager.
+
+    It belongs to the thread that froze, and may be released by any. Dropped while held, it is released with a
+    ResourceWarning. In a forked child it is not held.
+    """
+
+    cdef Handle handle
+    cdef uint64_t at
+    cdef uint32_t forks
+    cdef bint over
+
+    def __init__(self):
+        raise TypeError("freeze a region with region.frozen()")
+
+    @property
+    def held(self):
+        """True until it is released."""
+        return self.is_held()
+
+    cdef bint is_held(self) noexcept:
+        return self.handle is not None and not self.over and self.forks == ps_forks()
+
+    @property
+    def generation(self):
+        """Of the change that froze it."""
+        return self.at
+
+    def release(self):
+        """Everything is again what it was, for everybody. Nothing happens where that is so already.
+
+        A participant that is silent for a second is not waited for: it follows before it acknowledges anything else.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C while another process keeps the region's lock; then it is held still.
+        """
+        cdef int rc
+        while self.is_held():
+            rc = self.end()
+            if rc == PS_ESIGNAL:
+                PyErr_CheckSignals()
+            elif rc:
+                raise_code(rc, "release", self.handle.corrupt_field())
+
+    cdef int end(self) noexcept:
+        cdef int rc
+        cdef Handle handle = self.handle
+        self.over = True
+        with nogil:
+            rc = ps_thaw(handle.region)
+        if rc == PS_ESIGNAL:
+            self.over = False
+        else:
+            handle.holds -= 1
+        return rc
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.release()
+
+    def __dealloc__(self):  # as in Lease
+        if self.is_held() and not Py_IsFinalizing():
+            while self.end() == PS_ESIGNAL:
+                pass
+            warn_dropped("a freeze")
+
+    def __repr__(self):
+        return f"<pyshare.Frozen at generation {self.at}, {'held' if self.is_held() else 'released'}>"
 
 
 # numpy.ndarray(buffer=region) would keep the region itself and no buffer, so that close() could not know of the array.

@@ -68,12 +68,12 @@ static bool nobody_undoes(const struct ps_region *region, uint64_t generation) {
 static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     struct ps_shm_ring entry;
-    /* An entry that cannot be read may be an UNDO: nobody would undo that. */
-    bool undo = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO);
+    /* Nobody undoes an UNDO or a THAW; an entry that cannot be read may be one. */
+    bool final = rc && (!ps_change_read(region, generation, &entry) || entry.kind != PS_SET);
     if (region->unsynced && region->uffd && !rc) /* callers outside may count on our entries again */
         atomic_fetch_or_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
     region->unsynced = false;
-    if (rc && (undo || region->fenced || nobody_undoes(region, generation))) {
+    if (rc && (final || region->fenced || nobody_undoes(region, generation))) {
         fence(region);
     } else if (rc) {
         region->failed = true;

@@ -6,15 +6,16 @@
  *   C1_lock      take the writer lock; finish an open record first
  *   C2_save      old := cur in the range; arguments; kind := SET
  *   C3_attempt   attempt := generation + 1: the record is open
- *   C4_map       cur := protection in the range
+ *   C4_map       cur := protection in the range (a thaw: what was kept)
  *   C5_publish   ring entry; generation := attempt; wake
  *   C6_await     follow it here, and others from outside (remote.c); wait for every live slot
  *   C7_complete  complete := attempt: closed; unlock
- *   U1_kind      somebody cannot apply it: kind := UNDO
+ *   U1_kind      somebody cannot apply it: kind := UNDO; a thaw is never undone
  *   U2_map       cur := old in the range
  *   U3_publish   ring entry; generation := attempt + 1; wake
  *   U4_await     follow it here; wait for every live slot
  *   U5_complete  complete := attempt + 1: closed; unlock
+ *   F2_keep, F3_freeze, F4_thaw: what is kept, and the changes that freeze and thaw (freeze.c)
  *
  * Invariants
  *  1. `old` in the range is frozen while the record is open, so C4 to C7 and
@@ -31,6 +32,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "participant.h"
@@ -87,6 +89,14 @@ static void map_copy(struct ps_region *region, enum ps_section_kind to, enum ps_
         }
 }
 
+/* C4 of a change that is no undo. */
+static void map_set(struct ps_region *region, enum ps_kind kind, uint64_t first, uint64_t count, uint32_t prot) {
+    if (kind == PS_THAW)
+        map_copy(region, PS_SEC_CUR, PS_SEC_KEPT, first, count);
+    else
+        map_fill(region, first, count, prot);
+}
+
 uint32_t ps_protection(const struct ps_region *region, uint64_t page) {
     return (map_byte(region, page) ^ region->shape.initial) & PROT_MASK;
 }
@@ -130,6 +140,7 @@ bool ps_change_read(const struct ps_region *region, uint64_t generation, struct 
     atomic_store_explicit(&entry->author, atomic_load_explicit(&at->author, memory_order_relaxed),
                           memory_order_relaxed);
     atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&entry->back, atomic_load_explicit(&at->back, memory_order_relaxed), memory_order_relaxed);
     /* acquire fence: pairs with the fence in ring_write; the second look comes after the copy. */
     atomic_thread_fence(memory_order_acquire);
     return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation && first < region->shape.pages &&
@@ -150,6 +161,7 @@ static void ring_write(struct ps_region *region, uint64_t generation, enum ps_ki
     atomic_store_explicit(&at->kind, kind, memory_order_relaxed);
     atomic_store_explicit(&at->slowest, 0, memory_order_relaxed);
     atomic_store_explicit(&at->done, 0, memory_order_relaxed);
+    atomic_store_explicit(&at->back, atomic_load_explicit(&record->back, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&at->generation, generation, memory_order_release);
 }
 
@@ -174,6 +186,8 @@ static bool set_by_record(const struct ps_region *region, uint64_t page, struct 
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
     uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
     uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
+    if (atomic_load_explicit(&record->kind, memory_order_relaxed) == PS_THAW)
+        return false;
     *author = (struct ps_author){true, attempt, atomic_load_explicit(&record->author, memory_order_relaxed),
                                  atomic_load_explicit(&record->time, memory_order_relaxed)};
     return ps_change_open(region) && attempt > ps_generation(region) && page >= first &&
@@ -188,7 +202,18 @@ static bool in_undo(const struct ps_region *region, uint64_t generation) {
            atomic_load_explicit(&record->kind, memory_order_acquire) == PS_UNDO;
 }
 
-/* Searches back from the open record through the ring; a change that was undone set nothing. */
+/* `last`; or, where an open thaw has the page put back already, the generation before the freeze. */
+static uint64_t before_thaw(const struct ps_region *region, uint64_t page, uint64_t last) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    if (!ps_change_open(region) || atomic_load_explicit(&record->kind, memory_order_relaxed) != PS_THAW ||
+        atomic_load_explicit(&record->attempt, memory_order_relaxed) == last ||
+        ps_protection(region, page) == PROT_READ)
+        return last;
+    uint64_t back = atomic_load_explicit(&record->back, memory_order_relaxed);
+    return back < last ? back : last;
+}
+
+/* Searches back from the open record through the ring; a change that was undone, or a thaw, set nothing. */
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page) {
     struct ps_author author;
     if (set_by_record(region, page, &author))
@@ -196,12 +221,15 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
     uint64_t last = ps_generation(region), oldest = last > PS_RING ? last - PS_RING : 0;
     if (in_undo(region, last))
         last--;
+    last = before_thaw(region, page, last);
     for (uint64_t generation = last; generation > oldest; generation--) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry))
             return (struct ps_author){.known = false};
         if (entry.kind == PS_UNDO)
             generation--;
+        else if (entry.kind == PS_THAW)
+            generation = entry.back < generation ? entry.back + 1 : generation;
         else if (page >= entry.first && page - entry.first < entry.count)
             return (struct ps_author){true, generation, entry.author, entry.time};
     }
@@ -352,10 +380,10 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
         /* seq_cst: agents that read it (acquire) see the map and the ring entry; and FUTEX_WAIT cannot miss it. */
         atomic_store_explicit(&header->generation, generation, memory_order_seq_cst);
     }
-    if (kind == PS_SET)
-        PS_POINT(C5_publish);
-    else
+    if (kind == PS_UNDO)
         PS_POINT(U3_publish);
+    else
+        PS_POINT(C5_publish);
     bool any = ps_remote_plan(region, kind, &outside);
     wake(region, ps_remote_out_of_reach(region, any));
     ps_fault_install(); /* while the others are at it */
@@ -378,26 +406,27 @@ static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint
     return rc;
 }
 
-/* From C4 (SET) or U2 (UNDO) of the open record to its end.  0; PS_ETIMEOUT or PS_ESIGNAL: closed, somebody is
+/* From C4 (SET, THAW) or U2 (UNDO) of the open record to its end.  0; PS_ETIMEOUT or PS_ESIGNAL: closed, somebody is
  * silent; -errno: undone, because of outcome->failed_pid (PS_ESIGNAL with outcome->error: so too). */
 static int settle(struct ps_region *region, struct waiting *waiting) {
     struct ps_shm_record *record = &ps_header(region)->record;
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_relaxed);
     uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
     uint64_t count = atomic_load_explicit(&record->count, memory_order_relaxed);
+    enum ps_kind kind = (enum ps_kind)atomic_load_explicit(&record->kind, memory_order_relaxed);
     int error = 0, rc;
     if (!count || first >= region->shape.pages || count > region->shape.pages - first)
         return ps_corrupt(region, "record");
-    if (atomic_load_explicit(&record->kind, memory_order_relaxed) == PS_SET) {
+    if (kind == PS_SET || kind == PS_THAW) {
         uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
-        map_fill(region, first, count / 2, prot);
+        map_set(region, kind, first, count / 2, prot);
         PS_POINT(C4_map);
-        map_fill(region, first + count / 2, count - count / 2, prot);
-        publish(region, attempt, PS_SET, &waiting->socket);
+        map_set(region, kind, first + count / 2, count - count / 2, prot);
+        publish(region, attempt, kind, &waiting->socket);
         PS_POINT(C6_await);
         waiting->generation = waiting->outcome->generation = attempt;
         rc = await_all(region, waiting);
-        if (!rc)
+        if (!rc && kind == PS_SET)
             error = find_error(region, attempt, &waiting->outcome->failed_pid);
         if (!error) {
             PS_POINT(C7_complete);
@@ -413,21 +442,42 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
     return rc == PS_ESIGNAL || !error ? rc : -error; /* undone, whoever is late for that */
 }
 
-static void begin(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot) {
+struct change {
+    enum ps_kind kind; /* PS_SET or PS_THAW */
+    uint32_t prot;
+    uint64_t first, count;
+    uint64_t back; /* of a thaw the generation before the freeze */
+};
+
+static void begin(struct ps_region *region, const struct change *change) {
     struct ps_shm_header *header = ps_header(region);
     struct ps_shm_record *record = &header->record;
-    map_copy(region, PS_SEC_OLD, PS_SEC_CUR, first, count);
+    map_copy(region, PS_SEC_OLD, PS_SEC_CUR, change->first, change->count);
     PS_POINT(C2_save);
-    atomic_store_explicit(&record->kind, PS_SET, memory_order_relaxed);
-    atomic_store_explicit(&record->prot, prot, memory_order_relaxed);
-    atomic_store_explicit(&record->first, first, memory_order_relaxed);
-    atomic_store_explicit(&record->count, count, memory_order_relaxed);
+    atomic_store_explicit(&record->kind, change->kind, memory_order_relaxed);
+    atomic_store_explicit(&record->prot, change->prot, memory_order_relaxed);
+    atomic_store_explicit(&record->first, change->first, memory_order_relaxed);
+    atomic_store_explicit(&record->count, change->count, memory_order_relaxed);
+    atomic_store_explicit(&record->back, change->back, memory_order_relaxed);
     atomic_store_explicit(&record->author, region->pid, memory_order_relaxed);
     atomic_store_explicit(&record->time, ps_sys_boottime(), memory_order_relaxed);
     /* release: whoever finds the record open finds these arguments and a frozen `old`. */
     atomic_store_explicit(&record->attempt, atomic_load_explicit(&header->generation, memory_order_relaxed) + 1,
                           memory_order_release);
     PS_POINT(C3_attempt);
+}
+
+static int carry_out(struct ps_region *region, const struct change *change, struct waiting *waiting) {
+    waiting->outcome->failed_pid = waiting->outcome->error = 0; /* of another's change */
+    begin(region, change);
+    int rc = settle(region, waiting);
+    ps_agent_settle(region);
+    return rc;
+}
+
+static void leave(struct ps_region *region, struct waiting *waiting) {
+    ps_borrow_collect(region, waiting->socket); /* whoever was asked has answered before it acknowledged */
+    ps_unlock(region);
 }
 
 /* Of a caller that died in it, with all that it had changed; whoever is silent then follows late. */
@@ -440,55 +490,127 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     if (ps_change_open(region))
         rc = settle(region, &waiting);
     ps_agent_settle(region);
-    ps_unlock(region);
+    leave(region, &waiting);
     return rc == PS_ECORRUPT ? rc : 0;
 }
 
-static int locked_change(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot,
-                         struct waiting *waiting) {
-    PS_POINT(C1_lock);
-    if (ps_change_open(region)) {
-        int rc = settle(region, waiting);
-        if (rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT) {
-            waiting->outcome->generation = 0; /* ours was not begun */
-            return rc;
-        }
-    }
-    waiting->outcome->failed_pid = waiting->outcome->error = 0; /* of another's change */
-    begin(region, first, count, prot);
-    int rc = settle(region, waiting);
-    ps_agent_settle(region);
-    return rc;
-}
-
-/* No lease is held in the range, and none can be taken. */
-static int closed_change(struct ps_region *region, uint64_t first, uint64_t count, uint32_t prot, int64_t deadline,
-                         struct ps_outcome *outcome) {
+/* The writer lock is ours, and no record is open. */
+static int enter(struct ps_region *region, int64_t deadline, struct waiting *waiting, struct ps_outcome *outcome) {
     uint32_t blocker;
-    struct waiting waiting = patient(deadline, outcome);
-    int rc = ps_lock(region, waiting.deadline, &blocker);
+    *waiting = patient(deadline, outcome);
+    int rc = ps_lock(region, waiting->deadline, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
         outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
-        return rc == PS_ESIGNAL || waiting.early ? PS_ESIGNAL : PS_ETIMEOUT;
+        return rc == PS_ESIGNAL || waiting->early ? PS_ESIGNAL : PS_ETIMEOUT;
     }
     if (rc)
         return rc;
-    waiting = patient(deadline, outcome);
-    rc = locked_change(region, first, count, prot, &waiting);
-    ps_borrow_collect(region, waiting.socket); /* whoever was asked has answered before it acknowledged */
-    ps_unlock(region);
+    *waiting = patient(deadline, outcome);
+    PS_POINT(C1_lock);
+    rc = ps_change_open(region) ? settle(region, waiting) : 0;
+    if (rc != PS_ETIMEOUT && rc != PS_ESIGNAL && rc != PS_ECORRUPT)
+        return 0;
+    outcome->generation = 0; /* ours was not begun */
+    leave(region, waiting);
+    return rc;
+}
+
+/* No lease is held in the range, and none can be taken.  -EAGAIN: the region is frozen. */
+static int closed_change(struct ps_region *region, const struct change *wanted, int64_t deadline,
+                         struct ps_outcome *outcome) {
+    struct waiting waiting;
+    int rc = enter(region, deadline, &waiting, outcome);
+    if (rc)
+        return rc;
+    if (!ps_frozen(region))
+        rc = carry_out(region, wanted, &waiting);
+    else /* and somebody will thaw it: else nobody could ever change it again */
+        rc = atomic_load_explicit(&ps_header(region)->freezer, memory_order_relaxed) ? -EAGAIN
+                                                                                     : ps_corrupt(region, "frozen");
+    leave(region, &waiting);
     return rc;
 }
 
 int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
               struct ps_outcome *outcome) {
-    uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
+    struct change wanted = {PS_SET, prot, offset / PS_PAGE, (length + PS_PAGE - 1) / PS_PAGE, 0};
     struct ps_shm_closer *closer;
     outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
-    int rc = ps_lease_close(region, first, count, deadline, outcome, &closer);
+    if (ps_freeze_own(region))
+        return PS_EFROZEN;
+    int rc = ps_lease_close(region, wanted.first, wanted.count, deadline, outcome, &closer);
     if (rc)
         return rc;
-    rc = closed_change(region, first, count, prot, deadline, outcome);
+    do
+        rc = closed_change(region, &wanted, deadline, outcome);
+    while (rc == -EAGAIN && !(rc = ps_freeze_wait(region, deadline, outcome)));
     ps_lease_open(region, closer);
     return rc;
+}
+
+/* -- Freezing -------------------------------------------------------------------------------------------------- */
+
+bool ps_frozen(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->frozen, memory_order_acquire);
+}
+
+/* With the writer lock.  Whoever is silent follows late, or fences itself. */
+static void thaw(struct ps_region *region, struct waiting *waiting) {
+    struct ps_shm_header *header = ps_header(region);
+    uint64_t before = atomic_load_explicit(&header->frozen, memory_order_relaxed);
+    PS_POINT(F4_thaw);
+    carry_out(region, &(struct change){PS_THAW, PROT_READ, 0, region->shape.pages, before - 1}, waiting);
+    /* release: after the end of the record; whoever finds 0 finds the map as it was. */
+    atomic_store_explicit(&header->frozen, 0, memory_order_release);
+}
+
+static void keep(struct ps_region *region) {
+    struct ps_shm_header *header = ps_header(region);
+    uint64_t pages = region->shape.pages, half = pages / 2;
+    map_copy(region, PS_SEC_KEPT, PS_SEC_CUR, 0, half);
+    PS_POINT(F2_keep);
+    map_copy(region, PS_SEC_KEPT, PS_SEC_CUR, half, pages - half);
+    uint64_t before = atomic_load_explicit(&header->generation, memory_order_relaxed);
+    /* release: whoever finds it finds what was kept. */
+    atomic_store_explicit(&header->frozen, before + 1, memory_order_release);
+    PS_POINT(F3_freeze);
+}
+
+/* Everything is READ; after a timeout, or where somebody cannot apply it, what it was.  PS_ESIGNAL with a generation:
+ * it is frozen, and somebody has not acknowledged that yet. */
+int ps_change_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    struct waiting waiting;
+    int rc = enter(region, deadline, &waiting, outcome);
+    if (rc)
+        return rc;
+    keep(region);
+    rc = carry_out(region, &(struct change){PS_SET, PROT_READ, 0, region->shape.pages, 0}, &waiting);
+    if (rc == PS_ETIMEOUT) {
+        struct ps_outcome after;
+        waiting.outcome = &after;
+        waiting.deadline = ps_sys_now() + GRACE;
+        thaw(region, &waiting);
+        outcome->generation = 0;
+    } else if (outcome->error) {
+        rc = -(int)outcome->error;
+        atomic_store_explicit(&ps_header(region)->frozen, 0, memory_order_release);
+    }
+    leave(region, &waiting);
+    return rc;
+}
+
+/* Whoever froze it, and wherever that one came to.  Fails only where the writer lock could not be had. */
+int ps_change_thaw(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
+    struct ps_outcome outcome;
+    int rc = ps_lock(region, deadline, blocker);
+    if (rc)
+        return rc;
+    struct waiting waiting = patient(PS_NEVER, &outcome);
+    if (ps_change_open(region))
+        settle(region, &waiting);
+    waiting.deadline = ps_sys_now() + PATIENCE;
+    if (ps_frozen(region))
+        thaw(region, &waiting);
+    leave(region, &waiting);
+    return 0;
 }

@@ -30,6 +30,7 @@ enum {
     PS_EREGIONS = -5007,  /* this process has PS_REGIONS_MAX regions open */
     PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
     PS_ENESTED = -5009,   /* the calling thread holds it itself */
+    PS_EFROZEN = -5010,   /* the calling thread has the region frozen itself */
 };
 
 #define PS_REGIONS_MAX 1024
@@ -152,6 +153,10 @@ void *ps_window(const struct ps_region *region); /* of the data's second mapping
 int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
                       struct ps_outcome *outcome);
 void ps_user_lock_give(struct ps_region *region, uint32_t index);
+
+/* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
+int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+int ps_thaw(struct ps_region *region); /* PS_ESIGNAL: not yet, it is held still */
 
 /* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */
 struct ps_calls {

@@ -247,12 +247,15 @@ static void clear(struct ps_region *region, struct ps_shm_closer *closer) {
         ps_sys_wake(&closer->owner, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
 }
 
-/* A dead caller's: its change may be half done, and we are the first to come after it.  The entry is ours meanwhile. */
+/* A dead caller's: its change may be half done, or it may have the region frozen, and we are the first to come after
+ * it.  The entry is ours meanwhile. */
 static int bury(struct wait *wait, struct ps_shm_closer *closer, uint32_t dead) {
     if (!atomic_compare_exchange_strong_explicit(&closer->owner, &dead, wait->mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
-    int rc = ps_change_open(wait->region) ? ps_change_finish(wait->region, wait->deadline, &wait->blocker) : 0;
+    int rc = ps_freeze_finish(wait->region, wait->deadline, &wait->blocker);
+    if (!rc && ps_change_open(wait->region))
+        rc = ps_change_finish(wait->region, wait->deadline, &wait->blocker);
     if (!rc)
         clear(wait->region, closer);
     else
@@ -530,7 +533,9 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
     struct wait wait = begin_wait(region, deadline);
     if (!atomic_load_explicit(&header->leases, memory_order_relaxed)) /* seq_cst: before our words */
         atomic_store_explicit(&header->leases, 1, memory_order_seq_cst);
-    int rc = deadline != PS_TRY && nested(region, lease) ? PS_ENESTED : 0; /* before anybody is waited for */
+    int rc = 0;
+    if (deadline != PS_TRY) /* before anybody is waited for */
+        rc = ps_freeze_own(region) ? PS_EFROZEN : nested(region, lease) ? PS_ENESTED : 0;
     if (!rc && lease->window)
         rc = map_window(&wait);
     if (!rc && !(rc = take_open_pages(&wait, lease))) {

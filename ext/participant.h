@@ -128,6 +128,9 @@ struct ps_region {
 
     _Atomic bool window; /* under page_lock: the data is mapped a second time, for leases by window */
 
+    _Atomic int frozen_by;               /* the thread of ours that has the region frozen; 0: none */
+    struct ps_shm_closer *freeze_closer; /* of that freeze */
+
     /* A place per slot, written under the process's borrow lock, and never given back; NULL: none was ever wanted.  A
      * forked child keeps them: they lead to the same participants. */
     _Atomic(struct ps_borrowed *) borrowed;
@@ -241,6 +244,16 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
 bool ps_change_open(const struct ps_region *region);
 
 int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
+bool ps_frozen(const struct ps_region *region);
+int ps_change_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+int ps_change_thaw(struct ps_region *region, int64_t deadline, uint32_t *blocker);
+
+/* freeze.c: who has the region frozen */
+bool ps_freeze_own(const struct ps_region *region); /* the calling thread */
+int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
+/* Ends the freeze of a dead freezer, if there is one; true: look again.  Of a participant; async-signal-safe. */
+bool ps_freeze_notice(struct ps_region *region);
 
 /* lease.c: held words, and the changes that wait for them */
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,

@@ -114,6 +114,7 @@ static void forget_participation(struct ps_region *region) {
     region->leased = 0;
     region->quarantines = 0;
     region->source = 0;
+    region->frozen_by = 0;
     region->window = false;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;

@@ -551,8 +551,7 @@ int ps_ready_now(const struct ps_region *region) {
     return ps_running(region) && ps_slot_marked(region);
 }
 
-int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
-    outcome->silent = 0;
+static int be_ready(struct ps_region *region, struct ps_outcome *outcome) {
     int rc = ps_ready_now(region);
     if (rc)
         return rc < 0 ? rc : 0;
@@ -561,5 +560,13 @@ int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
     rc = ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
     if (!rc)
         ps_cached_get(region, &region->userfault);
+    return rc;
+}
+
+int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
+    outcome->silent = 0;
+    int rc = be_ready(region, outcome);
+    if (!rc)
+        ps_freeze_notice(region);
     return rc;
 }

@@ -63,7 +63,21 @@ class Lease(NamedTuple):
     ends: bool = False
 
 
-Configuration = Protocol | Lease
+class Freeze(NamedTuple):
+    """What freeze.pml is told, likewise."""
+
+    why: str
+    freezers: int = 1
+    changes: int = 1
+    takers: int = 1
+    crashes: int = 1
+    timeouts: int = 0
+    failures: int = 0
+    quick: bool = False
+    ends: bool = False
+
+
+Configuration = Protocol | Lease | Freeze
 
 
 def model(configuration: Configuration) -> Path:
@@ -126,6 +140,11 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "wait-four": Lease("three takers, a change", takers=3, backstop=0),
     "lease-more": Lease("two deaths and a timeout", crashes=2, timeouts=1),
     "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
+    "freeze": Freeze("a freezer, a change, a lease; a death, a failure", failures=1, quick=True),
+    "freeze-two": Freeze("two freezers, a change; a death", freezers=2, takers=0, quick=True),
+    "freeze-late": Freeze("a death and a timeout", timeouts=1, quick=True),
+    "freeze-more": Freeze("two freezers, a change; three deaths", freezers=2, takers=0, crashes=3, timeouts=1),
+    "freeze-all": Freeze("two freezers, a change, a lease; two deaths, a failure", freezers=2, crashes=2, failures=1),
 }
 
 
@@ -170,6 +189,12 @@ BROKEN = {
     "CLEAR_BIT_FIRST": Broken("closers", "only one of those who find a closer dead clears its bit"),
     "CLEAR_OWNER_FIRST": Broken("closers", "a closer's bit goes before its entry is free"),
     "NOBACKSTOP": Broken("threads", "a wake-up may go with who dies or gives up"),
+    "KEEP_LATE": Broken("freeze", "the map is kept before the record of the freeze begins"),
+    "FROZEN_LATE": Broken("freeze", "`frozen` is set before the record of the freeze begins"),
+    "WORD_FIRST": Broken("freeze-two", "the freezer's word goes after the thaw is complete"),
+    "THAW_TWICE": Broken("freeze-two", "only one of those who find a freezer dead thaws"),
+    "CHANGE_BLIND": Broken("freeze", "a change looks at `frozen` with the lock"),
+    "CLOSER_FIRST": Broken("freeze", "a dead freezer's closer stays until somebody has thawed"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }

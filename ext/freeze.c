@@ -1,0 +1,178 @@
+/* freeze.c - everything is READ for everybody, until it is again what it was.
+ *
+ *   F1_own     the freezer's word is ours; then the whole region is closed to leases (lease.c)
+ *   F2_keep    kept := cur, with the writer lock (change.c)
+ *   F3_freeze  `frozen` names the generation before; a change makes everything READ (change.c)
+ *   F4_thaw    a change makes everything what `kept` says; it is never undone (change.c)
+ *   F5_clear   the freezer's word goes; who sleeps on it is woken, leases are to be had
+ *
+ * Invariants
+ *  1. While `frozen` is not 0 nobody but the owner of the freezer's word changes the map, and `kept` stays as it is: so
+ *     a thaw may be executed any number of times.
+ *  2. `frozen` becomes 0 when a thaw is complete, and the word goes after it: whoever finds `frozen` with the writer
+ *     lock finds an owner of the word to wait for, or to come after.
+ *  3. A dead freezer's word is taken over, not cleared: of those who find it dead one thaws, and the others wait for
+ * it.
+ *  4. The closer of a freeze goes after its thaw, also that of a dead freezer: no lease is ever over a page that is
+ *     READ by a freeze alone.
+ * Runs in: caller; ps_freeze_notice also in the fault handler.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+
+#include "participant.h"
+#include "point.h"
+
+#define PATIENCE (1000 * PS_MS) /* a signal that came while we did not sleep is not seen here */
+
+static _Atomic uint32_t *freezer(const struct ps_region *region) {
+    return &ps_header(region)->freezer;
+}
+
+bool ps_freeze_own(const struct ps_region *region) {
+    return atomic_load_explicit(&region->frozen_by, memory_order_relaxed) == ps_process_tid();
+}
+
+/* release: whoever finds no freezer finds the map as it was. */
+static void clear(struct ps_region *region) {
+    PS_POINT(F5_clear);
+    if (atomic_exchange_explicit(freezer(region), 0, memory_order_release) & PS_OWNER_WAITING)
+        ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
+/* What the dead owner of the word froze; the word is ours meanwhile. */
+static int bury(struct ps_region *region, uint32_t dead, int64_t deadline, uint32_t *blocker) {
+    uint32_t mine = ps_owner_word(region) | PS_OWNER_WAITING;
+    if (!atomic_compare_exchange_strong_explicit(freezer(region), &dead, mine, memory_order_acquire,
+                                                 memory_order_relaxed))
+        return 0;
+    int rc = ps_change_thaw(region, deadline, blocker);
+    if (!rc) {
+        clear(region);
+        return 0;
+    }
+    /* For the next one to bury. */
+    atomic_store_explicit(freezer(region), dead | PS_OWNER_WAITING, memory_order_release);
+    ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    return rc;
+}
+
+static bool is_dead(struct ps_region *region, uint32_t owner) {
+    return owner != ps_owner_word(region) && ps_owner_gone(region, owner);
+}
+
+/* Until this freezer is through, or the deadline comes; 0: look again. */
+static int wait_for(struct ps_region *region, uint32_t seen, int64_t deadline, uint32_t *blocker) {
+    uint32_t owner = seen & ~PS_OWNER_WAITING, flagged = seen | PS_OWNER_WAITING;
+    if (!ps_owner_known(region, owner))
+        return ps_corrupt(region, "freezer");
+    *blocker = owner;
+    if (is_dead(region, owner))
+        return bury(region, seen, deadline, blocker);
+    if (seen != flagged && !atomic_compare_exchange_strong_explicit(freezer(region), &seen, flagged,
+                                                                    memory_order_relaxed, memory_order_relaxed))
+        return 0;
+    return ps_owner_wait(region, (struct ps_watch){freezer(region), flagged}, owner, deadline);
+}
+
+/* The end of a wait: PS_ESIGNAL where it was the patience that ran out. */
+static int tell(struct ps_region *region, int rc, bool early, uint32_t blocker, struct ps_outcome *outcome) {
+    if (rc == -ETIMEDOUT && early)
+        return PS_ESIGNAL;
+    if (rc != -ETIMEDOUT)
+        return rc;
+    outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
+    return PS_ETIMEOUT;
+}
+
+static int64_t patient(int64_t deadline, bool *early) {
+    int64_t end = ps_sys_now() + PATIENCE;
+    *early = end < deadline;
+    return *early ? end : deadline;
+}
+
+/* For a change that found the region frozen: 0: look again. */
+int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire), blocker = 0;
+    bool early;
+    int64_t end = patient(deadline, &early);
+    return seen ? tell(region, wait_for(region, seen, end, &blocker), early, blocker, outcome) : 0;
+}
+
+/* Nothing is frozen any more by anybody who is dead: before a dead owner's closer goes (invariant 4). */
+int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
+    int rc = 0;
+    while (!rc && ps_frozen(region)) {
+        uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire);
+        rc = seen ? wait_for(region, seen, deadline, blocker) : 0;
+    }
+    return rc;
+}
+
+/* true: a dead freezer's freeze has been ended, here or by somebody else. */
+bool ps_freeze_notice(struct ps_region *region) {
+    uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire), blocker;
+    uint32_t owner = seen & ~PS_OWNER_WAITING;
+    return seen && ps_owner_known(region, owner) && is_dead(region, owner) &&
+           !bury(region, seen, ps_sys_now() + PATIENCE, &blocker);
+}
+
+static int take_word(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    uint32_t slept = 0, blocker = 0;
+    bool early;
+    int64_t end = patient(deadline, &early);
+    for (int rc = 0;;) {
+        uint32_t seen = 0;
+        /* acquire: pairs with the release in clear. */
+        if (atomic_compare_exchange_strong_explicit(freezer(region), &seen, ps_owner_word(region) | slept,
+                                                    memory_order_acquire, memory_order_relaxed))
+            return 0;
+        slept = PS_OWNER_WAITING; /* others may sleep still */
+        if ((rc = wait_for(region, seen, end, &blocker)))
+            return tell(region, rc, early, blocker, outcome);
+    }
+}
+
+/* Leases have ended, and none begins; then the change. */
+static int freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    PS_POINT(F1_own);
+    int rc = ps_lease_close(region, 0, region->shape.pages, deadline, outcome, &region->freeze_closer);
+    if (rc)
+        return rc;
+    rc = ps_change_freeze(region, deadline, outcome);
+    if (rc && !(rc == PS_ESIGNAL && outcome->generation))
+        ps_lease_open(region, region->freeze_closer);
+    return rc;
+}
+
+int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
+    if (ps_freeze_own(region))
+        return PS_EFROZEN;
+    int rc = take_word(region, deadline, outcome);
+    if (rc)
+        return rc;
+    atomic_store_explicit(&region->frozen_by, ps_process_tid(), memory_order_relaxed);
+    rc = freeze(region, deadline, outcome);
+    if (rc && !(rc == PS_ESIGNAL && outcome->generation)) {
+        atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed);
+        clear(region);
+    }
+    return rc;
+}
+
+/* PS_ESIGNAL: the writer lock could not be had yet, and the freeze goes on. */
+int ps_thaw(struct ps_region *region) {
+    uint32_t blocker;
+    if (!ps_process_known())
+        return 0; /* a child by a raw clone() has frozen nothing */
+    struct ps_shm_closer *closer = region->freeze_closer;
+    int rc = ps_change_thaw(region, ps_sys_now() + PATIENCE, &blocker);
+    if (rc == -ETIMEDOUT || rc == PS_ESIGNAL)
+        return PS_ESIGNAL;
+    atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed); /* before the next thread of ours has it */
+    clear(region);
+    ps_lease_open(region, closer);
+    return rc;
+}
