@@ -22,6 +22,7 @@ from cpython.buffer cimport (
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
+from libc.errno cimport EAGAIN, EOPNOTSUPP, errno as libc_errno
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import enum
@@ -113,6 +114,9 @@ cdef extern from "core.h" nogil:
         PyObject *other
         int line
     void ps_quarantine_leave()
+    int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
+    int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
+    int ps_prepare(ps_region *region, uint64_t first, uint64_t count, int64_t deadline)
     int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, policy_t policy, const char *name, int *fd)
     ctypedef enum engine_t "enum ps_engine":
         pass
@@ -154,6 +158,27 @@ cdef extern from "core.h" nogil:
     int ps_name_leads_to(int name_fd, int region_fd)
     int ps_name_of(int region_fd, char *name, const char **field)
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+    int POLLIN
+    int poll(pollfd *watched, unsigned long count, int milliseconds)
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_DONTWAIT
+    Py_ssize_t recv(int fd, void *to, size_t length, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    Py_ssize_t read(int fd, void *to, size_t length)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    int RWF_NOWAIT
+    Py_ssize_t preadv2(int fd, const iovec *into, int count, long offset, int flags)
+
 # What Cython's own declarations hide from us.
 cdef extern from *:
     """
@@ -179,10 +204,16 @@ cdef extern from *:
     #if PY_VERSION_HEX < 0x030D0000
     #define Py_IsFinalizing _Py_IsFinalizing
     #endif
+    #include <sys/stat.h>
+    static bool is_file(int fd) {
+        struct stat file;
+        return !fstat(fd, &file) && S_ISREG(file.st_mode);
+    }
     static enum ps_engine engine_of(const struct ps_region *region) {
         return ps_engine(region);
     }
     """
+    bint is_file(int fd) nogil
     engine_t engine_of(const ps_region *region) nogil
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
     Py_ssize_t users_of_view(object view)
@@ -856,6 +887,105 @@ cdef class Handle:
                 self.leave()
         finally:
             PyBuffer_Release(&source)
+
+    # -- Data, by system calls that store --
+
+    def _receive(self, int fd, offset, length, int flags, wait, timeout):
+        """As readinto and recv_into say. flags: recv's, or -1 to read; wait: seconds for data to come, or None."""
+        cdef uint64_t first = offset // PS_PAGE_SIZE, count = (offset + length - 1) // PS_PAGE_SIZE + 1 - first
+        cdef Py_ssize_t got
+        cdef char *to
+        cdef int own
+        doing = "readinto" if flags < 0 else "recv_into"
+        until = deadline_of(wait)
+        while True:
+            if not await_readable(fd, until):
+                raise (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) if wait == 0
+                       else TimeoutError(f"{doing}: nothing came in {wait} s"))
+            deadline = deadline_of(timeout)
+            self.enter(doing)
+            try:
+                own = ps_own_lease(self.region, first, count)
+                if own == PS_ENESTED:
+                    raise _errors.ShareError(
+                        f"{doing}: this thread holds leases on some of these pages, or leases of both kinds; give it "
+                        "those apart")
+                to = <char *>(ps_window(self.region) if own == 2 else ps_address(self.region)) + <uint64_t>offset
+                lease = None if own else self.lease_writable(first, count, deadline, doing)
+                try:
+                    if own < 2:
+                        self.prepare(first, count, deadline, doing)
+                    got = receive(fd, to, length, flags)
+                finally:
+                    if lease is not None:
+                        lease.release()
+            finally:
+                self.leave()
+            if got >= 0:
+                return got
+            if got != -errno.EAGAIN:  # that is: somebody else was quicker
+                raise OSError(-got, os.strerror(-got))
+
+    cdef prepare(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
+        cdef int rc
+        with nogil:
+            rc = ps_prepare(self.region, first, count, deadline)
+        if rc:
+            raise_code(rc, doing, self.corrupt_field())
+
+    cdef lease_writable(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
+        """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
+        cdef ps_refusal refusal
+        cdef int rc
+        while True:
+            with nogil:
+                rc = ps_await_writable(self.region, first, count, deadline, &refusal)
+            if rc == PS_ESIGNAL:
+                self.serve_signals(doing)
+                continue
+            if rc:
+                self.refused(rc, &refusal, doing)
+            left = None if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) / 1e9
+            lease = self.lease(first * PAGE_SIZE, count * PAGE_SIZE, timeout=left)
+            rc = ps_await_writable(self.region, first, count, 0, &refusal)
+            if not rc:
+                return lease
+            lease.release()
+
+
+cdef bint await_readable(int fd, int64_t deadline) except -1:
+    """Or closed at the other end; False after the deadline."""
+    cdef pollfd watched
+    cdef int rc, error
+    cdef int64_t left
+    while True:
+        left = -1 if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) // 1_000_000
+        watched.fd, watched.events = fd, POLLIN
+        with nogil:
+            rc = poll(&watched, 1, <int>min(left, 1 << 30))
+            error = libc_errno
+        if rc >= 0 and (rc or not left):
+            return rc
+        if rc < 0 and error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+        PyErr_CheckSignals()
+
+
+cdef Py_ssize_t receive(int fd, char *to, size_t length, int flags) except? -1:
+    """Bytes, or -errno: -EAGAIN where nothing is there any more, without a wait; of a file that cannot say so with one."""
+    cdef Py_ssize_t got
+    cdef iovec into
+    into.iov_base, into.iov_len = to, length
+    with nogil:
+        if flags >= 0:
+            got = recv(fd, to, length, flags | MSG_DONTWAIT)
+        else:
+            got = preadv2(fd, &into, 1, -1, RWF_NOWAIT)
+            if got < 0 and (libc_errno == EOPNOTSUPP or (libc_errno == EAGAIN and is_file(fd))):
+                got = read(fd, to, length)
+        if got < 0:
+            got = -libc_errno
+    return got
 
 
 cdef raise_held(ps_outcome *outcome, str doing):

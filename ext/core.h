@@ -137,6 +137,15 @@ void ps_set_hooks(const struct ps_hooks *hooks); /* for good; without any, a pol
 struct ps_violation *ps_violation(void);         /* of the calling thread */
 void ps_quarantine_leave(void); /* what the calling thread stored where it may not is gone; it sees shared data again */
 
+/* For a system call that is to store into pages.
+ * ps_own_lease: the calling thread's over all of them: 1, 2 where stores go by the window; 0: over none; PS_ENESTED.
+ * ps_await_writable: until the map allows it, where the policy is to wait; else, or after the deadline, PS_EREFUSED.
+ * ps_prepare: the call finds the pages writable, as the map has them, which the caller keeps so. */
+int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count);
+int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
+                      struct ps_refusal *refusal);
+int ps_prepare(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
+
 void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
 /* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;
  * PS_ESIGNAL: as that, and the caller may try again; nothing is held after any result but 0. */

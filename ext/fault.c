@@ -35,6 +35,7 @@
 #define MARKS 100               /* ... of them SIGBUS, whose other meaning is that no memory is left */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
+#define OPENINGS 4              /* of pages that a system call is to find open */
 #define SLICE (20 * PS_MS)      /* how long a wait by policy sleeps before it looks at leases and for signals */
 #define NEAR (1u << 20)         /* how far from its caller's frame a handler is still inside of it */
 
@@ -413,6 +414,14 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
 
 /* -- Policies -------------------------------------------------------------------------------------------------- */
 
+enum ps_policy ps_policy(const struct ps_region *region) {
+    return (enum ps_policy)atomic_load_explicit(&region->policy, memory_order_relaxed);
+}
+
+void ps_set_policy(struct ps_region *region, enum ps_policy policy) {
+    atomic_store_explicit(&region->policy, policy, memory_order_relaxed);
+}
+
 enum fate {
     DIE, /* as if there were no other policy */
     GO,  /* the instruction may run again */
@@ -512,12 +521,45 @@ static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store
                               : wait_for_it(hooks, region, offset, store);
 }
 
-enum ps_policy ps_policy(const struct ps_region *region) {
-    return (enum ps_policy)atomic_load_explicit(&region->policy, memory_order_relaxed);
+/* -- System calls that store ----------------------------------------------------------------------------------- */
+
+int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count) {
+    uint64_t own = 0, window = 0;
+    for (uint64_t page = first; page < first + count; page++) {
+        own += ps_here_own(region, page);
+        window += by_window(region, page);
+    }
+    if (!own)
+        return 0;
+    return own < count || (window && window < count) ? PS_ENESTED : window ? 2 : 1;
 }
 
-void ps_set_policy(struct ps_region *region, enum ps_policy policy) {
-    atomic_store_explicit(&region->policy, policy, memory_order_relaxed);
+int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
+                      struct ps_refusal *refusal) {
+    for (uint64_t page = first; page < first + count;) {
+        if (ps_protection(region, page) & PROT_WRITE) {
+            page++;
+            continue;
+        }
+        *refusal = (struct ps_refusal){.page = page, .required = PROT_WRITE};
+        refusal->author = look(region, page, &refusal->actual);
+        if (ps_policy(region) != PS_WAIT || ps_sys_now() >= deadline)
+            return PS_EREFUSED;
+        if (sleep_on_map(region) == -EINTR)
+            return PS_ESIGNAL;
+        page = first;
+    }
+    return 0;
+}
+
+/* Where page tables are late, or closed for another reason than the map, mending opens them. */
+int ps_prepare(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
+    int rc = ps_agent_follow(region, ps_generation(region), deadline);
+    for (int tries = 0; !rc && (rc = ps_region_populate(region, first, count)) && tries < OPENINGS; tries++)
+        for (uint64_t page = first; page < first + count; page++)
+            if ((rc = mend(region, page)))
+                return rc;
+    return rc == -EINVAL ? 0 : rc;
 }
 
 /* -- The handler ----------------------------------------------------------------------------------------------- */

@@ -148,6 +148,7 @@ int ps_region_unmap_data(struct ps_region *region);
 int ps_region_map_window(struct ps_region *region);
 int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero);
 int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count);
+int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count);
 void ps_region_unmap_source(struct ps_region *region);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_shut(struct ps_region *region);

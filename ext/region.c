@@ -333,6 +333,16 @@ void ps_region_unmap_source(struct ps_region *region) {
     region->source = 0;
 }
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+
+/* -EFAULT where a store would be a violation; before Linux 5.14 -EINVAL always. */
+int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count) {
+    void *at = (char *)ps_address(region) + page * PS_PAGE;
+    return madvise(at, count * PS_PAGE, MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
 /* -- Descriptors --------------------------------------------------------------------------------------------- */
 
 bool ps_cached_leads(int fd, const struct ps_cached *cached) {

@@ -61,6 +61,15 @@ class Handle:
     def frozen(self, *, timeout: float | _Default | None = ...) -> Frozen: ...
     def _read(self, offset: int, length: int) -> bytes: ...
     def _write(self, offset: int, data: Buffer, size: int) -> None: ...
+    def _receive(
+        self,
+        fd: int,
+        offset: int,
+        length: int,
+        flags: int,
+        wait: float | None,
+        timeout: float | _Default | None,
+    ) -> int: ...
 
 @final
 class Guard:

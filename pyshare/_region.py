@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import mmap
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from multiprocessing import reduction
@@ -296,6 +297,51 @@ class Region(_core.Handle):
         if not 0 <= offset <= self._size:
             raise ValueError(f"offset must be in 0 to {self._size}, not {offset}")
         self._write(offset, data, self._size)
+
+    def readinto(self, fd: SupportsIndex, offset: int, length: int, *, timeout: Timeout = DEFAULT) -> int:
+        """At most ``length`` bytes that were read from a descriptor are at ``offset``; how many, 0 at its end.
+
+        As readv(2) into the region, which would fail with EFAULT where a page is not writable, or not for a moment.
+        Waits until there is something to read; then, where the policy is "wait", until the pages are WRITE; then for
+        leases on them; and holds the pages, so that no change comes between. Into pages that this thread has leased
+        it reads at once.
+
+        Raises:
+            ProtectionError: a page is not WRITE; where the policy is "wait", after ``timeout`` seconds. Nothing was
+                read.
+            PropagationTimeout: somebody held a page, or was changing it, for so long. Nothing was read.
+            BlockingIOError: there is nothing to read, and the descriptor is not blocking.
+            ValueError: a range that is empty, or not inside.
+            ShareError: this thread holds leases on some of the pages only.
+            OSError: what the kernel refuses.
+        """
+        offset, length = self._check_target(offset, length)
+        number = _core.integer(fd.fileno() if hasattr(fd, "fileno") else fd, "fd")
+        return int(self._receive(number, offset, length, -1, None if os.get_blocking(number) else 0, timeout))
+
+    def recv_into(
+        self, sock: socket.socket, offset: int, length: int, *, flags: int = 0, timeout: Timeout = DEFAULT
+    ) -> int:
+        """A message, or at most ``length`` bytes of a stream, is at ``offset``; how many bytes, 0 at its end.
+
+        As :meth:`readinto`, with ``flags`` of recv(2). How long to wait for something to come is the socket's own
+        timeout. A message that is longer than ``length`` is cut off; otherwise none is lost, whatever is raised.
+
+        Raises:
+            TimeoutError: the socket's timeout.
+            ...: as readinto.
+        """
+        offset, length = self._check_target(offset, length)
+        flags = _core.integer(flags, "flags")
+        return int(self._receive(sock.fileno(), offset, length, flags, sock.gettimeout(), timeout))
+
+    def _check_target(self, offset: int, length: int) -> tuple[int, int]:
+        offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
+        if offset < 0 or length <= 0 or offset + length > self._size:
+            raise ValueError(
+                f"the range of {length} bytes at offset {offset} is empty, or not inside the region's {self._size} bytes"
+            )
+        return offset, length
 
 
 def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:

@@ -246,6 +246,8 @@ SIGNATURES = {
     "Region.guard": "(self)",
     "Region.read": "(self, offset, length)",
     "Region.write": "(self, offset, data)",
+    "Region.readinto": "(self, fd, offset, length, *, timeout=DEFAULT)",
+    "Region.recv_into": "(self, sock, offset, length, *, flags=0, timeout=DEFAULT)",
     "Region.lease": "(self, offset, length, *, timeout=DEFAULT, window=False)",
     "Region.lock": "(self, index, *, timeout=DEFAULT)",
     "Region.frozen": "(self, *, timeout=DEFAULT)",
