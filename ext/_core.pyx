@@ -40,6 +40,7 @@ cdef extern from "stdbool.h":
 cdef extern from "sys.h" nogil:
     int64_t PS_NEVER
     int64_t ps_sys_now()
+    void ps_sys_pause()
 
 cdef extern from "participant.h":
     enum:
@@ -153,6 +154,7 @@ cdef extern from "core.h" nogil:
     void ps_user_lock_give(ps_region *region, uint32_t index)
     int ps_freeze(ps_region *region, int64_t deadline, ps_outcome *outcome)
     int ps_thaw(ps_region *region)
+    void ps_snapshot_sweep(ps_region *region)
     int ps_name_format(int name_fd, int region_fd)
     int ps_name_find(int name_fd, int *region_fd)
     int ps_name_leads_to(int name_fd, int region_fd)
@@ -391,6 +393,7 @@ cdef class Handle:
     cdef PyObject *memory    # the Memory, borrowed, while there is one
     cdef Py_ssize_t calls    # threads inside the core
     cdef Py_ssize_t holds    # leases and locks held
+    cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
     cdef uint32_t forks      # ps_forks() when they were counted: a child has none of its parent's
     cdef object view         # the cached memoryview of .buf
     cdef object __weakref__
@@ -420,7 +423,7 @@ cdef class Handle:
 
     cdef void count(self) noexcept:
         if self.forks != ps_forks():
-            self.calls = self.holds = 0
+            self.calls = self.holds = self.sweeps = 0
             self.forks = ps_forks()
 
     cdef corrupt_field(self):
@@ -468,6 +471,9 @@ cdef class Handle:
             raise BufferError(
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
                 "or another thread is using it; release them first")
+        while self.sweeps:
+            with nogil:
+                ps_sys_pause()
         if self.view is not None:
             self.view.release()
             self.view = None
@@ -626,6 +632,16 @@ cdef class Handle:
         an error comes without it too, but, except for memoryviews, arrays and calls, some instructions late.
         """
         return Guard.__new__(Guard)
+    cdef sweep(self):
+        """After a snapshot: nothing waits for it, and close() waits for us."""
+        if not self.is_ready():
+            return
+        self.count()
+        self.sweeps += 1
+        with nogil:
+            ps_snapshot_sweep(self.region)
+        self.count()
+        self.sweeps = max(0, self.sweeps - 1)
 
     # -- Leases and locks --
 
@@ -1274,6 +1290,9 @@ cdef hold_handlers():
     if disable_faulthandler is None and faulthandler is not None:
         disable_faulthandler = faulthandler.disable
         faulthandler.disable = _disable_faulthandler
+
+
+include "_snapshot.pxi"
 
 
 def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, int policy, str name):

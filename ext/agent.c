@@ -44,7 +44,8 @@ static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry)) /* overwritten meanwhile */
             return ps_engine_apply(region, 0, region->shape.pages);
-        int rc = ps_engine_apply(region, entry.first, entry.count);
+        int rc = entry.kind == PS_FOLLOW ? ps_snapshot_follow(region, (enum ps_follow)entry.prot)
+                                         : ps_engine_apply(region, entry.first, entry.count);
         if (rc)
             return rc;
     }

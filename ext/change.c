@@ -40,7 +40,8 @@
 
 #define GRACE (20 * PS_MS)      /* how long a change goes on after a signal before it is closed for the handler */
 #define PATIENCE (1000 * PS_MS) /* ... and without one: a signal that came while we did not sleep is not seen here */
-#define SPIN 500                /* looks at an acknowledgement before sleeping; some 10 µs */
+#define US INT64_C(1000)
+#define SPIN 500 /* looks at an acknowledgement before sleeping; some 10 µs */
 
 /* -- The map -------------------------------------------------------------------------------------------------- */
 
@@ -141,6 +142,7 @@ bool ps_change_read(const struct ps_region *region, uint64_t generation, struct 
                           memory_order_relaxed);
     atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&entry->back, atomic_load_explicit(&at->back, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&entry->prot, atomic_load_explicit(&at->prot, memory_order_relaxed), memory_order_relaxed);
     /* acquire fence: pairs with the fence in ring_write; the second look comes after the copy. */
     atomic_thread_fence(memory_order_acquire);
     return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation && first < region->shape.pages &&
@@ -185,7 +187,7 @@ static bool set_by_record(const struct ps_region *region, uint64_t page, struct 
     struct ps_shm_record *record = &ps_header(region)->record;
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
     uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
-    uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
+    uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed);
     if (atomic_load_explicit(&record->kind, memory_order_relaxed) == PS_THAW)
         return false;
     *author = (struct ps_author){true, attempt, atomic_load_explicit(&record->author, memory_order_relaxed),
@@ -230,7 +232,7 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
             generation--;
         else if (entry.kind == PS_THAW)
             generation = entry.back < generation ? entry.back + 1 : generation;
-        else if (page >= entry.first && page - entry.first < entry.count)
+        else if (entry.kind != PS_FOLLOW && page >= entry.first && page - entry.first < entry.count)
             return (struct ps_author){true, generation, entry.author, entry.time};
     }
     if (oldest)
@@ -394,9 +396,14 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
 }
 
 static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {
-    map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
-    PS_POINT(U2_map);
-    map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first + count / 2, count - count / 2);
+    struct ps_shm_record *record = &ps_header(region)->record;
+    if (atomic_load_explicit(&record->prot, memory_order_relaxed) & PS_FOLLOWS) {
+        ps_snapshot_forsake(region);
+    } else {
+        map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first, count / 2);
+        PS_POINT(U2_map);
+        map_copy(region, PS_SEC_CUR, PS_SEC_OLD, first + count / 2, count - count / 2);
+    }
     publish(region, attempt + 1, PS_UNDO, &waiting->socket);
     PS_POINT(U4_await);
     waiting->generation = attempt + 1;
@@ -413,20 +420,23 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_relaxed);
     uint64_t first = atomic_load_explicit(&record->first, memory_order_relaxed);
     uint64_t count = atomic_load_explicit(&record->count, memory_order_relaxed);
+    uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed);
     enum ps_kind kind = (enum ps_kind)atomic_load_explicit(&record->kind, memory_order_relaxed);
     int error = 0, rc;
     if (!count || first >= region->shape.pages || count > region->shape.pages - first)
         return ps_corrupt(region, "record");
-    if (kind == PS_SET || kind == PS_THAW) {
-        uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed) & PROT_MASK;
-        map_set(region, kind, first, count / 2, prot);
-        PS_POINT(C4_map);
-        map_set(region, kind, first + count / 2, count - count / 2, prot);
+    if (kind != PS_UNDO) {
+        if (kind != PS_FOLLOW) {
+            map_set(region, kind, first, count / 2, prot & PROT_MASK);
+            PS_POINT(C4_map);
+            map_set(region, kind, first + count / 2, count - count / 2, prot & PROT_MASK);
+        }
         publish(region, attempt, kind, &waiting->socket);
         PS_POINT(C6_await);
         waiting->generation = waiting->outcome->generation = attempt;
-        rc = await_all(region, waiting);
-        if (!rc && kind == PS_SET)
+        bool late = prot == PS_FOLLOW_NOTHING || prot == PS_FOLLOW_OPEN; /* nobody has to be in time */
+        rc = late ? 0 : await_all(region, waiting);
+        if (!rc && !late && kind != PS_THAW)
             error = find_error(region, attempt, &waiting->outcome->failed_pid);
         if (!error) {
             PS_POINT(C7_complete);
@@ -443,8 +453,8 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
 }
 
 struct change {
-    enum ps_kind kind; /* PS_SET or PS_THAW */
-    uint32_t prot;
+    enum ps_kind kind; /* any but PS_UNDO */
+    uint32_t prot;     /* or enum ps_follow */
     uint64_t first, count;
     uint64_t back; /* of a thaw the generation before the freeze */
 };
@@ -452,7 +462,8 @@ struct change {
 static void begin(struct ps_region *region, const struct change *change) {
     struct ps_shm_header *header = ps_header(region);
     struct ps_shm_record *record = &header->record;
-    map_copy(region, PS_SEC_OLD, PS_SEC_CUR, change->first, change->count);
+    if (change->kind != PS_FOLLOW)
+        map_copy(region, PS_SEC_OLD, PS_SEC_CUR, change->first, change->count);
     PS_POINT(C2_save);
     atomic_store_explicit(&record->kind, change->kind, memory_order_relaxed);
     atomic_store_explicit(&record->prot, change->prot, memory_order_relaxed);
@@ -494,6 +505,25 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     return rc == PS_ECORRUPT ? rc : 0;
 }
 
+int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    struct waiting waiting = patient(deadline, outcome);
+    int rc = ps_change_open(region) ? settle(region, &waiting) : 0;
+    outcome->generation = outcome->failed_pid = outcome->error = 0; /* of another's change */
+    ps_borrow_collect(region, waiting.socket);
+    return rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT ? rc : 0;
+}
+
+/* Page tables of a large region take their time. */
+int ps_change_follow(struct ps_region *region, enum ps_follow how, int64_t deadline, struct ps_outcome *outcome) {
+    struct waiting waiting = patient(deadline, outcome);
+    int64_t end = waiting.deadline + (int64_t)region->shape.pages * US;
+    waiting.deadline = end < deadline ? end : deadline;
+    waiting.early = end < deadline;
+    int rc = carry_out(region, &(struct change){PS_FOLLOW, how, 0, region->shape.pages, 0}, &waiting);
+    ps_borrow_collect(region, waiting.socket);
+    return rc;
+}
+
 /* The writer lock is ours, and no record is open. */
 static int enter(struct ps_region *region, int64_t deadline, struct waiting *waiting, struct ps_outcome *outcome) {
     uint32_t blocker;
@@ -515,6 +545,13 @@ static int enter(struct ps_region *region, int64_t deadline, struct waiting *wai
     return rc;
 }
 
+/* Whoever may store from now on may do it by system calls too: what snapshots need is saved first. */
+static int change_map(struct ps_region *region, const struct change *wanted, struct waiting *waiting) {
+    bool grants = wanted->prot & PROT_WRITE && ps_snapshots(region);
+    int rc = grants ? ps_snapshot_let(region, wanted->first, wanted->count, true) : 0;
+    return rc ? rc : carry_out(region, wanted, waiting);
+}
+
 /* No lease is held in the range, and none can be taken.  -EAGAIN: the region is frozen. */
 static int closed_change(struct ps_region *region, const struct change *wanted, int64_t deadline,
                          struct ps_outcome *outcome) {
@@ -523,7 +560,7 @@ static int closed_change(struct ps_region *region, const struct change *wanted, 
     if (rc)
         return rc;
     if (!ps_frozen(region))
-        rc = carry_out(region, wanted, &waiting);
+        rc = change_map(region, wanted, &waiting);
     else /* and somebody will thaw it: else nobody could ever change it again */
         rc = atomic_load_explicit(&ps_header(region)->freezer, memory_order_relaxed) ? -EAGAIN
                                                                                      : ps_corrupt(region, "frozen");

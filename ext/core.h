@@ -31,6 +31,7 @@ enum {
     PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
     PS_ENESTED = -5009,   /* the calling thread holds it itself */
     PS_EFROZEN = -5010,   /* the calling thread has the region frozen itself */
+    PS_EAREAS = -5011,    /* as many snapshots are alive as the region has areas for */
 };
 
 #define PS_REGIONS_MAX 1024
@@ -166,6 +167,34 @@ void ps_user_lock_give(struct ps_region *region, uint32_t index);
 /* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
 int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 int ps_thaw(struct ps_region *region); /* PS_ESIGNAL: not yet, it is held still */
+/* Snapshots: a copy-on-write image of the whole data at one moment, as one of its holders has it.  Independent of the
+ * region's handle: it reads through a description of its own, whose lock on the snapshot's byte says that somebody
+ * wants it; descriptors of the same description, in whatever process, are holders too. */
+struct ps_snapshot {
+    int fd;
+    uint32_t index, word; /* which area; its word without the state */
+    uint64_t generation;
+    struct ps_shm_header *control;              /* the control segment, mapped once more */
+    uint64_t control_size, size, pages, states; /* as the header said; offset of its states */
+};
+/* Everything stored by anybody before a moment during the call, and nothing after it.  PS_ETIMEOUT, PS_ESIGNAL: the
+ * outcome names who holds a lease, or was silent; there is no snapshot, and the caller may try again.  *shared: pages
+ * are writable for all, so the sooner it is saved the sooner stores cost nothing again. */
+int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
+                     struct ps_snapshot *snapshot, bool *shared);
+/* Of a descriptor that was passed on, which is its own from now on. */
+int ps_snapshot_adopt(int fd, uint32_t index, uint32_t word, uint64_t generation, struct ps_snapshot *snapshot,
+                      const char **field);
+int ps_snapshot_read(const struct ps_snapshot *snapshot, uint64_t offset, void *to, uint64_t length);
+/* Looks at `count` pages from *page on, and saves them; 1: there are more, from *page on; 0: it is complete. */
+int ps_snapshot_save(struct ps_snapshot *snapshot, uint64_t *page, uint64_t count);
+/* The data of a complete one, to be read; in a forked child too.  The mapping keeps the area. */
+int ps_snapshot_view(const struct ps_snapshot *snapshot, void **at);
+void ps_snapshot_unview(void *at, uint64_t pages);
+bool ps_snapshot_complete(const struct ps_snapshot *snapshot);
+uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot); /* pages that need not be saved any more */
+void ps_snapshot_close(struct ps_snapshot *snapshot);
+void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */
 
 /* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */
 struct ps_calls {

@@ -44,9 +44,22 @@ static bool leased_here(const struct ps_region *region, uint64_t page) {
     return (ps_here(region, page) & held) == held;
 }
 
-/* As ps_run, of what our page tables should be: what the map says, and read-write where we hold a lease. */
+/* As ps_run, of what the map says, but not writable where a snapshot has not got the page yet. */
+static uint64_t shared_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot) {
+    uint64_t run = ps_run(region, page, end, prot);
+    bool open;
+    if (!(*prot & PROT_WRITE) || !ps_snapshots(region))
+        return run;
+    run = ps_snapshot_run(region, page, page + run, &open);
+    if (!open)
+        *prot = (*prot & ~(uint32_t)PROT_WRITE) | PROT_READ;
+    return run;
+}
+
+/* As ps_run, of what our page tables should be: what all have, and read-write where we hold a lease (whose taker has
+ * saved the pages). */
 static uint64_t wanted_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot) {
-    uint64_t run = ps_run(region, page, end, prot), same = 1;
+    uint64_t run = shared_run(region, page, end, prot), same = 1;
     if (!atomic_load_explicit(&region->leased, memory_order_acquire))
         return run;
     bool leased = leased_here(region, page);

@@ -120,7 +120,9 @@ static int unreachable(struct ps_region *region, uint64_t page, bool store, stru
 
 /* The map allows an access that our page tables refused: they are late, or we are fenced. */
 static int mend(struct ps_region *region, uint64_t page) {
-    int rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
+    int rc = ps_snapshots(region) ? ps_snapshot_let(region, page, 1, false) : 0;
+    if (!rc)
+        rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
     if (rc)
         return rc;
     rc = region->fenced ? -EACCES : ps_engine_mend(region, page);
@@ -398,12 +400,16 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
     struct ps_faults *faults = ps_process_faults();
     int64_t end = ps_sys_now() + PATIENCE;
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    while (pending(region) && ps_sys_now() < end)
+    bool copied = store && allows(ps_protection(region, page), true) && ps_snapshots(region) && !region->fenced &&
+                  !ps_snapshot_open(region, page);
+    while (!copied && pending(region) && ps_sys_now() < end)
         ps_sys_wait((struct ps_watch){&slot->ack, atomic_load_explicit(&slot->ack, memory_order_relaxed)},
                     FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
     if (!allows(ps_protection(region, page), store) || region->fenced)
         return false;
-    if (region->unsynced) /* a handler jumped out of an earlier violation here (ps_engine_refuse) */
+    /* A handler jumped out of an earlier violation here (ps_engine_refuse); or a snapshot that is over left it closed.
+     */
+    if (region->unsynced || (store && !copied))
         mend(region, page);
     uint64_t retry = mix(fault, ps_generation(region), 0);
     if (retry != faults->retried)

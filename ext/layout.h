@@ -32,9 +32,8 @@
 #define PS_RING 1024      /* latest changes; a power of two */
 #define PS_SECTIONS 16
 #define PS_LINE 64
-#define PS_LOCKS 1024    /* user locks of a region */
-#define PS_SAVE_LOCKS 64 /* behind them, our own: one saves a page for snapshots, by page modulo this */
-#define PS_SNAPSHOTS 8u  /* at the same time; fewer where so many areas do not fit into an address range */
+#define PS_LOCKS 1024   /* user locks of a region */
+#define PS_SNAPSHOTS 8u /* at the same time; fewer where so many areas do not fit into an address range */
 #define PS_SNAPSHOT_BYTE                                                                                               \
     (UINT64_C(1) << 62) /* of the memfd, behind all of it: + k is read-locked (OFD) by who has snapshot k */
 #define PS_CLOSERS 64u  /* changes that wait for leases at the same time; one bit each in a mask */
@@ -68,6 +67,15 @@ enum ps_kind {
     PS_FOLLOW = 3, /* it stays: page tables follow it again in the range, because snapshots began or ended */
 };
 
+/* Whose page tables follow at a PS_FOLLOW; in the place of its protection. */
+enum ps_follow {
+    PS_FOLLOW_NOTHING = 8, /* the generation alone is wanted; nobody is waited for */
+    PS_FOLLOW_ALL = 9,     /* every page: a snapshot begins */
+    PS_FOLLOW_DIRTY = 10,  /* pages that are DIRTY in a snapshot: its moment comes */
+    PS_FOLLOW_OPEN = 11,   /* every page, where it can be done, sooner or later: snapshots ended */
+};
+#define PS_FOLLOWS 8u /* none of the bits of a protection: tells also what an UNDO is of */
+
 /* What happens at a forbidden access. */
 enum ps_policy { PS_DIE = 0, PS_RAISE = 1, PS_WAIT = 2 };
 
@@ -84,7 +92,7 @@ enum ps_section_kind {
     PS_SEC_CUR = 3,   /* one byte a page: protection ^ initial protection */
     PS_SEC_OLD = 4,   /* the same, frozen while the record is open */
     PS_SEC_LEASE = 5, /* one held word (below) a page */
-    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS + PS_SAVE_LOCKS] */
+    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS] */
     PS_SEC_KEPT = 7,  /* one byte a page: as CUR, what it was before the freeze that is in force */
     PS_SEC_STATE = 8, /* per snapshot area one byte a page (enum ps_saved), each area's from a page boundary on */
     PS_SEC_STAMP = 9, /* one word a page: the generation at which it was last known to be written */
@@ -102,20 +110,25 @@ enum ps_snapshot_state {
 #define PS_SNAPSHOT_MASK ((1u << PS_SNAPSHOT_BITS) - 1)
 
 /* A byte of PS_SEC_STATE.
- * W: whoever stores or saves, by 0 -> DIRTY (while PREPARING) and to SAVED, release, under the page's save lock after
- * the copy; never back, until the area is used again.  R: anybody, acquire: pairs with SAVED: the area has the page.
- * Crash: not SAVED: the page in the region is still the snapshot's. */
+ * W: whoever stores, by CAS 0 -> DIRTY, seq_cst, while PREPARING; whoever saves, to SAVED, release, after the copy;
+ * never back, until the area is used again.  R: anybody, acquire: pairs with SAVED: the area has the page. Crash: not
+ * SAVED: the page in the region is still the snapshot's. */
 enum ps_saved { PS_UNSAVED = 0, PS_DIRTY = 1, PS_SAVED = 2 };
 
 /* A copy-on-write image of the data at one moment.  Page p of area k, behind the data in the memfd, is its page p where
  * the state says so; else the data's is. */
 struct ps_shm_snapshot {
-    /* W: snapshotter at S1, S4, S7, release; whoever finds that nobody holds its lock byte, to FREE; each under the
-     * writer lock.  R: anybody, acquire.  Crash: PREPARING or ACTIVE without a holder of its byte: freed by the next.
-     */
+    /* W: snapshotter at S1 and S4, under the writer lock; who has all of it saved, by CAS ACTIVE -> COMPLETE; who finds
+     * that nobody holds its lock byte, or no memory to save a page, by CAS to FREE; all seq_cst.  R: anybody, acquire;
+     * who has made a page DIRTY, seq_cst after that.  Crash: PREPARING or ACTIVE without a holder of its byte: freed by
+     * the next. */
     _Atomic uint32_t word;
-    uint32_t pad;                /* W: nobody.  R: nobody */
-    _Atomic uint64_t generation; /* W: snapshotter at S4, before ACTIVE: of its moment.  R: anybody */
+    /* W: whoever makes a page DIRTY, + 1, seq_cst, before the state; 0 at S1.  R: snapshotter at S4, seq_cst after
+     * ACTIVE: 0: no page tables were opened.  Crash: too high: some follow for nothing. */
+    _Atomic uint32_t dirty;
+    /* W: snapshotter: 0 at S1; at S4, when all page tables follow, that of its moment, release.  R: anybody, acquire:
+     * 0: the moment has not come, nobody stores yet.  Crash: as the word. */
+    _Atomic uint64_t generation;
 };
 
 /* A held word says who has a page leased, or a lock: two owner words.
@@ -143,7 +156,7 @@ struct ps_shm_closer {
      * the change, and clears it.
      * R: lease-takers, acquire.  Crash: names a dead owner. */
     _Atomic uint32_t owner;
-    uint32_t pad;           /* W: nobody.  R: nobody */
+    _Atomic uint32_t drain; /* W: as first; 1: a snapshot's, which lets pass who holds a lease already.  R: as first */
     _Atomic uint64_t first; /* W: owner, before its bit in `closers`.  R: lease-takers, relaxed; only compared */
     _Atomic uint64_t count; /* W: as first.  R: as first */
 };
@@ -169,7 +182,8 @@ struct ps_shm_record {
     /* W: caller at C2 (relaxed, published by C3) and U1 (release).  R: caller, acquire.
      * Crash: either kind is right: both re-executions are idempotent because `old` is frozen. */
     _Atomic uint32_t kind;
-    _Atomic uint32_t prot;   /* W: caller at C2, relaxed, published by C3.  R: caller that finishes it */
+    _Atomic uint32_t
+        prot; /* W: caller at C2, relaxed, published by C3; of FOLLOW enum ps_follow.  R: who finishes it */
     _Atomic uint64_t first;  /* W: as prot.  R: as prot; checked against pages */
     _Atomic uint64_t count;  /* W: as prot.  R: as prot; checked against pages */
     _Atomic uint32_t author; /* W: as prot; pid of the author, in its pid namespace.  R: as prot */
@@ -251,7 +265,11 @@ struct ps_shm_slot {
      * wakes who sleeps on it where a closer is there.  R: snapshotter, seq_cst after its closer: 0: no lease is held
      * by it.  Crash: too high; ignored once the owner is dead. */
     _Atomic uint32_t leases;
-    uint32_t pad4[15]; /* W: nobody.  R: nobody */
+    /* W: owner's threads: + 1, seq_cst, before they look at a snapshot's word; - 1, release, when what they save for it
+     * lies in its area.  R: snapshotter at S1, seq_cst: not 0: somebody may still write to an area that was in use.
+     * Crash: too high; ignored once the owner is dead. */
+    _Atomic uint32_t saving;
+    uint32_t pad4[14]; /* W: nobody.  R: nobody */
 };
 
 struct ps_shm_header {
@@ -302,8 +320,8 @@ struct ps_shm_header {
     _Atomic uint32_t leases;
     uint32_t pad1; /* W: nobody.  R: nobody */
     /* Bits of the snapshots that are PREPARING or ACTIVE. */
-    /* W: as their words, seq_cst, after them when it comes and before them when it goes.  R: lease-takers, seq_cst
-     * after their CAS; who follows the map, acquire.  Crash: as the words. */
+    /* W: under the writer lock, seq_cst, after the word when a bit comes; when it goes, some time after it.
+     * R: lease-takers, seq_cst after their look at the closers; who follows the map, seq_cst.  Crash: as the words. */
     _Atomic uint64_t snapshots;
     /* W: as its fields say.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_closer closer[PS_CLOSERS];

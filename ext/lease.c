@@ -42,6 +42,25 @@ struct wait {
     uint32_t blocker;      /* owner word of whom we waited for in vain */
 };
 
+/* The calling thread has a lease, of those that it remembers. */
+static bool thread_holds(const struct ps_region *region) {
+    const struct ps_taken *taken = ps_process_taken();
+    for (int i = 0; i < PS_TAKEN; i++)
+        if (taken[i].region == region && taken[i].page < region->shape.pages && ps_here_own(region, taken[i].page))
+            return true;
+    return false;
+}
+
+/* In the place of one that has ended. */
+static void remember(const struct ps_region *region, uint64_t page) {
+    struct ps_taken *taken = ps_process_taken();
+    for (int i = 0; i < PS_TAKEN; i++)
+        if (taken[i].region != region || taken[i].page >= region->shape.pages || !ps_here_own(region, taken[i].page)) {
+            taken[i] = (struct ps_taken){region, page};
+            return;
+        }
+}
+
 static struct wait begin_wait(struct ps_region *region, int64_t deadline) {
     struct wait wait = {.region = region, .deadline = deadline, .mine = ps_owner_word(region)};
     int64_t patience = deadline == PS_TRY ? PS_NEVER : ps_sys_now() + PATIENCE;
@@ -230,6 +249,9 @@ static struct ps_shm_closer *closer_over(struct ps_region *region, uint64_t firs
         /* relaxed: stored before the bit.  Of an entry that changes hands now the owner comes after us, and sees us. */
         uint64_t from = atomic_load_explicit(&closer->first, memory_order_relaxed);
         uint64_t pages = atomic_load_explicit(&closer->count, memory_order_relaxed);
+        /* It waits for the leases that this thread has, so it has not come to anything yet. */
+        if (atomic_load_explicit(&closer->drain, memory_order_relaxed) && thread_holds(region))
+            continue;
         if (from < first + count && first < from + pages)
             return closer;
     }
@@ -377,18 +399,28 @@ static int tell(const struct wait *wait, int rc, _Atomic uint64_t *word, uint64_
     return PS_ETIMEOUT;
 }
 
+static int publish_closer(struct wait *wait, uint64_t first, uint64_t count, bool drain,
+                          struct ps_shm_closer **closer) {
+    struct ps_shm_header *header = ps_header(wait->region);
+    int rc = find_closer(wait, closer);
+    if (rc)
+        return rc;
+    atomic_store_explicit(&(*closer)->first, first, memory_order_relaxed);
+    atomic_store_explicit(&(*closer)->count, count, memory_order_relaxed);
+    atomic_store_explicit(&(*closer)->drain, drain, memory_order_relaxed);
+    /* seq_cst: before the look at the words (invariant 1) or the counts, after the range. */
+    atomic_fetch_or_explicit(&header->closers, UINT64_C(1) << (*closer - header->closer), memory_order_seq_cst);
+    PS_POINT(K1_close);
+    return 0;
+}
+
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer) {
     struct ps_shm_header *header = ps_header(region);
     struct wait wait = begin_wait(region, deadline);
-    int rc = find_closer(&wait, closer);
+    int rc = publish_closer(&wait, first, count, false, closer);
     if (rc)
         return tell(&wait, rc, NULL, 0, outcome);
-    atomic_store_explicit(&(*closer)->first, first, memory_order_relaxed);
-    atomic_store_explicit(&(*closer)->count, count, memory_order_relaxed);
-    /* seq_cst: before the look at the words (invariant 1), after the range. */
-    atomic_fetch_or_explicit(&header->closers, UINT64_C(1) << (*closer - header->closer), memory_order_seq_cst);
-    PS_POINT(K1_close);
     if (atomic_load_explicit(&header->leases, memory_order_seq_cst))
         rc = await_holders(&wait, first, first + count);
     if (!rc)
@@ -399,6 +431,60 @@ int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int
 
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer) {
     clear(region, closer);
+}
+
+/* -- A snapshot and all leases -----------------------------------------------------------------------------------
+ *
+ * It does not look at words, which are as many as pages: each participant counts the leases that it has or is about to
+ * have.  A lease-taker counts before it looks at the closers, a snapshot publishes its closer before it looks at the
+ * counts.  A thread that has a lease passes, so that it can come to its end. */
+
+static _Atomic uint32_t *own_leases(const struct ps_region *region) {
+    return &ps_slot(region, region->slot)->leases;
+}
+
+static void count_lease(struct ps_region *region) {
+    atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst);
+}
+
+static void uncount_lease(struct ps_region *region) {
+    struct ps_shm_header *header = ps_header(region);
+    atomic_fetch_sub_explicit(own_leases(region), 1, memory_order_seq_cst);
+    for (uint64_t mask = atomic_load_explicit(&header->closers, memory_order_seq_cst); mask; mask &= mask - 1)
+        if (atomic_load_explicit(&header->closer[__builtin_ctzll(mask)].drain, memory_order_relaxed))
+            ps_sys_wake(own_leases(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
+/* Until the participant has none, or is gone. */
+static int drain_slot(struct wait *wait, uint32_t index) {
+    struct ps_shm_slot *slot = ps_slot(wait->region, index);
+    uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire), leases;
+    uint32_t owner = status >> PS_STATE_BITS << PS_OWNER_SLOT_BITS | (index + 1);
+    while (ps_state_of(status) == PS_LIVE && (leases = atomic_load_explicit(&slot->leases, memory_order_seq_cst))) {
+        if (gone(wait, owner))
+            return 0;
+        wait->blocker = owner;
+        int rc = ps_owner_wait(wait->region, (struct ps_watch){&slot->leases, leases}, owner, wait->deadline);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
+                   struct ps_shm_closer **closer) {
+    struct wait wait = begin_wait(region, deadline);
+    if (thread_holds(region))
+        return PS_ENESTED;
+    int rc = publish_closer(&wait, 0, region->shape.pages, true, closer);
+    if (rc)
+        return tell(&wait, rc, NULL, 0, outcome);
+    for (uint32_t index = 0, used = ps_slots_used(region); index < used && !rc; index++)
+        rc = drain_slot(&wait, index);
+    if (!rc)
+        return 0;
+    clear(region, *closer);
+    return tell(&wait, rc, NULL, 0, outcome);
 }
 
 /* -- Leases ---------------------------------------------------------------------------------------------------- */
@@ -438,18 +524,20 @@ static bool nested(const struct ps_region *region, const struct ps_lease *lease)
     return false;
 }
 
-/* Words that no change is after. */
+/* Words that no change is after; counted. */
 static int take_open_pages(struct wait *wait, struct ps_lease *lease) {
     struct ps_region *region = wait->region;
     for (;;) {
+        count_lease(region);
         int rc = take_pages(wait, lease);
-        if (rc && rc != -EBUSY)
-            return rc;
-        struct ps_shm_closer *closer = closer_over(region, lease->first, lease->count);
+        struct ps_shm_closer *closer = rc && rc != -EBUSY ? NULL : closer_over(region, lease->first, lease->count);
         if (!closer && !rc)
             return 0;
         if (!rc)
             give_pages(region, lease->first, lease->first + lease->count);
+        uncount_lease(region);
+        if (rc && rc != -EBUSY)
+            return rc;
         if (!closer)
             continue; /* it went meanwhile */
         rc = wait->deadline == PS_TRY ? -EAGAIN : wait_for_closer(wait, closer);
@@ -540,10 +628,16 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
         rc = map_window(&wait);
     if (!rc && !(rc = take_open_pages(&wait, lease))) {
         rc = look_at_map(region, lease, refusal);
+        if (!rc && ps_snapshots(region))
+            rc = ps_snapshot_keep(region, lease->first, lease->count, false);
         if (!rc && lease->in_place)
             rc = open_pages(&wait, lease, refusal);
-        if (rc)
+        if (rc) {
             give_pages(region, lease->first, lease->first + lease->count);
+            uncount_lease(region);
+        } else {
+            remember(region, lease->first);
+        }
     }
     return rc ? tell(&wait, rc, lease_word(region, lease->first), lease->count, outcome) : 0;
 }
@@ -563,6 +657,7 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
         atomic_store_explicit(&region->here[page], ended, memory_order_release);
         give(region, lease_word(region, page), 0);
     }
+    uncount_lease(region);
     return 0;
 }
 

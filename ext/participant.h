@@ -90,7 +90,7 @@ struct ps_quarantine { /* pages that were replaced by private ones, after a forb
 
 struct ps_region {
     _Atomic uint32_t use;   /* enum ps_use */
-    _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard, window, guard; 0: none */
+    _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard, window, guard, shadow; 0: none */
     uint64_t span;          /* its bytes */
     struct ps_shape shape;
     _Atomic uint32_t descriptor_lock;          /* lock.c */
@@ -127,6 +127,7 @@ struct ps_region {
     uintptr_t source; /* under page_lock: of a no-access mapping of the data, from which its pages come back; 0: none */
 
     _Atomic bool window; /* under page_lock: the data is mapped a second time, for leases by window */
+    _Atomic bool shadow; /* under page_lock: it is mapped once more, with the snapshots' areas, for saving pages */
 
     _Atomic int frozen_by;               /* the thread of ours that has the region frozen; 0: none */
     struct ps_shm_closer *freeze_closer; /* of that freeze */
@@ -150,6 +151,7 @@ int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t coun
 int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count);
 int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count);
 void ps_region_unmap_source(struct ps_region *region);
+int ps_region_map_shadow(struct ps_region *region);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
@@ -176,6 +178,10 @@ static inline struct ps_shm_header *ps_header(const struct ps_region *region) {
 }
 static inline void *ps_section(const struct ps_region *region, enum ps_section_kind kind) {
     return (char *)ps_header(region) + region->shape.offset[kind];
+}
+/* The third mapping of the data, and behind it the snapshots' areas. */
+static inline char *ps_shadow(const struct ps_region *region) {
+    return (char *)ps_header(region) + ps_data_offset(&region->shape) + 2 * ps_window_offset(&region->shape);
 }
 static inline struct ps_shm_slot *ps_slot(const struct ps_region *region, uint32_t slot) {
     return (struct ps_shm_slot *)ps_section(region, PS_SEC_SLOTS) + slot;
@@ -256,10 +262,30 @@ int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *block
 /* Ends the freeze of a dead freezer, if there is one; true: look again.  Of a participant; async-signal-safe. */
 bool ps_freeze_notice(struct ps_region *region);
 
+/* With the writer lock, and no record open: a generation at which page tables follow the map again as `how` says. */
+int ps_change_follow(struct ps_region *region, enum ps_follow how, int64_t deadline, struct ps_outcome *outcome);
+/* With the writer lock: finishes the record of a dead caller. */
+int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+
 /* lease.c: held words, and the changes that wait for them */
+int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
+                   struct ps_shm_closer **closer);
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
+
+/* snapshot.c: saving pages before they are stored to */
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
+int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
+void ps_snapshot_forsake(struct ps_region *region);
+int ps_snapshot_open(struct ps_region *region, uint64_t page);
+uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open);
+int ps_snapshot_follow(struct ps_region *region, enum ps_follow how);
+
+/* Is there one that stores must care for?  seq_cst: after whatever the caller has stored. */
+static inline bool ps_snapshots(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->snapshots, memory_order_seq_cst);
+}
 
 /* engine.c: page tables */
 int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count);
@@ -364,6 +390,14 @@ struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);
 struct ps_chain *ps_process_chain(int signal);
 struct ps_faults *ps_process_faults(void);
+
+/* Leases that the calling thread took, by a page of each: as many as it may hold and still pass a snapshot. */
+#define PS_TAKEN 8
+struct ps_taken {
+    const struct ps_region *region;
+    uint64_t page;
+};
+struct ps_taken *ps_process_taken(void);
 
 /* A word of `here`, by page or pages + lock; does the calling thread hold that? */
 static inline uint64_t ps_here(const struct ps_region *region, uint64_t index) {

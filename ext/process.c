@@ -31,6 +31,7 @@ static _Thread_local struct ps_faults faults;
 static _Thread_local struct ps_violation violation;
 static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
+static _Thread_local struct ps_taken taken[PS_TAKEN];
 static _Thread_local const struct ps_region *agent_of;
 static _Atomic uint32_t borrow_lock;      /* lock.c */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
@@ -56,6 +57,10 @@ void ps_set_hooks(const struct ps_hooks *given) {
 
 const struct ps_hooks *ps_process_hooks(void) {
     return atomic_load_explicit(&hooks, memory_order_acquire);
+}
+
+struct ps_taken *ps_process_taken(void) {
+    return taken;
 }
 
 struct ps_region *ps_process_next(struct ps_region *region) {
@@ -115,7 +120,7 @@ static void forget_participation(struct ps_region *region) {
     region->quarantines = 0;
     region->source = 0;
     region->frozen_by = 0;
-    region->window = false;
+    region->window = region->shadow = false;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;

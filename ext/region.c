@@ -52,7 +52,7 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
     case PS_SEC_LEASE:
         return pages * sizeof(uint64_t);
     case PS_SEC_LOCK:
-        return (PS_LOCKS + PS_SAVE_LOCKS) * sizeof(struct ps_shm_lock);
+        return PS_LOCKS * sizeof(struct ps_shm_lock);
     case PS_SEC_KEPT:
         return pages;
     case PS_SEC_STATE:
@@ -223,8 +223,8 @@ static int map_at(uintptr_t address, uint64_t length, int prot, int flags, int f
 #define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
 int ps_region_place(struct ps_region *region) {
-    uint64_t data = ps_data_offset(&region->shape);
-    region->span = data + 2 * ps_window_offset(&region->shape);
+    uint64_t data = ps_data_offset(&region->shape), room_of_one = ps_window_offset(&region->shape);
+    region->span = data + 3 * room_of_one + region->shape.areas * region->shape.pages * PS_PAGE;
     if (region->span > PS_FAR_SIZE / 2)
         return -ENOMEM;
     uint64_t room = (PS_FAR_SIZE - region->span) / CHUNK - data / CHUNK - 1;
@@ -266,23 +266,37 @@ int ps_region_map_canary(struct ps_region *region, int own) {
     return map_shared((uintptr_t)ps_header(region) + region->shape.control_size, PS_PAGE, PROT_NONE, own, 0);
 }
 
-/* The window too. */
+/* The window and the shadow too. */
 int ps_region_unmap_data(struct ps_region *region) {
-    return map_at((uintptr_t)ps_address(region), 2 * ps_window_offset(&region->shape), PROT_NONE, RESERVED | MAP_FIXED,
-                  -1, 0);
+    return map_at((uintptr_t)ps_address(region), region->span - ps_data_offset(&region->shape), PROT_NONE,
+                  RESERVED | MAP_FIXED, -1, 0);
 }
 
-/* A second mapping of the data, always writable.  It must keep the slot's byte as the first one does, and `own` is in
- * a table that a caller cannot reach: mremap(2) with an old size of 0 maps more of what is mapped already, by the same
- * description and with the same flags.  The last page of the control segment, which is writable, DONTFORK and
- * DONTDUMP, lies before the data in the memfd as well; here it goes again. */
-int ps_region_map_window(struct ps_region *region) {
+/* Once more, writable, what lies in the memfd from the data on.  It must keep the slot's byte as the first mapping
+ * does, and `own` is in a table that a caller cannot reach: mremap(2) with an old size of 0 maps more of what is mapped
+ * already, by the same description and with the same flags.  The last page of the control segment, which is writable,
+ * DONTFORK and DONTDUMP, lies before the data in the memfd as well; here it goes again. */
+static int map_again(struct ps_region *region, uintptr_t at, uint64_t length) {
     uintptr_t last = (uintptr_t)ps_header(region) + region->shape.control_size - PS_PAGE;
-    uintptr_t at = (uintptr_t)ps_address(region) + ps_window_offset(&region->shape) - PS_PAGE;
-    uint64_t length = PS_PAGE + region->shape.pages * PS_PAGE;
+    at -= PS_PAGE;
+    length += PS_PAGE;
     if (mremap((void *)last, 0, length, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)at) == MAP_FAILED)
         return -errno;
     return map_at(at, PS_PAGE, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
+}
+
+/* The data, always writable. */
+int ps_region_map_window(struct ps_region *region) {
+    return map_again(region, (uintptr_t)ps_address(region) + ps_window_offset(&region->shape),
+                     region->shape.pages * PS_PAGE);
+}
+
+/* The data, to be read whatever its protection, and behind it the snapshots' areas, writable. */
+int ps_region_map_shadow(struct ps_region *region) {
+    uint64_t data = region->shape.pages * PS_PAGE;
+    uintptr_t at = (uintptr_t)ps_shadow(region);
+    int rc = map_again(region, at, (1 + (uint64_t)region->shape.areas) * data);
+    return rc ? rc : mprotect((void *)at, data, PROT_READ) ? -errno : 0;
 }
 
 /* As ps_region_map_window, anywhere, and nobody may access it. */

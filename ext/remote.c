@@ -48,6 +48,10 @@ bool ps_remote_plan(const struct ps_region *region, enum ps_kind kind, struct ps
     uint64_t count = atomic_load_explicit(&record->count, memory_order_relaxed), end = 0;
     uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed);
     outside->count = 0;
+    if (prot & PS_FOLLOWS || kind == PS_FOLLOW)
+        return prot == PS_FOLLOW_NOTHING && kind == PS_FOLLOW;
+    if (ps_snapshots(region)) /* a page that one has not got yet must stay closed; its agent knows */
+        return false;
     if (count > PAGES || first >= region->shape.pages || count > region->shape.pages - first)
         return false;
     for (uint64_t page = first; page < first + count; page++) {

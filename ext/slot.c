@@ -44,6 +44,8 @@ static void take(struct ps_region *region, uint32_t index) {
     atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_JOINING), memory_order_release);
     atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->asked, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->leases, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->saving, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->flags, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->capabilities, 0, memory_order_relaxed);
     region->pid = (uint32_t)getpid();

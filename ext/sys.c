@@ -89,6 +89,11 @@ uint64_t ps_sys_boottime(void) {
     return clock_ns(CLOCK_BOOTTIME);
 }
 
+void ps_sys_pause(void) {
+    _Atomic uint32_t nobody_wakes = 0;
+    ps_sys_wait((struct ps_watch){&nobody_wakes, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
+}
+
 int ps_sys_gettid(void) {
     return (int)syscall(SYS_gettid);
 }
@@ -423,20 +428,29 @@ int ps_sys_socket_wait(int socket, int64_t deadline) {
     return rc < 0 ? rc : rc ? 0 : -ETIMEDOUT;
 }
 
-static struct flock ofd_byte(uint32_t byte) {
-    return (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+static struct flock ofd_byte(short type, uint64_t byte) {
+    return (struct flock){.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
 }
 
 int ps_sys_ofd_take(int fd, uint32_t byte) {
-    struct flock lock = ofd_byte(byte);
+    struct flock lock = ofd_byte(F_WRLCK, byte);
     int rc = result(fcntl(fd, F_OFD_SETLK, &lock));
     return rc == -EACCES ? -EAGAIN : rc;
 }
 
-int ps_sys_ofd_free(int fd, uint32_t byte) {
-    struct flock lock = ofd_byte(byte);
+int ps_sys_ofd_share(int fd, uint64_t byte) {
+    struct flock lock = ofd_byte(F_RDLCK, byte);
+    return result(fcntl(fd, F_OFD_SETLK, &lock));
+}
+
+int ps_sys_ofd_free(int fd, uint64_t byte) {
+    struct flock lock = ofd_byte(F_WRLCK, byte);
     int rc = result(fcntl(fd, F_OFD_GETLK, &lock));
     return rc < 0 ? rc : lock.l_type == F_UNLCK;
+}
+
+int ps_sys_punch(int fd, uint64_t at, uint64_t length) {
+    return result(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)length));
 }
 
 /* Reads a small file of /proc; the length, or -errno. */

@@ -27,6 +27,7 @@ struct ps_watch {
 
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
+void ps_sys_pause(void);        /* a tenth of a millisecond, for whoever waits for what nobody wakes for */
 int ps_sys_gettid(void);
 bool ps_sys_thread_exists(int tid);      /* in this process */
 _Noreturn void ps_sys_exit_thread(void); /* this thread alone, at once */
@@ -61,7 +62,11 @@ int ps_sys_mark_nothing(struct ps_robust *robust);
 
 /* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has it); free? */
 int ps_sys_ofd_take(int fd, uint32_t byte);
-int ps_sys_ofd_free(int fd, uint32_t byte); /* 1, 0 or -errno */
+int ps_sys_ofd_share(int fd, uint64_t byte); /* read-locked for it, together with others */
+int ps_sys_ofd_free(int fd, uint64_t byte);  /* 1, 0 or -errno */
+
+/* Gives the memory of a part of a file back: it reads as zero. */
+int ps_sys_punch(int fd, uint64_t at, uint64_t length);
 
 /* userfaultfd(2), write protection only; what a store to a protected page gets is SIGBUS.
  * ENOENT: a part of the range is not registered (what lies before it is done).  ESRCH: that process has no memory left.

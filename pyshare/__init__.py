@@ -4,7 +4,7 @@ The public names; no code.  Regions are in _region.py, names in _names.py,
 errors in _errors.py, everything that touches memory in _core (ext/).
 """
 
-from pyshare._core import DEFAULT, Frozen, Lease, Lock, set_default_timeout
+from pyshare._core import DEFAULT, Frozen, Lease, Lock, Snapshot, set_default_timeout
 from pyshare._errors import (
     CorruptRegion,
     ParticipantLimit,
@@ -43,6 +43,7 @@ __all__ = [
     "RegionExists",
     "RegionNotFound",
     "ShareError",
+    "Snapshot",
     "attach",
     "create",
     "names",

@@ -23,7 +23,7 @@ from typing import Any, SupportsIndex
 import psutil
 
 from pyshare import _core, _names
-from pyshare._core import DEFAULT
+from pyshare._core import DEFAULT, Snapshot
 from pyshare._errors import RegionClosed, RegionExists
 
 Timeout = float | _core._Default | None
@@ -268,6 +268,27 @@ class Region(_core.Handle):
             Participant(pid=pid, applied=applied, alive=alive, engine=engine, fenced=fenced, tid=tid)
             for pid, tid, applied, alive, engine, fenced in self._participants()
         ]
+
+    # -- Snapshots -------------------------------------------------------------------------------------------------
+
+    def snapshot(self, *, timeout: Timeout = DEFAULT) -> Snapshot:
+        """Everything that was stored before one moment of this call, by anybody, and nothing stored after it.
+
+        Nothing is copied now: whoever writes a page later saves it first. Blocks, with other Python threads running,
+        until leases have ended; nobody gets a new one meanwhile, but for who has one already. Where pages are
+        writable for all, every participant has to acknowledge, stores to them fault once until the page is saved
+        (system calls that store into them may get EFAULT), and a thread of this process saves them all in the
+        background.
+
+        Raises:
+            PropagationTimeout: somebody (``pids``) held a lease, or was silent, for ``timeout`` seconds. There is no
+                snapshot then, and everything is as before.
+            ShareError: this thread holds a lease, and would wait for itself; or eight snapshots are alive.
+            OSError: a participant could not follow (ENOMEM: the limit of mappings, vm.max_map_count).
+            KeyboardInterrupt: after Ctrl-C; there is no snapshot.
+            RegionClosed, CorruptRegion.
+        """
+        return _core.take_snapshot(self, timeout)
 
     # -- Data ------------------------------------------------------------------------------------------------------
 

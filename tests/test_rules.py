@@ -90,6 +90,7 @@ MAY_CALL = {
     "engine.c": {"mprotect"},
     "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
     "freeze.c": set(),
+    "image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread", "pwrite"},
     "lease.c": set(),
     "lock.c": set(),
     "names.c": DESCRIPTORS,
@@ -100,10 +101,11 @@ MAY_CALL = {
     "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
     "remote.c": set(),
     "slot.c": {"getpid"},
+    "snapshot.c": set(),
     "sys.c": DESCRIPTORS
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"}
-    | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
+    | {"bind", "fallocate", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
 }
 
 
@@ -251,9 +253,13 @@ SIGNATURES = {
     "Region.lease": "(self, offset, length, *, timeout=DEFAULT, window=False)",
     "Region.lock": "(self, index, *, timeout=DEFAULT)",
     "Region.frozen": "(self, *, timeout=DEFAULT)",
+    "Region.snapshot": "(self, *, timeout=DEFAULT)",
     "Lease.release": "(self)",
     "Frozen.release": "(self)",
     "Lock.release": "(self)",
+    "Snapshot.read": "(self, offset, length)",
+    "Snapshot.finish": "(self)",
+    "Snapshot.close": "(self)",
 }
 PROPERTIES = ["name", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
 ERRORS = {

@@ -1,0 +1,280 @@
+"""_snapshot: the snapshot class of _core, which includes this file.
+
+Lives here: what is held of a snapshot in this process, its buffer protocol, and
+saving it in the background.  Not here: protocol (snapshot.c, image.c), files
+(pyshare/_image.py).
+Invariant: whoever is inside a call has the Holding, so close() takes nothing
+away from under it; a buffer has the mapping, so it outlives both.
+"""
+
+import _thread
+import weakref
+from multiprocessing import reduction
+
+cdef extern from "core.h" nogil:
+    enum:
+        PS_EAREAS
+    struct ps_snapshot:
+        int fd
+        uint32_t index
+        uint32_t word
+        uint64_t generation
+        uint64_t size
+        uint64_t pages
+    int ps_snapshot_take(ps_region *region, int64_t deadline, ps_outcome *outcome, ps_snapshot *snapshot, flag *shared)
+    int ps_snapshot_adopt(int fd, uint32_t index, uint32_t word, uint64_t generation, ps_snapshot *snapshot,
+                          const char **field)
+    int ps_snapshot_read(const ps_snapshot *snapshot, uint64_t offset, void *to, uint64_t length)
+    int ps_snapshot_save(ps_snapshot *snapshot, uint64_t *page, uint64_t count)
+    int ps_snapshot_view(const ps_snapshot *snapshot, void **at)
+    void ps_snapshot_unview(void *at, uint64_t pages)
+    flag ps_snapshot_complete(const ps_snapshot *snapshot)
+    uint64_t ps_snapshot_saved(const ps_snapshot *snapshot)
+    void ps_snapshot_close(ps_snapshot *snapshot)
+
+cdef enum:
+    SOME = 4096  # pages that are saved between two looks at signals, or at whether somebody still wants it
+
+
+@cython.final
+cdef class Holding:
+    """A snapshot's descriptor and mapping, as long as anybody uses them."""
+
+    cdef ps_snapshot at
+    cdef bint unwanted  # closed: who saves it in the background may stop
+
+    def __cinit__(self):
+        self.at.fd = -1
+
+    def __dealloc__(self):
+        if self.at.fd >= 0:
+            ps_snapshot_close(&self.at)
+
+    cdef bint save(self, uint64_t *page) except -1:
+        """Some more pages; False: it is complete."""
+        cdef int rc
+        with nogil:
+            rc = ps_snapshot_save(&self.at, page, SOME)
+        if rc < 0:
+            raise_lost(rc, "snapshot")
+        return rc
+
+
+@cython.final
+cdef class Image:
+    """What buffers of a Snapshot name as their object: the mapped image, which lives as long as it."""
+
+    cdef void *address
+    cdef uint64_t pages
+    cdef uint64_t size
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.address, <Py_ssize_t>self.size, 1, flags)
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        """As in Handle."""
+
+    def __dealloc__(self):
+        if self.address is not NULL:
+            ps_snapshot_unview(self.address, self.pages)
+
+
+cdef raise_lost(int rc, str doing):
+    if rc == PS_ECORRUPT:
+        raise _errors.CorruptRegion(
+            f"{doing}: the snapshot was given up: there was no memory to save a page", field="snapshot")
+    raise_code(rc, doing)
+
+
+def _finish(list only, region):
+    """In the background: all of it is saved, so that stores cost nothing again; unless nobody wants it any more."""
+    cdef uint64_t page = 0
+    cdef Holding holding = only.pop()  # the thread's arguments keep no other
+    try:
+        while not holding.unwanted and holding.save(&page):
+            pass
+    except (OSError, _errors.CorruptRegion):
+        return  # whoever reads it is told
+    holding = None
+    handle = region()
+    if handle is not None:
+        (<Handle>handle).sweep()
+
+
+@cython.final
+cdef class Snapshot:
+    """Everything that a region held at one moment, unchanged for ever; made by :meth:`Region.snapshot`.
+
+    Costs memory only for pages that are written later. ``memoryview(snapshot)`` and numpy arrays over it are read-only
+    and stay valid when it is closed; making the first saves what is not saved yet. A context manager; pickles to other
+    processes of :mod:`multiprocessing`. A forked child has it too. It does not need the Region that it was made of, and
+    outlives the participant that made it.
+    """
+
+    cdef Holding holding  # None: closed
+    cdef Image image
+    cdef object region    # weak, or None
+    cdef readonly object name
+    cdef readonly uint64_t generation
+    cdef readonly uint64_t size
+    cdef object __weakref__
+
+    def __init__(self):
+        raise TypeError("take a snapshot with region.snapshot()")
+
+    cdef Holding held(self, str doing):
+        if self.holding is None:
+            raise _errors.RegionClosed(f"{doing}: the snapshot is closed in this process")
+        return self.holding
+
+    @property
+    def closed(self):
+        """True once ``close`` was called in this process."""
+        return self.holding is None
+
+    @property
+    def complete(self):
+        """True once all of it is saved: it needs nothing of the region any more, and stores cost nothing again."""
+        return bool(ps_snapshot_complete(&self.held("snapshot").at))
+
+    @property
+    def saved(self):
+        """How many pages were saved, because they were written, or for :meth:`finish`."""
+        cdef Holding holding = self.held("snapshot")
+        cdef uint64_t pages
+        with nogil:
+            pages = ps_snapshot_saved(&holding.at)
+        return pages
+
+    def __len__(self):
+        return self.size
+
+    def read(self, offset, length):
+        """A copy of ``length`` bytes from ``offset`` on, which need not be aligned.
+
+        Raises:
+            ValueError: a range outside the snapshot.
+            RegionClosed: the snapshot is closed.
+            CorruptRegion: it was given up, because there was no memory to save a page.
+        """
+        offset, length = integer(offset, "offset"), integer(length, "length")
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(
+                f"the range of {length} bytes at offset {offset} is not inside the snapshot's {self.size} bytes")
+        cdef Holding holding = self.held("read")
+        cdef uint64_t first = offset, count = length
+        cdef int rc
+        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>count)
+        cdef char *to = PyBytes_AS_STRING(data)
+        with nogil:
+            rc = ps_snapshot_read(&holding.at, first, to, count)
+        if rc:
+            raise_lost(rc, "read")
+        return data
+
+    def finish(self):
+        """All of it is saved when this returns; others save the pages that they write meanwhile.
+
+        Raises:
+            RegionClosed, CorruptRegion: as :meth:`read`.
+            OSError: no memory for the copy (ENOSPC, ENOMEM).
+            KeyboardInterrupt: after Ctrl-C; the rest can be saved later.
+        """
+        cdef Holding holding = self.held("finish")
+        cdef uint64_t page = 0
+        while holding.save(&page):
+            PyErr_CheckSignals()
+        self.sweep()
+
+    cdef sweep(self):
+        region = None if self.region is None else self.region()
+        if region is not None:
+            (<Handle>region).sweep()
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        cdef Image image
+        cdef int rc
+        if self.image is None:
+            self.finish()
+            image = Image.__new__(Image)
+            rc = ps_snapshot_view(&self.held("buffer").at, &image.address)
+            if rc:
+                raise_code(rc, "buffer")
+            image.pages, image.size = self.holding.at.pages, self.size
+            self.image = image
+        self.held("buffer")
+        PyObject_GetBuffer(self.image, buffer, flags)
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        """As in Handle."""
+
+    def close(self):
+        """This process does not hold it any more; its memory goes with its last holder and the last buffer of it."""
+        if self.holding is None:
+            return
+        self.holding.unwanted = True
+        self.holding = self.image = None
+        self.sweep()
+
+    def __enter__(self):
+        self.held("snapshot")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+    def __reduce__(self):
+        cdef Holding holding = self.held("pickle")
+        return _rebuild_snapshot, (reduction.DupFd(holding.at.fd), holding.at.index, holding.at.word, self.generation,
+                                   self.name)
+
+    def __repr__(self):
+        what = f"{self.name!r}, {self.size} bytes" if self.name else f"{self.size} bytes"
+        return f"<pyshare.Snapshot of {what} at generation {self.generation}{', closed' if self.closed else ''}>"
+
+
+def _rebuild_snapshot(dup, uint32_t index, uint32_t word, uint64_t generation, name):
+    cdef Holding holding = Holding.__new__(Holding)
+    cdef const char *field = NULL
+    cdef int rc = ps_snapshot_adopt(dup.detach(), index, word, generation, &holding.at, &field)
+    if rc:
+        raise_code(rc, "snapshot", None if field is NULL else field.decode())
+    return snapshot_of(holding, name)
+
+
+cdef Snapshot snapshot_of(Holding holding, name):
+    cdef Snapshot snapshot = Snapshot.__new__(Snapshot)
+    snapshot.holding = holding
+    snapshot.name, snapshot.generation, snapshot.size = name, holding.at.generation, holding.at.size
+    return snapshot
+
+
+def take_snapshot(Handle handle not None, timeout):
+    """Handle.snapshot; see Region.snapshot."""
+    cdef ps_outcome outcome
+    cdef Holding holding = Holding.__new__(Holding)
+    cdef flag shared = False
+    cdef int rc
+    cdef int64_t deadline = deadline_of(timeout)
+    handle.enter("snapshot")
+    try:
+        while True:
+            with nogil:
+                rc = ps_snapshot_take(handle.region, deadline, &outcome, &holding.at, &shared)
+            if rc != PS_ESIGNAL:
+                break
+            handle.serve_signals("snapshot")  # there is none
+        if rc == PS_ETIMEOUT:
+            raise_timeout(&outcome, "snapshot")
+        if rc == PS_EAREAS:
+            raise _errors.ShareError("snapshot: as many are alive as the region has room for (at most 8); close one")
+        if rc:
+            raise_code(rc, "snapshot", handle.corrupt_field())
+        name = ps_name(handle.region).decode() or None
+    finally:
+        handle.leave()
+    snapshot = snapshot_of(holding, name)
+    snapshot.region = weakref.ref(handle)
+    if shared:
+        _thread.start_new_thread(_finish, ([holding], snapshot.region))
+    return snapshot

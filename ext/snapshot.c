@@ -1,0 +1,575 @@
+/* snapshot.c - copy-on-write images of the data: taking one, and saving pages before they are stored to.
+ *
+ * A snapshot has an area behind the data in the memfd, and a state per page.
+ * While it is PREPARING page tables are protected, and a store marks its page
+ * DIRTY and goes on; at its moment leases have ended, and dirty pages are
+ * protected once more; while it is ACTIVE whoever stores saves the page first.
+ * Invariants
+ *  1. Page tables let a store for all pass only where every PREPARING snapshot
+ *     has the page DIRTY (or SAVED) and every ACTIVE one SAVED (ps_snapshot_run).
+ *  2. A page is DIRTY before its maker looks at the word; the word is ACTIVE
+ *     before the snapshotter looks for dirty pages: one sees the other.
+ *  3. Nobody saves for, and so nobody stores after, a moment that has not come
+ *     for all: its generation is 0 till then.
+ *  4. What a page is until it is SAVED does not change.  So whoever has copied it
+ *     and then finds it unsaved has the right bytes, may write them to the area at
+ *     any time, and needs no lock: a stopped process keeps no other from storing.
+ *  5. An area is used again only when nobody holds the snapshot's byte, and nobody
+ *     who found its former word is still saving.
+ *  6. Bits of header.snapshots change under the writer lock; words that end a
+ *     snapshot need no lock: a bit without a live word does no harm.
+ * Runs in: caller, agent, signal handler.  No malloc, no stdio.
+ * Not here: what a holder does with a snapshot (image.c).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "image.h"
+#include "participant.h"
+#include "point.h"
+
+#define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
+#define WORD 8u                 /* states in a 64-bit word */
+#define HOLE 4096u              /* states in a page of the memfd */
+
+static struct ps_shm_snapshot *shared_of(const struct ps_region *region, uint32_t index) {
+    return &ps_header(region)->snapshot[index];
+}
+
+static uint64_t states_offset(const struct ps_region *region, uint32_t index) {
+    return region->shape.offset[PS_SEC_STATE] + index * ps_state_stride(region->shape.pages);
+}
+
+static _Atomic uint8_t *states_of(const struct ps_region *region, uint32_t index) {
+    return (_Atomic uint8_t *)ps_header(region) + states_offset(region, index);
+}
+
+static uint64_t area_offset(const struct ps_region *region, uint32_t index) {
+    return region->shape.control_size + (1 + (uint64_t)index) * region->shape.pages * PS_PAGE;
+}
+
+static uint32_t word_of(const struct ps_region *region, uint32_t index) {
+    return atomic_load_explicit(&shared_of(region, index)->word, memory_order_seq_cst);
+}
+
+static uint32_t state_of(uint32_t word) {
+    return word & PS_SNAPSHOT_MASK;
+}
+
+/* Bits of snapshots that there are areas for. */
+static uint64_t live(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->snapshots, memory_order_seq_cst) &
+           ((UINT64_C(1) << region->shape.areas) - 1);
+}
+
+/* It is over, for want of a holder or of memory: whoever reads it finds out by the word. */
+static void drop(struct ps_region *region, uint32_t index, uint32_t word) {
+    atomic_compare_exchange_strong_explicit(&shared_of(region, index)->word, &word,
+                                            (word & ~PS_SNAPSHOT_MASK) | PS_SNAPSHOT_FREE, memory_order_seq_cst,
+                                            memory_order_relaxed);
+}
+
+/* Nobody holds it: 1; 0 also where that cannot be asked. */
+static bool unwanted(struct ps_region *region, uint32_t index) {
+    int fd = ps_query_fd(region);
+    return fd >= 0 && ps_sys_ofd_free(fd, PS_SNAPSHOT_BYTE + index) == 1 && ps_cached_leads(fd, &region->memory);
+}
+
+/* -- What page tables may be ----------------------------------------------------------------------------------- */
+
+struct cared { /* snapshots that stores must care for, as one look found them */
+    uint32_t count;
+    struct {
+        uint32_t index;
+        bool active;
+        const _Atomic uint8_t *states;
+    } at[PS_SNAPSHOTS];
+};
+
+/* The words before the states (invariant 2). */
+static void look(const struct ps_region *region, struct cared *cared) {
+    cared->count = 0;
+    for (uint64_t mask = live(region); mask; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), state = state_of(word_of(region, index));
+        if (state != PS_SNAPSHOT_PREPARING && state != PS_SNAPSHOT_ACTIVE)
+            continue;
+        cared->at[cared->count].index = index;
+        cared->at[cared->count].active = state == PS_SNAPSHOT_ACTIVE;
+        cared->at[cared->count++].states = states_of(region, index);
+    }
+}
+
+static uint8_t state_at(const _Atomic uint8_t *states, uint64_t page) {
+    return atomic_load_explicit(states + page, memory_order_acquire);
+}
+
+static bool is_open(const struct cared *cared, uint64_t page) {
+    for (uint32_t i = 0; i < cared->count; i++) {
+        uint8_t state = state_at(cared->at[i].states, page);
+        if (cared->at[i].active ? state != PS_SAVED : !state)
+            return false;
+    }
+    return true;
+}
+
+/* The same for all pages of the word that begins at `page`? */
+static bool word_is_open(const struct cared *cared, uint64_t page, bool open) {
+    for (uint64_t at = page; at < page + WORD; at++)
+        if (is_open(cared, at) != open)
+            return false;
+    return true;
+}
+
+static bool word_is(const struct cared *cared, uint64_t page, uint64_t value) {
+    for (uint32_t i = 0; i < cared->count; i++)
+        if (atomic_load_explicit((const _Atomic uint64_t *)(const void *)(cared->at[i].states + page),
+                                 memory_order_acquire) != value)
+            return false;
+    return true;
+}
+
+/* How many pages from `page` on, before `end`, may be written by all, or may not. */
+uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open) {
+    struct cared cared;
+    look(region, &cared);
+    *open = is_open(&cared, page);
+    if (!cared.count)
+        return end - page;
+    uint64_t at = page + 1, same = *open ? PS_SAVED * UINT64_C(0x0101010101010101) : 0;
+    while (at < end) {
+        if (at % WORD == 0 && end - at >= WORD && (word_is(&cared, at, same) || word_is_open(&cared, at, *open)))
+            at += WORD;
+        else if (is_open(&cared, at) == *open)
+            at++;
+        else
+            break;
+    }
+    return at - page;
+}
+
+/* The first page from `page` on that is not unsaved. */
+static uint64_t next_touched(struct ps_region *region, uint32_t index, uint64_t page) {
+    const _Atomic uint8_t *states = states_of(region, index);
+    uint64_t offset = states_offset(region, index), pages = region->shape.pages;
+    while (page < pages) {
+        if (page % HOLE == 0 && pages - page > HOLE)
+            page = ps_region_skip_hole(region, offset + page, offset + pages) - offset;
+        if (page % WORD == 0 && pages - page >= WORD && page < pages &&
+            !atomic_load_explicit((const _Atomic uint64_t *)(const void *)(states + page), memory_order_acquire))
+            page += WORD;
+        else if (page < pages && state_at(states, page))
+            return page;
+        else
+            page++;
+    }
+    return pages;
+}
+
+/* Of one snapshot's moment: pages that were opened while it was prepared. */
+static int follow_dirty(struct ps_region *region, uint32_t index) {
+    const _Atomic uint8_t *states = states_of(region, index);
+    uint64_t pages = region->shape.pages;
+    int rc = 0;
+    for (uint64_t page = 0; !rc && (page = next_touched(region, index, page)) < pages;) {
+        uint64_t run = 0;
+        while (page + run < pages && state_at(states, page + run) == PS_DIRTY)
+            run++;
+        if (run)
+            rc = ps_engine_apply(region, page, run);
+        page += run ? run : 1;
+    }
+    return rc;
+}
+
+/* In the place of the map's: what a PS_FOLLOW asks of its own page tables. */
+int ps_snapshot_follow(struct ps_region *region, enum ps_follow how) {
+    if (how == PS_FOLLOW_NOTHING)
+        return 0;
+    if (how == PS_FOLLOW_OPEN) { /* less than all is no fault: who stores there mends it */
+        ps_engine_apply(region, 0, region->shape.pages);
+        return 0;
+    }
+    if (how != PS_FOLLOW_DIRTY)
+        return ps_engine_apply(region, 0, region->shape.pages);
+    int rc = 0;
+    for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask);
+        if (state_of(word_of(region, index)) == PS_SNAPSHOT_ACTIVE)
+            rc = follow_dirty(region, index);
+    }
+    return rc;
+}
+
+/* -- Saving ---------------------------------------------------------------------------------------------------- */
+
+/* The mapping that pages are copied through is made by the first that needs it. */
+static int map_shadow(struct ps_region *region) {
+    if (atomic_load_explicit(&region->shadow, memory_order_acquire))
+        return 0;
+    int rc = ps_page_lock(region, ps_sys_now() + PATIENCE);
+    if (rc)
+        return rc;
+    if (!region->shadow)
+        rc = ps_region_map_shadow(region);
+    atomic_store_explicit(&region->shadow, !rc, memory_order_release);
+    ps_page_unlock(region);
+    return rc;
+}
+
+/* -ENOMEM: there is no page for the copy. */
+static int save_page(struct ps_region *region, uint32_t index, uint64_t page) {
+    _Atomic uint8_t *state = states_of(region, index) + page;
+    const char *data = ps_shadow(region) + page * PS_PAGE;
+    char *area = ps_shadow(region) + (1 + (uint64_t)index) * region->shape.pages * PS_PAGE;
+    char bytes[PS_PAGE];
+    if (ps_copy_bytes(bytes, data, PS_PAGE).left)
+        return -ENOMEM;
+    atomic_thread_fence(memory_order_acquire); /* the copy before the look (invariant 4) */
+    if (atomic_load_explicit(state, memory_order_acquire) == PS_SAVED)
+        return 0;
+    if (!ps_all_zero(bytes, PS_PAGE) && ps_copy_bytes(area + page * PS_PAGE, bytes, PS_PAGE).left)
+        return -ENOMEM;
+    /* release: who finds it SAVED finds the copy. */
+    atomic_store_explicit(state, PS_SAVED, memory_order_release);
+    return 0;
+}
+
+static bool all_saved(const struct ps_region *region, uint32_t index, uint64_t first, uint64_t count) {
+    const _Atomic uint8_t *states = states_of(region, index);
+    for (uint64_t page = first; page < first + count; page++)
+        if (state_at(states, page) != PS_SAVED)
+            return false;
+    return true;
+}
+
+/* Holes of the memfd are holes of the image. */
+static int save_pages(struct ps_region *region, uint32_t index, uint64_t first, uint64_t end) {
+    _Atomic uint8_t *states = states_of(region, index);
+    uint64_t data = region->shape.control_size, hole = first;
+    int rc = 0;
+    for (uint64_t page = first; page < end && !rc; page++) {
+        if (end - first > 1 && page >= hole) { /* hole: the first page that is not known to be none */
+            hole = (ps_region_skip_hole(region, data + page * PS_PAGE, data + end * PS_PAGE) - data) / PS_PAGE;
+            for (; page < hole; page++)
+                atomic_store_explicit(states + page, PS_SAVED, memory_order_release);
+            hole = page + 1;
+        }
+        if (page < end && state_at(states, page) != PS_SAVED)
+            rc = save_page(region, index, page);
+    }
+    return rc;
+}
+
+/* The snapshotter has the writer lock from before the word is ACTIVE until its generation is told. */
+static bool moment_is_lost(struct ps_region *region, uint32_t index, bool locked) {
+    uint32_t owner = atomic_load_explicit(&ps_header(region)->lock, memory_order_acquire);
+    bool nobody = locked || !owner || (ps_owner_known(region, owner) && ps_owner_gone(region, owner));
+    return nobody && !atomic_load_explicit(&shared_of(region, index)->generation, memory_order_acquire);
+}
+
+/* Until the snapshot's moment has come for all, or it is given up. */
+static void await_moment(struct ps_region *region, uint32_t index, uint32_t word, bool locked) {
+    struct ps_shm_snapshot *shared = shared_of(region, index);
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&shared->generation;
+    while (word_of(region, index) == word && !atomic_load_explicit(&shared->generation, memory_order_acquire)) {
+        if (moment_is_lost(region, index, locked) || unwanted(region, index)) {
+            drop(region, index, word);
+            return;
+        }
+        ps_sys_wait((struct ps_watch){low, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_BACKSTOP);
+    }
+}
+
+/* Everything under `saving`: the area is this snapshot's as long as that is counted (invariant 5). */
+static int keep_counted(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
+    _Atomic uint32_t *saving = &ps_slot(region, region->slot)->saving;
+    atomic_fetch_add_explicit(saving, 1, memory_order_seq_cst);
+    int rc = word_of(region, index) == word ? save_pages(region, index, first, first + count) : 0;
+    atomic_fetch_sub_explicit(saving, 1, memory_order_release);
+    if (rc == -ENOMEM) { /* rather the snapshot than the one who stores */
+        drop(region, index, word);
+        rc = 0;
+    }
+    return rc;
+}
+
+/* Every ACTIVE snapshot has these pages, and whoever looks at them may store. */
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked) {
+    int rc = 0;
+    for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
+        if (state_of(word) != PS_SNAPSHOT_ACTIVE || all_saved(region, index, first, count))
+            continue;
+        await_moment(region, index, word, locked);
+        if (unwanted(region, index))
+            drop(region, index, word);
+        rc = map_shadow(region);
+        if (!rc)
+            rc = keep_counted(region, index, word, first, count);
+    }
+    return rc;
+}
+
+/* ... and every PREPARING one knows. */
+static void dirty(struct ps_region *region, uint32_t index, uint64_t first, uint64_t count) {
+    _Atomic uint8_t *states = states_of(region, index);
+    for (uint64_t page = first; page < first + count; page++) {
+        uint8_t seen = atomic_load_explicit(states + page, memory_order_relaxed);
+        if (seen != PS_UNSAVED)
+            continue;
+        atomic_fetch_add_explicit(&shared_of(region, index)->dirty, 1, memory_order_seq_cst);
+        atomic_compare_exchange_strong_explicit(states + page, &seen, PS_DIRTY, memory_order_seq_cst,
+                                                memory_order_relaxed);
+    }
+}
+
+/* Stores to these pages may pass, as far as snapshots are concerned. */
+int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked) {
+    for (uint64_t mask = live(region); mask; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask);
+        if (state_of(word_of(region, index)) == PS_SNAPSHOT_PREPARING)
+            dirty(region, index, first, count);
+    }
+    return ps_snapshot_keep(region, first, count, locked);
+}
+
+static int open_pages(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = ps_snapshot_let(region, first, count, false);
+    if (!rc)
+        rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
+    if (rc)
+        return rc;
+    rc = region->fenced ? -EACCES : ps_engine_apply(region, first, count);
+    ps_pages_give(region);
+    return rc;
+}
+
+/* A store by its own page tables, which the map allows.  Where there may be no more mappings, the pages around it are
+ * opened with it: they end in fewer. */
+int ps_snapshot_open(struct ps_region *region, uint64_t page) {
+    int rc = -ENOMEM;
+    for (uint64_t size = 1, first = page; rc == -ENOMEM && first + size <= 2 * region->shape.pages; size *= 2) {
+        first = page / size * size;
+        uint64_t rest = region->shape.pages - first;
+        rc = open_pages(region, first, size < rest ? size : rest);
+    }
+    return rc;
+}
+
+/* -- Taking one ------------------------------------------------------------------------------------------------ */
+
+/* All that have not had their moment, whose page tables some participant could not protect.  With the writer lock. */
+void ps_snapshot_forsake(struct ps_region *region) {
+    for (uint64_t mask = live(region); mask; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
+        if (state_of(word) == PS_SNAPSHOT_PREPARING ||
+            !atomic_load_explicit(&shared_of(region, index)->generation, memory_order_relaxed))
+            drop(region, index, word);
+    }
+}
+
+/* With the writer lock: bits of those that are over go; true if there were any, and page tables may be opened. */
+static bool sweep(struct ps_region *region) {
+    uint64_t over = 0;
+    for (uint64_t mask = live(region); mask; mask &= mask - 1) {
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
+        if (state_of(word) != PS_SNAPSHOT_FREE && state_of(word) != PS_SNAPSHOT_COMPLETE && unwanted(region, index))
+            drop(region, index, word);
+        word = word_of(region, index);
+        if (state_of(word) == PS_SNAPSHOT_FREE || state_of(word) == PS_SNAPSHOT_COMPLETE)
+            over |= UINT64_C(1) << index;
+    }
+    atomic_fetch_and_explicit(&ps_header(region)->snapshots, ~over, memory_order_seq_cst);
+    return over;
+}
+
+static int empty(const struct ps_region *region, int fd, uint32_t index) {
+    int rc = ps_sys_punch(fd, area_offset(region, index), region->shape.pages * PS_PAGE);
+    return rc ? rc : ps_sys_punch(fd, states_offset(region, index), ps_state_stride(region->shape.pages));
+}
+
+/* Of those that nobody holds. */
+static void give_memory_back(struct ps_region *region) {
+    int fd = ps_query_fd(region);
+    for (uint32_t index = 0; index < region->shape.areas && fd >= 0; index++)
+        if (word_of(region, index) & ~PS_SNAPSHOT_MASK && unwanted(region, index)) {
+            drop(region, index, word_of(region, index));
+            empty(region, fd, index);
+        }
+}
+
+static void sweep_locked(struct ps_region *region) {
+    struct ps_outcome outcome;
+    if (ps_change_settle(region, ps_sys_now() + PATIENCE, &outcome))
+        return;
+    if (sweep(region))
+        ps_change_follow(region, PS_FOLLOW_OPEN, ps_sys_now() + PATIENCE, &outcome);
+    give_memory_back(region);
+}
+
+void ps_snapshot_sweep(struct ps_region *region) {
+    uint32_t blocker;
+    if (ps_lock(region, ps_sys_now() + PATIENCE, &blocker))
+        return; /* the next one does it */
+    sweep_locked(region);
+    ps_unlock(region);
+}
+
+/* Somebody who found a word of this area before may still write to it. */
+static bool is_written(struct ps_region *region) {
+    for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++) {
+        struct ps_shm_slot *slot = ps_slot(region, index);
+        uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
+        if (ps_state_of(status) == PS_LIVE && atomic_load_explicit(&slot->saving, memory_order_seq_cst) &&
+            !ps_slot_dead(region, index, status))
+            return true;
+    }
+    return false;
+}
+
+/* An area that nobody has, its byte taken through a description of our own; those that were never used first. */
+static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
+    int fd = ps_query_fd(region);
+    snapshot->fd = fd < 0 ? fd : ps_sys_reopen(fd);
+    if (snapshot->fd < 0)
+        return snapshot->fd;
+    for (int used = 0; used < 2; used++)
+        for (uint32_t index = 0; index < region->shape.areas; index++) {
+            bool unused = !(word_of(region, index) & ~PS_SNAPSHOT_MASK);
+            if (unused == used || !unwanted(region, index))
+                continue;
+            drop(region, index, word_of(region, index));
+            if (used && is_written(region))
+                return -EAGAIN;
+            snapshot->index = index;
+            return ps_sys_ofd_share(snapshot->fd, PS_SNAPSHOT_BYTE + index);
+        }
+    return PS_EAREAS;
+}
+
+static bool any_writable(struct ps_region *region) {
+    for (uint64_t page = 0, run; page < region->shape.pages; page += run) {
+        uint32_t prot;
+        run = ps_run(region, page, region->shape.pages, &prot);
+        if (prot & PROT_WRITE)
+            return true;
+    }
+    return false;
+}
+
+struct taking {
+    struct ps_region *region;
+    struct ps_snapshot *snapshot;
+    struct ps_outcome *outcome;
+    int64_t deadline;
+    struct ps_shm_closer *closer;
+};
+
+static int lock(struct taking *taking) {
+    struct ps_outcome *outcome = taking->outcome;
+    int64_t end = ps_sys_now() + PATIENCE;
+    bool early = end < taking->deadline;
+    uint32_t blocker;
+    int rc = ps_lock(taking->region, early ? end : taking->deadline, &blocker);
+    if (rc != -ETIMEDOUT)
+        return rc;
+    outcome->silent = 0;
+    outcome->pids[outcome->silent++] = ps_owner_pid(taking->region, blocker);
+    return early ? PS_ESIGNAL : PS_ETIMEOUT;
+}
+
+static int start(struct taking *taking, bool *shared) {
+    struct ps_region *region = taking->region;
+    struct ps_snapshot *snapshot = taking->snapshot;
+    int rc = ps_change_settle(region, taking->deadline, taking->outcome);
+    if (rc)
+        return rc;
+    sweep_locked(region);
+    rc = find_area(region, snapshot);
+    if (!rc)
+        rc = empty(region, snapshot->fd, snapshot->index);
+    if (rc)
+        return rc;
+    struct ps_shm_snapshot *at = shared_of(region, snapshot->index);
+    snapshot->word = (word_of(region, snapshot->index) & ~PS_SNAPSHOT_MASK) + (1u << PS_SNAPSHOT_BITS);
+    if (!snapshot->word) /* 0 says: never used */
+        snapshot->word = 1u << PS_SNAPSHOT_BITS;
+    atomic_store_explicit(&at->generation, 0, memory_order_relaxed);
+    atomic_store_explicit(&at->dirty, 0, memory_order_relaxed);
+    atomic_store_explicit(&at->word, snapshot->word | PS_SNAPSHOT_PREPARING, memory_order_seq_cst);
+    atomic_fetch_or_explicit(&ps_header(region)->snapshots, UINT64_C(1) << snapshot->index, memory_order_seq_cst);
+    *shared = any_writable(region);
+    rc = ps_change_follow(region, *shared ? PS_FOLLOW_ALL : PS_FOLLOW_NOTHING, taking->deadline, taking->outcome);
+    snapshot->generation = taking->outcome->generation;
+    return rc;
+}
+
+/* The moment.  No lease is held, and nobody takes one. */
+static int activate(struct taking *taking) {
+    struct ps_region *region = taking->region;
+    struct ps_snapshot *snapshot = taking->snapshot;
+    struct ps_shm_snapshot *at = shared_of(region, snapshot->index);
+    int rc = ps_change_settle(region, taking->deadline, taking->outcome);
+    if (rc)
+        return rc;
+    uint32_t preparing = snapshot->word | PS_SNAPSHOT_PREPARING;
+    if (!atomic_compare_exchange_strong_explicit(&at->word, &preparing, snapshot->word | PS_SNAPSHOT_ACTIVE,
+                                                 memory_order_seq_cst, memory_order_relaxed))
+        return -EAGAIN; /* another one's beginning failed, and all were given up */
+    if (atomic_load_explicit(&at->dirty, memory_order_seq_cst)) {
+        rc = ps_change_follow(region, PS_FOLLOW_DIRTY, taking->deadline, taking->outcome);
+        if (rc)
+            return rc;
+        snapshot->generation = taking->outcome->generation;
+    }
+    atomic_store_explicit(&at->generation, snapshot->generation, memory_order_release);
+    ps_sys_wake((_Atomic uint32_t *)(void *)&at->generation, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    return 0;
+}
+
+static int take_once(struct taking *taking, bool *shared) {
+    struct ps_region *region = taking->region;
+    int rc = lock(taking);
+    if (rc)
+        return rc;
+    rc = start(taking, shared);
+    ps_unlock(region);
+    if (!rc)
+        rc = ps_lease_drain(region, taking->deadline, taking->outcome, &taking->closer);
+    if (rc)
+        return rc;
+    rc = lock(taking);
+    if (!rc) {
+        rc = activate(taking);
+        ps_unlock(region);
+    }
+    ps_lease_open(region, taking->closer);
+    return rc;
+}
+
+int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
+                     struct ps_snapshot *snapshot, bool *shared) {
+    struct taking taking = {.region = region, .snapshot = snapshot, .outcome = outcome, .deadline = deadline};
+    int rc;
+    do {
+        *snapshot = (struct ps_snapshot){.fd = -1};
+        outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
+        rc = take_once(&taking, shared);
+        if (!rc)
+            rc = ps_snapshot_map(snapshot, &region->shape);
+        if (rc) { /* as when we die: its byte goes, and the next one to look clears it away */
+            if (snapshot->word)
+                drop(region, snapshot->index, word_of(region, snapshot->index));
+            ps_snapshot_close(snapshot);
+            if (snapshot->word)
+                ps_snapshot_sweep(region);
+            outcome->generation = 0;
+        }
+        if (rc == -EAGAIN)
+            ps_sys_pause();
+    } while (rc == -EAGAIN && ps_sys_now() < deadline);
+    return rc;
+}

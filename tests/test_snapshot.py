@@ -1,0 +1,244 @@
+"""Snapshots: one moment of all processes, unchanged for ever, whole or an error; and the region is never hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import os
+import select
+import signal
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Child, until
+
+import pyshare
+from pyshare import READ, READ_WRITE, Region, Snapshot
+
+PAGE = 4096
+PAGES = 64
+ENGINES = ("mprotect", "uffd")
+MIXES = [("mprotect", "mprotect"), ("uffd", "uffd"), ("mprotect", "uffd"), ("uffd", "mprotect")]
+WORD = struct.Struct("Q")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[READ, READ_WRITE], ids=["leases", "shared"])
+def region(request: pytest.FixtureRequest, engine: str) -> Iterator[Region]:
+    with pyshare.create(size=PAGES * PAGE, prot=request.param, engine=engine) as made:
+        yield made
+
+
+def store(region: Region, page: int, data: bytes) -> None:
+    """By a lease; where all may write also by the safe accessor and by the address, in turn."""
+    if page % 3 == 0 or region.protection(page * PAGE) == READ:
+        with region.lease(page * PAGE, PAGE, window=page % 2 == 0) as lease:
+            lease.view[: len(data)] = data
+    elif page % 3 == 1:
+        region.write(page * PAGE, data)
+    else:
+        region.buf[page * PAGE : page * PAGE + len(data)] = data
+
+
+def fill(region: Region, text: bytes) -> None:
+    for page in range(0, PAGES, 2):
+        store(region, page, text + b" %d" % page)
+
+
+def image(text: bytes) -> bytes:
+    return b"".join(
+        (text + b" %d" % page).ljust(PAGE, b"\0") if page % 2 == 0 else bytes(PAGE) for page in range(PAGES)
+    )
+
+
+# -- What it is --------------------------------------------------------------------------------------------------------
+
+
+def test_keeps_what_was_there(region: Region) -> None:
+    fill(region, b"first")
+    with region.snapshot() as snap:
+        fill(region, b"second")
+        assert snap.read(0, snap.size) == image(b"first")
+        assert region.read(0, region.size) == image(b"second")
+
+
+def test_reads_any_range(region: Region) -> None:
+    fill(region, b"text")
+    whole = image(b"text")
+    with region.snapshot() as snap:
+        store(region, 2, b"new")
+        for offset, length in [
+            (0, 0),
+            (1, 5),
+            (PAGE - 1, 2),
+            (PAGE * 2, PAGE),
+            (3 * PAGE - 7, 5 * PAGE),
+            (PAGE * 63, PAGE),
+        ]:
+            assert snap.read(offset, length) == whole[offset : offset + length]
+        for offset, length in [(-1, 1), (0, -1), (region.size, 1)]:
+            with pytest.raises(ValueError, match="not inside"):
+                snap.read(offset, length)
+
+
+def test_view_is_read_only_and_outlives_all(region: Region) -> None:
+    fill(region, b"text")
+    snap = region.snapshot()
+    fill(region, b"more")
+    view, array = memoryview(snap), np.frombuffer(snap, dtype=np.uint8)
+    assert view.readonly
+    assert not array.flags.writeable
+    assert snap.complete
+    snap.close()
+    fill(region, b"last")
+    assert bytes(view) == array.tobytes() == image(b"text")
+
+
+def test_needs_no_region(engine: str) -> None:
+    region = pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine)
+    fill(region, b"text")
+    snap = region.snapshot()
+    region.close()
+    assert snap.read(0, snap.size) == image(b"text")
+    assert bytes(snap) == image(b"text")
+    snap.close()
+
+
+def test_attributes(engine: str) -> None:
+    with pyshare.create(size=3 * PAGE + 5, prot=READ, engine=engine) as region:
+        region.mprotect(0, PAGE, READ_WRITE)
+        snap = region.snapshot()
+        assert (snap.name, snap.size, len(snap), snap.closed) == (None, region.size, region.size, False)
+        assert snap.generation == region.generation or snap.complete
+        assert len(bytes(snap)) == region.size
+        snap.close()
+        snap.close()
+        assert snap.closed
+        assert "closed" in repr(snap)
+        for use in (lambda: snap.read(0, 1), lambda: snap.saved, lambda: memoryview(snap), snap.__enter__, snap.finish):
+            with pytest.raises(pyshare.RegionClosed, match="snapshot is closed"):
+                use()
+
+
+def test_copies_only_what_is_written(engine: str) -> None:
+    with pyshare.create(size=PAGES * PAGE, prot=READ, engine=engine) as region:
+        fill(region, b"text")
+        with region.snapshot() as snap:
+            assert (snap.saved, snap.complete) == (0, False)
+            store(region, 4, b"a")
+            store(region, 4, b"b")
+            store(region, 7, b"c")
+            assert (snap.saved, snap.complete) == (2, False)
+            snap.finish()
+            assert snap.complete
+            assert snap.read(0, snap.size) == image(b"text")
+
+
+def test_several_at_once(region: Region) -> None:
+    snaps = []
+    for number in range(8):
+        fill(region, b"%d" % number)
+        snaps.append(region.snapshot())
+    with pytest.raises(pyshare.ShareError, match="at most 8"):
+        region.snapshot()
+    fill(region, b"last")
+    for number in [3, 0, 7, 1, 2, 6, 5, 4]:
+        assert snaps[number].read(0, region.size) == image(b"%d" % number)
+        snaps[number].close()
+    assert region.read(0, region.size) == image(b"last")
+    region.snapshot().close()
+
+
+def test_memory_goes_with_it(region: Region) -> None:
+    fill(region, b"text")
+    region.snapshot().close()
+
+    def blocks() -> int:
+        return os.fstat(region.fileno()).st_blocks
+
+    before = blocks()
+    for _ in range(3):
+        snap = region.snapshot()
+        fill(region, b"more")
+        snap.finish()
+        assert blocks() >= before + PAGES // 2 * 8
+        snap.close()
+        until(lambda: blocks() <= before + 16)  # whoever saves it in the background may still look at it
+
+
+def test_grants_everything_back(region: Region) -> None:
+    """Stores by system calls, which no handler helps, pass again: page tables are open."""
+    before = region.protections()
+    fill(region, b"text")
+    snap = region.snapshot()
+    if before[0][2] == READ:
+        region.mprotect(0, region.size, READ_WRITE)  # promise 2: all of it can be written when this returns
+    else:
+        snap.finish()
+        until(lambda: all(one.applied == region.generation for one in region.participants()))
+    zero = os.open("/dev/zero", os.O_RDONLY)
+    for page in range(PAGES):
+        assert os.readv(zero, [region.buf[page * PAGE : (page + 1) * PAGE]]) == PAGE
+    os.close(zero)
+    assert snap.read(0, snap.size) == image(b"text")
+    snap.close()
+    if before[0][2] == READ:
+        region.mprotect(0, region.size, READ)
+    assert region.protections() == before
+
+
+def test_own_lease_is_in_the_way(region: Region) -> None:
+    with region.lease(0, PAGE), pytest.raises(pyshare.ShareError, match="lease"):
+        region.snapshot()
+    region.snapshot().close()
+
+
+def _read_and_answer(snap: Snapshot, answer: Any) -> None:
+    answer.send_bytes(snap.read(0, snap.size))
+    answer.send_bytes(memoryview(snap))
+    answer.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_pickles(region: Region, method: str) -> None:
+    fill(region, b"text")
+    context = multiprocessing.get_context(method)
+    receive, send = context.Pipe(duplex=False)
+    snap = region.snapshot()
+    process: Any = context.Process(target=_read_and_answer, args=(snap, send))  # type: ignore[attr-defined]
+    process.start()
+    fill(region, b"more")
+    snap.close()  # the other one is a holder by itself
+    assert receive.recv_bytes() == receive.recv_bytes() == image(b"text")
+    process.join()
+    send.close()
+    receive.close()
+
+
+def test_forked_child_has_it(region: Region, fork: Callable[..., Child]) -> None:
+    fill(region, b"text")
+    snap = region.snapshot()
+
+    def body(child: Child) -> None:
+        child.hear()
+        assert snap.read(0, snap.size) == image(b"text")
+        fill(region, b"child")
+        assert bytes(snap) == image(b"text")
+
+    child = fork(body)
+    fill(region, b"more")
+    snap.close()
+    child.say()
+    assert child.wait() == 0
+    assert region.read(0, region.size) == image(b"child")
