@@ -228,9 +228,11 @@ int ps_region_place(struct ps_region *region) {
     if (region->span > PS_FAR_SIZE / 2)
         return -ENOMEM;
     uint64_t room = (PS_FAR_SIZE - region->span) / CHUNK - data / CHUNK - 1;
-    uint64_t step = region->span / CHUNK + 1, at = region->shape.nonce[0] % room;
-    for (int tries = 0; tries < 4096; tries++, at = (at + step) % room) {
-        uintptr_t base = PS_FAR_BASE + (data / CHUNK + 1 + at) * CHUNK - data;
+    uint64_t at = region->shape.nonce[0];
+    for (int tries = 0; tries < 4096; tries++) {
+        /* Anywhere else each time: a small region steps over a large one's range only by leaps. */
+        at = at * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        uintptr_t base = PS_FAR_BASE + (data / CHUNK + 1 + (at >> 16) % room) * CHUNK - data;
         int rc = map_at(base, region->span, PROT_NONE, RESERVED | MAP_FIXED_NOREPLACE, -1, 0);
         if (!rc)
             atomic_store_explicit(&region->base, base, memory_order_release); /* pairs with the fault handler */
