@@ -19,9 +19,9 @@ microsecond come and go.  A participant that is late (stopped, say) shows one un
 ``--json`` prints one object: ``name``, ``size``, ``page_size``, ``generation``, ``under_way`` ({offset, length} or
 null), ``map`` (a list of {offset, length, protection}), ``leases`` ({offset, length, pid}), ``snapshots``
 ({area, state, generation, saved: bytes}), ``freeze`` ({pid, generation, before: as map} or null), and
-``participants``: ``pid``, ``command``, ``engine``, ``applied``, ``status``, ``pages`` (as map, with ``private``: a copy
-of its own; null where ``why`` says why not), ``differences`` ({offset, length, map, real, under_way}).  Protections are
-bits, offsets and lengths bytes.
+``participants``: ``pid``, ``command``, ``engine``, ``applied``, ``status``, ``fenced``, ``pages`` (as map, with
+``private``: a copy of its own; null where ``why`` says why not), ``differences`` ({offset, length, map, real,
+under_way}).  Protections are bits, offsets and lengths bytes.
 
 The exit status is 0 where there is something to draw, whatever it shows, and 1 where there is not.
 """
@@ -242,12 +242,14 @@ def differences(look: Look, one: Seat, moving: Sequence[tuple[int, int]]) -> lis
     """Of a participant, in one look; `moving` are the pages that were changed meanwhile."""
     if one.pages is None:
         return []
-    found = []
-    for first, count, (wanted, real, holder) in overlaid(look.map, one.pages, look.leases):
-        if not accounted(one.slot, wanted, real, holder, look.snapshot_waits):
-            under_way = any(first < start + length and start < first + count for start, length in moving)
-            found.append(Difference(first, count, wanted, real, under_way))
-    return found
+
+    def those() -> Iterator[tuple[int, int, tuple[int, int, bool]]]:
+        for first, count, (wanted, real, holder) in overlaid(look.map, one.pages or [], look.leases):
+            if not accounted(one.slot, wanted, real, holder, look.snapshot_waits):
+                under_way = any(first < start + length and start < first + count for start, length in moving)
+                yield first, count, (wanted, real, under_way)
+
+    return [Difference(first, count, *value) for first, count, value in merged(those())]
 
 
 def changed(observer: _core.Observer, since: int) -> list[tuple[int, int]]:
@@ -282,12 +284,19 @@ def look_once(observer: _core.Observer) -> Look:
 
 
 def persistent(old: Sequence[Difference], new: Sequence[Difference]) -> list[Difference]:
-    """What both looks found, as the second has it."""
-    found = []
-    for one, other in itertools.product(new, old):
-        first, end = max(one.first, other.first), min(one.first + one.count, other.first + other.count)
-        if first < end:
+    """What both looks found, as the second has it; both ascending."""
+    found, at = [], 0
+    for one in new:
+        while at < len(old) and old[at].first + old[at].count <= one.first:
+            at += 1
+        place = at
+        while place < len(old) and old[place].first < one.first + one.count:
+            first, end = (
+                max(one.first, old[place].first),
+                min(one.first + one.count, old[place].first + old[place].count),
+            )
             found.append(dataclasses.replace(one, first=first, count=end - first))
+            place += 1
     return found
 
 
@@ -660,6 +669,7 @@ def plain(observer: _core.Observer, seen: Look) -> dict[str, Any]:
                 "engine": "uffd" if one.slot.uffd else "mprotect",
                 "applied": one.slot.applied,
                 "status": one.status,
+                "fenced": one.slot.fenced,
                 "pages": None
                 if one.pages is None
                 else [placed(at, n, protection=bits & 7, private=bits >= PRIVATE) for at, n, bits in one.pages],
@@ -702,7 +712,11 @@ def run(arguments: argparse.Namespace) -> int:
     with _observer.observed(arguments.name, NAME) as (observer, _), _observer.to_who_listens():
         seen = look(observer)
         if arguments.plot:
-            plot(arguments.plot, observer, seen)
+            try:
+                plot(arguments.plot, observer, seen)
+            except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+                print(f"pyshare map: cannot draw {arguments.plot}: {error}", file=sys.stderr)
+                return 1
         if arguments.json:
             json.dump(plain(observer, seen), sys.stdout, indent=1)
             print()

@@ -26,6 +26,7 @@ from kernel import PAGE, SECTIONS, Runs, agreed, co_operative, libc, mapped, rea
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, PropagationTimeout, Prot, Region, _core
 from pyshare import map as drawing
+from pyshare.__main__ import main
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -429,11 +430,17 @@ def test_a_plot_is_written(region: Region, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("path", ["nowhere/map.png", "map.unknown"])
+def test_a_plot_that_cannot_be_written_is_told(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    with pyshare.create(NAME, size=PAGE):
+        assert main(["map", NAME, "--plot", str(tmp_path / path)]) == 1
+    assert capsys.readouterr().err.startswith("pyshare map: cannot draw ")
+
+
 def test_without_matplotlib_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pyshare.__main__ import main
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert main(["map", NAME, "--plot", "map.png"]) == 1
     assert "pip install 'pyshare[plot]'" in capsys.readouterr().err
