@@ -33,8 +33,7 @@ Joined = Callable[..., Child]
 NAME = f"mapped{os.getpid()}"
 PAGES = 32
 AT_ONCE = 0.05  # a timeout that is meant to run out
-FREEZER, SNAPSHOT = 2560, 2624  # ext/layout.h: lines 40 and 41
-KEPT, STATE = 7, 8  # kinds of sections
+SNAPSHOT, STATE = 2624, 8  # ext/layout.h: line 41, and a kind of section
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 
@@ -379,27 +378,42 @@ def test_a_region_of_many_gigabytes_is_drawn(region: Region) -> None:
         assert os.fstat(large.fileno()).st_blocks == before
 
 
-# -- Freezes and snapshots, as the control segment has them ------------------------------------------------------------
+# -- Freezes and snapshots -------------------------------------------------------------------------------------
 
 
 def section(region: Region, kind: int) -> int:
     return word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
 
 
-def test_a_freeze_has_its_row(region: Region) -> None:
-    region.mprotect(0, region.size, READ)
-    os.pwrite(region.fileno(), bytes(4 * [READ ^ READ_WRITE]), section(region, KEPT))
-    os.pwrite(region.fileno(), struct.pack("IIQ", 1 << 11 | 1, 0, 1), FREEZER)
-    try:
-        look = seen(region)
-        assert (look["freeze"]["pid"], look["freeze"]["generation"]) == (os.getpid(), 1)
-        assert as_runs(look["freeze"]["before"]) == [(0, 4 * PAGE, READ), (4 * PAGE, 28 * PAGE, READ_WRITE)]
-        lines = drawn()
-        (row,) = (line for line in lines if line.startswith("before the freeze"))
-        assert row.endswith("rrrr" + 28 * "w")
-        assert any(f"frozen by {os.getpid()} since change 1" in line for line in lines)
-    finally:
-        os.pwrite(region.fileno(), bytes(16), FREEZER)
+def test_a_freeze_has_its_row(region: Region, fork: Fork) -> None:
+    """Of what the thaw brings back; everybody's page tables agree with the map, which is READ."""
+
+    def freeze(child: Child) -> None:
+        with region.frozen():
+            child.say(str(os.getpid()))
+            child.hear()
+            child.say()
+        idle(child)
+
+    region.mprotect(0, 4 * PAGE, READ)
+    region.mprotect(8 * PAGE, 2 * PAGE, NONE)
+    freezer = fork(freeze)
+    assert freezer.hear() == str(freezer.pid)
+    before = [(0, 4, READ), (4, 4, READ_WRITE), (8, 2, NONE), (10, 22, READ_WRITE)]
+    look = seen(region)
+    assert differences(look) == {}
+    assert as_runs(look["map"]) == [(0, PAGES * PAGE, READ)]
+    assert (look["freeze"]["pid"], look["freeze"]["generation"]) == (freezer.pid, 3)
+    assert [(at // PAGE, n // PAGE, prot) for at, n, prot in as_runs(look["freeze"]["before"])] == before
+    lines = drawn()
+    (row,) = (line for line in lines if line.startswith("before the freeze"))
+    assert row.endswith("rrrrwwww.." + 22 * "w")
+    assert any(f"frozen by {freezer.pid} since change 3" in line for line in lines)
+    freezer.say()
+    assert [freezer.hear() for _ in range(2)] == ["ok", "ok"]
+    look = seen(region)
+    assert (look["freeze"], differences(look)) == (None, {})
+    assert [(at // PAGE, n // PAGE, prot) for at, n, prot in as_runs(look["map"])] == before
 
 
 def test_a_snapshot_has_its_row(region: Region) -> None:

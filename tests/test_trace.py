@@ -177,6 +177,19 @@ def test_what_one_cannot_apply_is_told_as_refused_and_undone(region: Region, joi
     assert events[1]["seconds"] > 0
 
 
+def test_a_freeze_and_its_thaw_are_told(region: Region) -> None:
+    """A change of everything to READ, and one back."""
+    with region.frozen():
+        pass
+    status, events = told("--since", "0", "--count", "2")
+    assert status == 0
+    assert [(one["kind"], one["protection"], one["offset"], one["length"]) for one in events[:2]] == [
+        ("set", READ, 0, SIZE),
+        ("thawed", READ, 0, SIZE),
+    ]
+    assert all(one["over"] and one["seconds"] > 0 for one in events[:2])
+
+
 @pytest.mark.parametrize("point", ["C5_publish", "C6_await", "C7_complete"])
 def test_a_change_whose_author_died_is_told_when_somebody_has_finished_it(
     region: Region, fork: Callable[..., Child], point: str
