@@ -162,6 +162,7 @@ SYSTEM_CALLS = {
     "futex_waitv": 449,
     "ioctl": 16,
     "madvise": 28,
+    "mprotect": 10,
     "pidfd_getfd": 438,
     "pidfd_open": 434,
     "socket": 41,
