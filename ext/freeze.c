@@ -97,7 +97,8 @@ int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome
     uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire), blocker = 0;
     bool early;
     int64_t end = patient(deadline, &early);
-    return seen ? tell(region, wait_for(region, seen, end, &blocker), early, blocker, outcome) : 0;
+    int rc = seen ? wait_for(region, seen, end, &blocker) : 0;
+    return tell(region, rc, early, blocker, outcome);
 }
 
 /* Nothing is frozen any more by anybody who is dead: before a dead owner's closer goes (invariant 4). */
