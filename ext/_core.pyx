@@ -110,7 +110,7 @@ cdef extern from "core.h" nogil:
         uint32_t actual
         uint32_t required
         ps_author author
-        char *region
+        char region[208]
         PyObject *code
         PyObject *other
         int line

@@ -89,11 +89,15 @@ cdef extern from *:
         ps_set_hooks(&hooks);
     }
 
-    /* Ours is raised by other means; another's takes its place. */
-    static void withdraw_exception(struct ps_violation *violation) {
-        PyObject *other = violation->other;
-        violation->other = NULL;
-        if (other || PyThreadState_Get()->async_exc == violation_class)
+    /* It is raised by other means. */
+    static void withdraw_exception(void) {
+        if (PyThreadState_Get()->async_exc == violation_class)
+            PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), NULL);
+    }
+
+    /* Whatever calls Python code from now on may be told of it. */
+    static void hand_over_exception(PyObject *other) {
+        if (other)
             PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), other);
         Py_XDECREF(other);
     }
@@ -254,7 +258,8 @@ cdef extern from *:
     """
     ctypedef int (*raiser)() except -1
     void install_hooks(PyObject *cls, raiser raise_it)
-    void withdraw_exception(ps_violation_t *violation)
+    void withdraw_exception()
+    void hand_over_exception(PyObject *other)
     ps_violation_t *violation_of_thread "ps_violation"() nogil
     void hold_views()
     bint arrays_are_wrapped()
@@ -268,25 +273,22 @@ class Violation(_errors.ProtectionError):
     """What a thread is told of its forbidden access; made without arguments, by the interpreter too."""
 
     def __init__(self):
-        cdef ps_violation_t *pending = violation_of_thread()
-        cdef bint interrupted = pending.interrupted
+        cdef ps_violation_t pending = violation_of_thread()[0]
         if not pending.count:
             super().__init__("a forbidden access, of which no more is known")
             return
-        self._take()
-        if interrupted:
+        forget_violation()
+        code = None if pending.code is NULL else <object>pending.code
+        Py_XDECREF(pending.code)
+        self._fill(
+            "store" if pending.required & 2 else "load", pending.region.decode() or None, pending.offset,
+            pending.required, pending.actual, pending.author.generation if pending.author.known else None,
+            pending.author.pid if pending.author.known else None, getattr(code, "co_filename", None),
+            pending.line or None)
+        hand_over_exception(pending.other)
+        if pending.interrupted:
             PyErr_SetInterrupt()
             PyErr_CheckSignals()  # the signal's own exception, as a rule; else it was waiting in vain
-
-    def _take(self):
-        cdef ps_violation_t *pending = violation_of_thread()
-        code = <object>pending.code if pending.code is not NULL else None
-        first = pending[0]
-        leave_quarantine()
-        self._fill(
-            "store" if first.required & 2 else "load", first.region.decode() or None, first.offset, first.required,
-            first.actual, first.author.generation if first.author.known else None,
-            first.author.pid if first.author.known else None, getattr(code, "co_filename", None), first.line or None)
 
     def __reduce__(self):
         return _errors._restore, (_errors.ProtectionError, self.args, dict(self.__dict__))
@@ -296,17 +298,15 @@ Violation.__name__ = Violation.__qualname__ = "ProtectionError"
 Violation.__module__ = "pyshare"
 
 
-cdef void leave_quarantine():
+cdef forget_violation():
     """The thread sees shared data again, and nothing is due to it any more."""
     cdef ps_violation_t *pending = violation_of_thread()
     with nogil:
         ps_quarantine_leave()
     pending.count = 0
     pending.interrupted = False
-    withdraw_exception(pending)
-    code = pending.code
-    pending.code = NULL
-    Py_XDECREF(code)
+    pending.code = pending.other = NULL
+    withdraw_exception()
 
 
 cdef int raise_pending() except -1:

@@ -360,7 +360,7 @@ class Region(_core.Handle):
         offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
         if offset < 0 or length <= 0 or offset + length > self._size:
             raise ValueError(
-                f"the range of {length} bytes at offset {offset} is empty, or not inside the region's {self._size} bytes"
+                f"the range of {length} bytes at offset {offset} is empty, or not inside the {self._size} bytes"
             )
         return offset, length
 
