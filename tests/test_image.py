@@ -1,0 +1,365 @@
+"""Images: what was saved is what is read, or nothing is; and a chain of them.
+
+The format is tested with memory of our own as the source, snapshots and restoring with regions.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Child
+
+import pyshare
+from pyshare import _image
+from pyshare._image import Chain
+
+PAGE = 4096
+Fork = Callable[..., Child]
+FOOT = struct.Struct("<QII8s")
+
+
+class Memory:
+    """A source that is bytes."""
+
+    name = "memory"
+    page_size = PAGE
+    generation = 7
+
+    def __init__(self, size: int, pages: dict[int, bytes]) -> None:
+        self.data = bytearray(size)
+        for page, data in pages.items():
+            self.data[page * PAGE : page * PAGE + len(data)] = data
+        self.size = size
+
+    def runs(self) -> list[tuple[int, int]]:
+        pages = range(0, self.size, PAGE)
+        return _image.merged((at, PAGE) for at in pages if any(self.data[at : at + PAGE]))
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= self.size
+        return bytes(self.data[offset : offset + length])
+
+
+def save(source: Any, path: Path, since: Path | None = None) -> str:
+    if since is None:
+        return _image.write(source, path, None, lambda *_: None)
+    with Chain(since) as base:
+        return _image.write(source, path, base, lambda *_: None)
+
+
+def load(path: Path) -> bytes:
+    """All of it, checked."""
+    with Chain(path) as chain:
+        chain.check()
+        return chain.read(0, chain.size)
+
+
+def held(path: Path) -> list[tuple[int, int]]:
+    """The runs of pages that the file itself has, in pages."""
+    with Chain(path) as chain:
+        return [(offset // PAGE, length // PAGE) for offset, length in chain.images[0].trailer.runs]
+
+
+def filled(*pages: int, with_: int = 1, size: int = 16 * PAGE) -> Memory:
+    return Memory(size, {page: bytes([with_ + page]) * min(PAGE, size - page * PAGE) for page in pages})
+
+
+# -- What was saved is what is read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, PAGE - 1, PAGE, 5 * PAGE + 17, 3 * _image.CHUNK + 5])
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_round_trip(tmp_path: Path, size: int, part: float) -> None:
+    chance = random.Random(size)
+    pages = [page for page in range(-(-size // PAGE)) if chance.random() < part]
+    source = Memory(size, {page: chance.randbytes(min(PAGE, size - page * PAGE)) for page in pages})
+    identity = save(source, tmp_path / "image")
+    assert load(tmp_path / "image") == source.data
+    with Chain(tmp_path / "image") as chain:
+        assert (chain.id, chain.name, chain.size, chain.generation) == (identity, "memory", size, 7)
+        assert chain.runs() == source.runs()
+        for _ in range(50):
+            offset = chance.randrange(size)
+            length = chance.randint(0, size - offset)
+            assert chain.read(offset, length) == source.data[offset : offset + length]
+
+
+def test_an_image_is_the_memory_at_its_own_offsets_and_sparse(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    source = Memory(64 << 20, {5000: b"five thousand", 0: b"first"})
+    save(source, tmp_path / "image")
+    array = numpy.memmap(tmp_path / "image", dtype="u1", mode="r")
+    assert array[5000 * PAGE : 5000 * PAGE + 13].tobytes() == b"five thousand"
+    assert array[:5].tobytes() == b"first"
+    assert os.stat(tmp_path / "image").st_blocks * 512 < 1 << 20
+    assert held(tmp_path / "image") == [(0, 1), (5000, 1)]
+
+
+def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
+    save(filled(1), tmp_path / "image")
+    assert os.stat(tmp_path / "image").st_mode & 0o777 == 0o600
+
+
+# -- Chains ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_with_a_base_holds_what_differs(tmp_path: Path) -> None:
+    """Also pages that have become zero, and pages that were and are again what they were."""
+    source = filled(1, 2, 3, 9)
+    states = [bytes(source.data)]
+    save(source, tmp_path / "0")
+    for number, (page, byte) in enumerate([(2, 77), (3, 0), (12, 5), (2, 3)], 1):
+        source.data[page * PAGE : (page + 1) * PAGE] = bytes([byte]) * PAGE
+        save(source, tmp_path / f"{number}", tmp_path / f"{number - 1}")
+        states.append(bytes(source.data))
+        assert held(tmp_path / f"{number}") == [(page, 1)]
+    save(source, tmp_path / "5", tmp_path / "4")
+    assert held(tmp_path / "5") == []
+    states.append(states[-1])
+    assert [load(tmp_path / f"{number}") for number in range(6)] == states
+
+
+def test_a_directory_of_images_can_be_moved(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    save(filled(1), tmp_path / "here" / "a")
+    save(filled(1, 2), tmp_path / "here" / "b", tmp_path / "here" / "a")
+    os.rename(tmp_path / "here", tmp_path / "there")
+    assert load(tmp_path / "there" / "b") == filled(1, 2).data
+
+
+def test_a_random_chain(tmp_path: Path) -> None:
+    chance = random.Random(8)
+    source = Memory(700 * PAGE + 100, {})
+    since, states = None, []
+    for number in range(8):
+        for _ in range(chance.randrange(60)):
+            at = chance.randrange(source.size)
+            source.data[at : at + 1] = bytes([chance.randrange(3)])
+        save(source, tmp_path / str(number), since)
+        since = tmp_path / str(number)
+        states.append(bytes(source.data))
+    for number, state in enumerate(states):
+        assert load(tmp_path / str(number)) == state
+        with Chain(tmp_path / str(number)) as chain:
+            for _ in range(100):
+                at = chance.randrange(source.size)
+                assert chain.read(at, 1) == state[at : at + 1]
+
+
+@pytest.mark.parametrize("what", ["size", "directory", "itself", "under it"])
+def test_a_base_that_cannot_be_one_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "other").mkdir()
+    save(filled(1), tmp_path / "a")
+    save(filled(1, 2), tmp_path / "b", tmp_path / "a")
+    path, since, size = {
+        "size": ("c", "a", 17),
+        "directory": ("other/c", "a", 16),
+        "itself": ("b", "b", 16),
+        "under it": ("a", "b", 16),
+    }[what]
+    with pytest.raises(ValueError, match=r"without since|must be in the directory|another name"):
+        save(filled(3, size=size * PAGE), tmp_path / path, tmp_path / since)
+    assert (load(tmp_path / "a"), load(tmp_path / "b")) == (filled(1).data, filled(1, 2).data)
+
+
+# -- What is not whole is recognised ---------------------------------------------------------------------------------
+
+
+def damage(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
+        file.write(data)
+
+
+def forge(path: Path, **fields: Any) -> None:
+    """The trailer says something else, under a right checksum."""
+    data = path.read_bytes()
+    length = FOOT.unpack(data[-FOOT.size :])[0]
+    text = json.loads(data[-FOOT.size - length : -FOOT.size])
+    forged = json.dumps(text | fields).encode()
+    foot = FOOT.pack(len(forged), zlib.crc32(forged), 0, b"psimage\n")
+    path.write_bytes(data[: -FOOT.size - length] + forged + foot)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"version": 2}, "version"),
+        ({"version": None}, "version"),
+        ({"size": 0}, "size"),
+        ({"size": -1}, "size"),
+        ({"size": 1 << 60}, "size"),
+        ({"size": 17 * PAGE}, "size"),
+        ({"size": "big"}, "size"),
+        ({"size": True}, "size"),
+        ({"page_size": 1000}, "page_size"),
+        ({"page_size": 0}, "page_size"),
+        ({"runs": {}}, "runs"),
+        ({"runs": [[0]]}, "runs"),
+        ({"runs": [[0, 0]]}, "runs"),
+        ({"runs": [[1, PAGE]]}, "runs"),
+        ({"runs": [[PAGE, PAGE], [0, PAGE]]}, "runs"),
+        ({"runs": [[0, PAGE], [0, PAGE]]}, "runs"),
+        ({"runs": [[0, 17 * PAGE]]}, "runs"),
+        ({"runs": [[-PAGE, PAGE]]}, "runs"),
+        ({"crc": 1}, "data"),
+        ({"crc": "1"}, "crc"),
+        ({"id": 5}, "id"),
+        ({"name": 5}, "name"),
+        ({"base_name": "base"}, "base_name"),
+        ({"base_name": "../base", "base_id": "x"}, "base_name"),
+        ({"base_name": "..", "base_id": "x"}, "base_name"),
+        ({"base_name": "a\0b", "base_id": "x"}, "base_name"),
+        ({"base_name": "\ud800", "base_id": "x"}, "base_name"),
+        ({"base_name": "image", "base_id": "x"}, "id"),
+    ],
+    ids=str,
+)
+def test_a_forged_trailer(tmp_path: Path, fields: dict[str, Any], field: str) -> None:
+    save(filled(1, 2), tmp_path / "image")
+    forge(tmp_path / "image", **fields)
+    with pytest.raises(pyshare.CorruptRegion) as caught:
+        load(tmp_path / "image")
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff", b"[]", b"{}", b"1" * 10_000, b""])
+def test_a_trailer_that_is_something_else(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "image").write_bytes(bytes(PAGE) + text + FOOT.pack(len(text), zlib.crc32(text), 0, b"psimage\n"))
+    with pytest.raises(pyshare.CorruptRegion):
+        load(tmp_path / "image")
+
+
+def test_every_byte_counts(tmp_path: Path) -> None:
+    """Whatever byte of an image is another: it is recognised, or (in a page that it does not hold) not looked at."""
+    save(filled(1, 3), tmp_path / "image")
+    whole = (tmp_path / "image").read_bytes()
+    for at in [*range(0, 16 * PAGE, 509), *range(16 * PAGE, len(whole))]:
+        damage(tmp_path / "image", at, bytes([whole[at] ^ 0x10]))
+        if at // PAGE in (1, 3) or at >= 16 * PAGE:
+            with pytest.raises(pyshare.CorruptRegion):
+                load(tmp_path / "image")
+        else:
+            assert load(tmp_path / "image") == filled(1, 3).data
+        damage(tmp_path / "image", at, whole[at : at + 1])
+
+
+def test_every_length_but_its_own(tmp_path: Path) -> None:
+    save(filled(1, size=2 * PAGE), tmp_path / "image")
+    whole = (tmp_path / "image").read_bytes()
+    for length in [*range(0, len(whole), 97), len(whole) - 1]:
+        (tmp_path / "image").write_bytes(whole[:length])
+        with pytest.raises(pyshare.CorruptRegion):
+            load(tmp_path / "image")
+
+
+def test_a_base_that_is_another_image_is_recognised(tmp_path: Path) -> None:
+    save(filled(1), tmp_path / "a")
+    save(filled(1, 2), tmp_path / "b", tmp_path / "a")
+    save(filled(1), tmp_path / "a")
+    with pytest.raises(pyshare.CorruptRegion, match="is not the image") as caught:
+        load(tmp_path / "b")
+    assert caught.value.field == "id"
+    os.unlink(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "b")
+
+
+def test_what_is_no_file_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/null")):
+        with pytest.raises(pyshare.CorruptRegion):
+            load(path)
+
+
+# -- Whole or nothing ------------------------------------------------------------------------------------------------
+
+
+class Failing(Memory):
+    """Something happens when its second chunk is read."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        super().__init__(3 * _image.CHUNK, dict.fromkeys(range(3 * _image.CHUNK // PAGE), b"new"))
+        self.then = then
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset == _image.CHUNK:
+            self.then()
+        return super().read(offset, length)
+
+
+def give_up() -> None:
+    raise OSError(errno.EIO, "no more")
+
+
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "a file system without"])
+def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
+    save(filled(1), tmp_path / "image")
+    if not unnamed:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # which is what such a file system makes of it
+    with pytest.raises(OSError, match="no more"):
+        save(Failing(give_up), tmp_path / "image")
+    assert load(tmp_path / "image") == filled(1).data
+    assert os.listdir(tmp_path) == ["image"]
+    save(filled(2), tmp_path / "image")
+    assert load(tmp_path / "image") == filled(2).data
+    assert os.listdir(tmp_path) == ["image"]
+
+
+def test_whoever_is_killed_leaves_what_was_there(tmp_path: Path, fork: Fork) -> None:
+    save(filled(1), tmp_path / "image")
+
+    def body(child: Child) -> None:
+        save(Failing(lambda: (child.say(), child.hear())), tmp_path / "image")
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    child.kill(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert load(tmp_path / "image") == filled(1).data
+    assert os.listdir(tmp_path) == ["image"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, fork: Fork) -> None:
+    save(filled(1), tmp_path / "image")
+
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * _image.CHUNK, 2 * _image.CHUNK))
+        with pytest.raises(OSError, match="too large"):
+            save(Failing(lambda: None), tmp_path / "image")
+        child.say()
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    assert child.wait() == 0
+    assert load(tmp_path / "image") == filled(1).data
+    assert os.listdir(tmp_path) == ["image"]
+
+
+# -- Progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = Failing(lambda: None)
+    told: list[tuple[int, int]] = []
+    with _image.telling(lambda done, total: told.append((done, total))) as tell:
+        _image.write(source, tmp_path / "image", None, tell)
+    assert told == [(done * _image.CHUNK, source.size) for done in range(4)]
+    for progress, says in ((True, True), (False, False)):
+        with _image.telling(progress) as tell:
+            _image.write(source, tmp_path / "image", None, tell)
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert bool(err) == says
