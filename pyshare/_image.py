@@ -14,6 +14,7 @@ Invariants
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -179,7 +180,7 @@ def _parse(path: str, text: bytes) -> Trailer:
     raise _corrupt(path, wrong, f"its {wrong} cannot be right")
 
 
-class Image:
+class _File:
     """One file, open; its trailer was checked, its pages were not."""
 
     def __init__(self, path: str) -> None:
@@ -231,8 +232,8 @@ class Image:
             raise _corrupt(self.path, "data", "the checksum of its pages is wrong")
 
 
-class Chain:
-    """An image with those it builds on, down to one that builds on none: a Source.
+class Image:
+    """What :meth:`Snapshot.save` wrote to a file, together with the images that it builds on; a context manager.
 
     Raises:
         CorruptRegion: a file is no whole image, or not the one that the image above was saved on.
@@ -241,96 +242,99 @@ class Chain:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.images: list[Image] = []
+        self._files: list[_File] = []
         try:
             self._open_all()
         except BaseException:
             self.close()
             raise
         self._pieces = self._resolve()
+        self._starts = [start for start, _, _ in self._pieces]
+
+    @property
+    def paths(self) -> list[str]:
+        """Its file and those of the images that it builds on, the newest first."""
+        return [file.path for file in self._files]
 
     def _open_all(self) -> None:
         path, wanted = self.path, None
         while True:
-            image = Image(path)
-            self.images.append(image)
-            trailer, newest = image.trailer, self.images[0].trailer
-            if wanted not in (None, trailer.id) or trailer.id in [one.trailer.id for one in self.images[:-1]]:
-                raise _corrupt(path, "id", f"it is not the image that {self.images[-2].path!r} was saved on")
+            self._files.append(_File(path))
+            trailer, newest = self._files[-1].trailer, self._files[0].trailer
+            if wanted not in (None, trailer.id) or trailer.id in [one.trailer.id for one in self._files[:-1]]:
+                raise _corrupt(path, "id", f"it is not the image that {self._files[-2].path!r} was saved on")
             if (trailer.size, trailer.page_size) != (newest.size, newest.page_size):
                 raise _corrupt(path, "size", f"{self.path!r} was saved on it, and has another size")
             if trailer.base_name is None:
                 return
             path, wanted = os.path.join(os.path.dirname(self.path), trailer.base_name), trailer.base_id
 
-    def _resolve(self) -> list[tuple[int, int, Image]]:
+    def _resolve(self) -> list[tuple[int, int, _File]]:
         """Which image has the latest of each run of pages; ascending."""
-        pieces: list[tuple[int, int, Image]] = []
+        pieces: list[tuple[int, int, _File]] = []
         covered: list[Run] = []
-        for image in self.images:
-            pieces += [(offset, length, image) for offset, length in uncovered(image.trailer.runs, covered)]
-            covered = merged([*covered, *image.trailer.runs])
+        for file in self._files:
+            pieces += [(offset, length, file) for offset, length in uncovered(file.trailer.runs, covered)]
+            covered = merged([*covered, *file.trailer.runs])
         return sorted(pieces, key=lambda piece: piece[0])
 
-    def __enter__(self) -> Chain:
+    def __enter__(self) -> Image:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        while self.images:
-            self.images.pop().close()
+        while self._files:
+            self._files.pop().close()
 
     def check(self) -> None:
-        """Every image of the chain is whole."""
-        for image in self.images:
-            image.check()
+        """Every byte of it, and of those it builds on, is what was saved; else CorruptRegion."""
+        for file in self._files:
+            file.check()
 
     @property
     def name(self) -> str | None:
-        return self.images[0].trailer.name
+        """Of the region, or None."""
+        return self._files[0].trailer.name
 
     @property
     def id(self) -> str:
-        return self.images[0].trailer.id
+        """What makes it different from every other image."""
+        return self._files[0].trailer.id
 
     @property
     def size(self) -> int:
-        return self.images[0].trailer.size
+        """Bytes, exactly those of the region."""
+        return self._files[0].trailer.size
 
     @property
     def page_size(self) -> int:
-        return self.images[0].trailer.page_size
+        """Bytes of a page: what two images differ by."""
+        return self._files[0].trailer.page_size
 
     @property
     def generation(self) -> int:
-        return self.images[0].trailer.generation
+        """The region's latest change of protection at that moment."""
+        return self._files[0].trailer.generation
 
     def runs(self) -> list[Run]:
+        """Ascending runs (offset, length) of whole pages; every other page is zero."""
         return merged((offset, length) for offset, length, _ in self._pieces)
 
     def read(self, offset: int, length: int) -> bytes:
-        found, at, end = bytearray(length), _piece_at(self._pieces, offset), offset + length
-        while at < len(self._pieces) and self._pieces[at][0] < end:
-            start, whole, image = self._pieces[at]
+        """A copy of ``length`` bytes from ``offset`` on, which need not be aligned."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(
+                f"the range of {length} bytes at offset {offset} is not inside the image's {self.size} bytes"
+            )
+        found, end = bytearray(length), offset + length
+        among = slice(max(bisect.bisect_right(self._starts, offset) - 1, 0), bisect.bisect_left(self._starts, end))
+        for start, whole, file in self._pieces[among]:
             first, last = max(start, offset), min(start + whole, end)
             if first < last:
-                found[first - offset : last - offset] = image.pread(first, last - first)
-            at += 1
+                found[first - offset : last - offset] = file.pread(first, last - first)
         return bytes(found)
-
-
-def _piece_at(pieces: list[tuple[int, int, Image]], offset: int) -> int:
-    """The index of the last piece that begins at or before the offset."""
-    low, high = 0, len(pieces)
-    while low < high:
-        middle = (low + high) // 2
-        if pieces[middle][0] <= offset:
-            low = middle + 1
-        else:
-            high = middle
-    return max(low - 1, 0)
 
 
 def uncovered(runs: Iterable[Run], covered: list[Run]) -> Iterator[Run]:
@@ -405,7 +409,7 @@ class _Draft:
         os.fsync(self._folder)
 
 
-def write(source: Source, path: str | os.PathLike[str], base: Chain | None, tell: Tell) -> str:
+def write(source: Source, path: str | os.PathLike[str], base: Image | None, tell: Tell) -> str:
     """The path leads to an image of the source, whole and on disk; its id.
 
     With a base it holds the pages that differ from it, and needs it for ever.
@@ -452,14 +456,14 @@ def _trailer(source: Source, runs: list[Run], crc: int, link: tuple[str, str] | 
     )
 
 
-def _check_base(source: Source, path: str, base: Chain) -> None:
+def _check_base(source: Source, path: str, base: Image) -> None:
     if (source.size, source.page_size) != (base.size, base.page_size):
         raise ValueError(f"{base.path!r} is of {base.size} bytes, not {source.size}: save without since")
     folders = [os.path.realpath(os.path.dirname(one) or ".") for one in (path, base.path)]
     if folders[0] != folders[1]:
         raise ValueError(f"{base.path!r} must be in the directory of {path!r}, which will need it")
     here = os.path.realpath(path)
-    if any(os.path.realpath(image.path) == here for image in base.images):
+    if here in map(os.path.realpath, base.paths):
         raise ValueError(f"{path!r} is one of the images that the new one builds on; give it another name")
 
 

@@ -22,7 +22,7 @@ from conftest import Child
 
 import pyshare
 from pyshare import _image
-from pyshare._image import Chain
+from pyshare._image import Image
 
 PAGE = 4096
 Fork = Callable[..., Child]
@@ -54,21 +54,21 @@ class Memory:
 def save(source: Any, path: Path, since: Path | None = None) -> str:
     if since is None:
         return _image.write(source, path, None, lambda *_: None)
-    with Chain(since) as base:
+    with Image(since) as base:
         return _image.write(source, path, base, lambda *_: None)
 
 
 def load(path: Path) -> bytes:
     """All of it, checked."""
-    with Chain(path) as chain:
-        chain.check()
-        return chain.read(0, chain.size)
+    with Image(path) as image:
+        image.check()
+        return image.read(0, image.size)
 
 
 def held(path: Path) -> list[tuple[int, int]]:
     """The runs of pages that the file itself has, in pages."""
-    with Chain(path) as chain:
-        return [(offset // PAGE, length // PAGE) for offset, length in chain.images[0].trailer.runs]
+    with Image(path) as image:
+        return [(offset // PAGE, length // PAGE) for offset, length in image._files[0].trailer.runs]
 
 
 def filled(*pages: int, with_: int = 1, size: int = 16 * PAGE) -> Memory:
@@ -86,13 +86,13 @@ def test_round_trip(tmp_path: Path, size: int, part: float) -> None:
     source = Memory(size, {page: chance.randbytes(min(PAGE, size - page * PAGE)) for page in pages})
     identity = save(source, tmp_path / "image")
     assert load(tmp_path / "image") == source.data
-    with Chain(tmp_path / "image") as chain:
-        assert (chain.id, chain.name, chain.size, chain.generation) == (identity, "memory", size, 7)
-        assert chain.runs() == source.runs()
+    with Image(tmp_path / "image") as image:
+        assert (image.id, image.name, image.size, image.generation) == (identity, "memory", size, 7)
+        assert image.runs() == source.runs()
         for _ in range(50):
             offset = chance.randrange(size)
             length = chance.randint(0, size - offset)
-            assert chain.read(offset, length) == source.data[offset : offset + length]
+            assert image.read(offset, length) == source.data[offset : offset + length]
 
 
 def test_an_image_is_the_memory_at_its_own_offsets_and_sparse(tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_a_random_chain(tmp_path: Path) -> None:
         states.append(bytes(source.data))
     for number, state in enumerate(states):
         assert load(tmp_path / str(number)) == state
-        with Chain(tmp_path / str(number)) as chain:
+        with Image(tmp_path / str(number)) as image:
             for _ in range(100):
                 at = chance.randrange(source.size)
-                assert chain.read(at, 1) == state[at : at + 1]
+                assert image.read(at, 1) == state[at : at + 1]
 
 
 @pytest.mark.parametrize("what", ["size", "directory", "itself", "under it"])
