@@ -1,8 +1,8 @@
 # cython: language_level=3, binding=True, embedsignature=True, auto_pickle=False, autotestdict=False
 # cython: autotestdict=False
-"""_peers: measurement code only, the binding of peers.h.
+"""_peers: measurement code only, the binding of peers.h and pauses.h.
 
-Lives here: the extern block and two classes.  Not here: anything that a program
+Lives here: the extern blocks and three classes.  Not here: anything that a program
 which shares memory needs; pyshare.bench alone imports this.
 Invariant: the GIL is not held while C waits, stores or takes the time.
 """
@@ -57,6 +57,26 @@ cdef extern from "peers.h" nogil:
     int64_t peers_cycle(peers_board *board, peers_cycle_kind cycle, int32_t times)
     int64_t peers_core_lease(const ps_calls *calls, ps_region *region, uint64_t page, bint window, int32_t times)
     int64_t peers_core_lock(const ps_calls *calls, ps_region *region, uint32_t index, int32_t times)
+
+cdef extern from "pauses.h" nogil:
+    enum:
+        PAUSES_WRITERS
+    struct pauses_board:
+        size_t length
+    pauses_board *pauses_create(size_t length, uint32_t writers, int64_t every)
+    void pauses_free(pauses_board *board)
+    int pauses_populate(void *data, size_t length, int write)
+    void pauses_fill(void *data, size_t length)
+    void pauses_write(pauses_board *board, uint32_t index, void *data, const ps_calls *calls, ps_region *region)
+    int pauses_begin(pauses_board *board)
+    int pauses_end(pauses_board *board)
+    void pauses_forget(pauses_board *board)
+    int64_t pauses_worst(const pauses_board *board)
+    int64_t pauses_probe(pauses_board *board, int64_t *again)
+    int64_t pauses_stop_and_copy(pauses_board *board, const void *source, void *to)
+    void pauses_serve_forks(pauses_board *board)
+    int64_t pauses_fork(pauses_board *board)
+    int64_t pauses_await_child(pauses_board *board)
 
 REST, LOOK, STORE = PEERS_REST, PEERS_LOOK, PEERS_STORE
 MPROTECT, UFFD, FCNTL, MUTEX = PEERS_MPROTECT, PEERS_UFFD, PEERS_FCNTL, PEERS_MUTEX
@@ -209,4 +229,115 @@ cdef class Core:
         cdef int64_t elapsed
         with nogil:
             elapsed = peers_core_lock(self.calls, self.region, index, times)
+        return checked(elapsed)
+
+
+cdef class Pauses:
+    """What processes share that store at a steady pace, into memory of the same length; forked children have it too."""
+
+    cdef pauses_board *board
+
+    def __cinit__(self, size_t length, uint32_t writers, int64_t every) -> None:
+        """So many writers rest `every` ns after each of their stores."""
+        if not 1 <= writers <= PAUSES_WRITERS:
+            raise ValueError(f"{writers} writers; from 1 to {PAUSES_WRITERS} can be measured")
+        self.board = pauses_create(length, writers, every)
+        if self.board is NULL:
+            raise OSError("no board")
+
+    def __dealloc__(self):
+        if self.board is not NULL:
+            pauses_free(self.board)
+
+    cdef void *start_of(self, memory) except NULL:
+        cdef Py_buffer view
+        PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE)
+        cdef void *start = view.buf
+        cdef size_t length = view.len
+        PyBuffer_Release(&view)
+        if length < self.board.length:
+            raise ValueError(f"{length} bytes; {self.board.length} are needed")
+        return start
+
+    def fill(self, memory) -> None:
+        """No page of it is a hole."""
+        cdef void *start = self.start_of(memory)
+        with nogil:
+            pauses_fill(start, self.board.length)
+
+    def populate(self, memory, bint write) -> None:
+        """It is in this process's page tables, to be read or to be written."""
+        cdef void *start = self.start_of(memory)
+        cdef int result
+        with nogil:
+            result = pauses_populate(start, self.board.length, write)
+        checked(result)
+
+    def write(self, uint32_t index, memory) -> None:
+        """The life of a writer; does not return."""
+        cdef void *start = self.start_of(memory)
+        with nogil:
+            pauses_write(self.board, index, start, NULL, NULL)
+
+    def lease(self, uint32_t index, memory, Core core) -> None:
+        """The life of a writer that leases each page for its store; does not return."""
+        cdef void *start = self.start_of(memory)
+        with nogil:
+            pauses_write(self.board, index, start, core.calls, core.region)
+
+    def begin(self) -> None:
+        """Every writer is at work."""
+        cdef int result
+        with nogil:
+            result = pauses_begin(self.board)
+        checked(result)
+
+    def end(self) -> None:
+        """No writer is at work."""
+        cdef int result
+        with nogil:
+            result = pauses_end(self.board)
+        checked(result)
+
+    def forget(self) -> None:
+        """What writers had to wait until now does not count."""
+        pauses_forget(self.board)
+
+    def worst(self) -> int:
+        """The most ns that a writer had to wait for a store."""
+        return pauses_worst(self.board)
+
+    def probe(self) -> tuple[int, int]:
+        """ns of a store now, and of the next one to the same page: medians of some."""
+        cdef int64_t first, again
+        with nogil:
+            first = pauses_probe(self.board, &again)
+        return checked(first), again
+
+    def stop_and_copy(self, source, to) -> int:
+        """All writers have waited while the memory was copied; returns the ns from the first word to the last."""
+        cdef void *here = self.start_of(source)
+        cdef void *there = self.start_of(to)
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = pauses_stop_and_copy(self.board, here, there)
+        return checked(elapsed)
+
+    def serve_forks(self) -> None:
+        """The life of a process with private memory, the writers its threads; does not return."""
+        with nogil:
+            pauses_serve_forks(self.board)
+
+    def fork(self) -> int:
+        """That process has forked; returns the ns that it took."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = pauses_fork(self.board)
+        return checked(elapsed)
+
+    def await_child(self) -> int:
+        """The child has read everything and ended; returns the ns since before the fork. The first time: it is ready."""
+        cdef int64_t elapsed
+        with nogil:
+            elapsed = pauses_await_child(self.board)
         return checked(elapsed)
