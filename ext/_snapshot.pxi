@@ -11,6 +11,8 @@ import _thread
 import weakref
 from multiprocessing import reduction
 
+from pyshare import _image
+
 cdef extern from "core.h" nogil:
     enum:
         PS_EAREAS
@@ -30,6 +32,7 @@ cdef extern from "core.h" nogil:
     void ps_snapshot_unview(void *at, uint64_t pages)
     flag ps_snapshot_complete(const ps_snapshot *snapshot)
     uint64_t ps_snapshot_saved(const ps_snapshot *snapshot)
+    int ps_snapshot_data(const ps_snapshot *snapshot, flag area, uint64_t *page, uint64_t *count)
     void ps_snapshot_close(ps_snapshot *snapshot)
 
 cdef enum:
@@ -117,6 +120,7 @@ cdef class Snapshot:
     cdef readonly object name
     cdef readonly uint64_t generation
     cdef readonly uint64_t size
+    cdef readonly object saved_as  # the path of its image, or None
     cdef object __weakref__
 
     def __init__(self):
@@ -146,8 +150,50 @@ cdef class Snapshot:
             pages = ps_snapshot_saved(&holding.at)
         return pages
 
+    @property
+    def page_size(self):
+        """Bytes of a page: what is saved at once."""
+        return PAGE_SIZE
+
     def __len__(self):
         return self.size
+
+    def runs(self):
+        """Ascending runs (offset, length) of whole pages, in bytes; every other page is zero."""
+        cdef Holding holding = self.held("runs")
+        cdef uint64_t page, count = 0
+        cdef int rc
+        found = []
+        for area in (False, True):  # in this order: a page that leaves the data has been saved before
+            page = 0
+            while True:
+                rc = ps_snapshot_data(&holding.at, area, &page, &count)
+                if rc:
+                    raise_code(rc, "runs")
+                if not count:
+                    break
+                found.append((page * PAGE_SIZE, count * PAGE_SIZE))
+                page += count
+        return _image.merged(found)
+
+    def save(self, path, *, since=None, progress=False):
+        """The path leads to an image of the snapshot, whole and on disk; until then to what it led to before.
+
+        The file has the memory at its own offsets, so ``numpy.memmap`` of it works, and pages of zeros are holes; its
+        owner alone may read it.  :class:`Image` reads it, and :meth:`Region.restore` puts it back.
+
+        Args:
+            since: the path of an image, or a Snapshot that this process has saved: the new image has only the pages
+                that differ from it, and needs that file, in the same directory, and those that it builds on.
+            progress: True for a bar on stderr, or a function that is told how many bytes are done, of how many.
+
+        Raises:
+            ValueError: an image that cannot be built on: another size or directory, or one that would be replaced.
+            CorruptRegion: ``since`` is no whole image; or the snapshot was given up.
+            OSError: of the file system. Nothing is left then.
+            RegionClosed: the snapshot is closed.
+        """
+        self.saved_as = _image.save(self, path, since, progress)
 
     def read(self, offset, length):
         """A copy of ``length`` bytes from ``offset`` on, which need not be aligned.

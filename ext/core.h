@@ -192,6 +192,9 @@ int ps_snapshot_save(struct ps_snapshot *snapshot, uint64_t *page, uint64_t coun
 int ps_snapshot_view(const struct ps_snapshot *snapshot, void **at);
 void ps_snapshot_unview(void *at, uint64_t pages);
 bool ps_snapshot_complete(const struct ps_snapshot *snapshot);
+/* The next run of pages from *page on that the data, or the snapshot's own area, has (a page that neither has is zero);
+ * a count of 0: there is none. */
+int ps_snapshot_data(const struct ps_snapshot *snapshot, bool area, uint64_t *page, uint64_t *count);
 uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot); /* pages that need not be saved any more */
 void ps_snapshot_close(struct ps_snapshot *snapshot);
 void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */

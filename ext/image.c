@@ -238,3 +238,11 @@ uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot) {
         saved += in_area(snapshot, page);
     return saved;
 }
+
+int ps_snapshot_data(const struct ps_snapshot *snapshot, bool area, uint64_t *page, uint64_t *count) {
+    *count = 0;
+    if (!area && ps_snapshot_complete(snapshot))
+        return 0; /* it has nothing in the data */
+    uint64_t begin = area ? area_offset(snapshot) : snapshot->control_size;
+    return ps_region_data(snapshot->fd, begin, snapshot->pages, page, count);
+}

@@ -152,6 +152,7 @@ int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count)
 int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count);
 void ps_region_unmap_source(struct ps_region *region);
 int ps_region_map_shadow(struct ps_region *region);
+int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);

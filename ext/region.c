@@ -413,6 +413,23 @@ uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end
     return (uint64_t)found < end ? (uint64_t)found : end;
 }
 
+/* The next run of pages from *page on that the memfd really holds, of so many that begin at `begin`; a count of 0:
+ * there is none. */
+int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count) {
+    *count = 0;
+    off_t end = (off_t)(begin + pages * PS_PAGE), data = lseek(fd, (off_t)(begin + *page * PS_PAGE), SEEK_DATA);
+    if (data < 0)
+        return errno == ENXIO ? 0 : -errno;
+    off_t hole = data < end ? lseek(fd, data, SEEK_HOLE) : end;
+    if (hole < 0)
+        return -errno;
+    if (data < end) {
+        *page = ((uint64_t)data - begin) / PS_PAGE;
+        *count = ((uint64_t)(hole < end ? hole : end) - begin) / PS_PAGE - *page;
+    }
+    return 0;
+}
+
 /* -- What it is ---------------------------------------------------------------------------------------------- */
 
 static uint64_t here_length(const struct ps_region *region) {

@@ -15,6 +15,7 @@ from pyshare._errors import (
     RegionNotFound,
     ShareError,
 )
+from pyshare._image import Image
 from pyshare._names import names, unlink
 from pyshare._region import Participant, Prot, Region, attach, create
 
@@ -31,6 +32,7 @@ __all__ = [
     "WRITE",
     "CorruptRegion",
     "Frozen",
+    "Image",
     "Lease",
     "Lock",
     "Participant",

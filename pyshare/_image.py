@@ -28,9 +28,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
 from pyshare._errors import CorruptRegion
 
 VERSION = 1
@@ -42,21 +39,25 @@ Run = tuple[int, int]  # offset and length in bytes, whole pages
 Tell = Callable[[int, int], object]  # is told how many bytes are done, of how many
 
 
-class Source(Protocol):
+class Readable(Protocol):
+    """Memory."""
+
+    @property
+    def size(self) -> int: ...
+    def read(self, offset: int, length: int, /) -> bytes: ...
+
+
+class Source(Readable, Protocol):
     """What can be saved: the memory of a region at one moment."""
 
     @property
     def name(self) -> str | None: ...
-    @property
-    def size(self) -> int: ...
     @property
     def page_size(self) -> int: ...
     @property
     def generation(self) -> int: ...
     def runs(self) -> list[Run]:
         """Ascending runs of whole pages; every other page is zero."""
-
-    def read(self, offset: int, length: int, /) -> bytes: ...
 
 
 # -- Runs ----------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def chunks(runs: Iterable[Run]) -> Iterator[Run]:
             yield at, min(CHUNK, offset + length - at)
 
 
-def read_pages(source: Source, offset: int, length: int) -> bytes:
+def read_pages(source: Readable, offset: int, length: int) -> bytes:
     """Whole pages; behind the end of the source's last bytes they are zero."""
     return source.read(offset, min(length, source.size - offset)).ljust(length, b"\0")
 
@@ -409,6 +410,26 @@ class _Draft:
         os.fsync(self._folder)
 
 
+def save(source: Source, path: str | os.PathLike[str], since: object, progress: bool | Tell) -> str:
+    """What Snapshot.save does; the path, so that a later one can be saved since this."""
+    path = os.path.abspath(os.fsdecode(path))
+    with contextlib.ExitStack() as stack:
+        base = None if since is None else stack.enter_context(Image(_path_of(since)))
+        write(source, path, base, stack.enter_context(telling(progress)))
+    return path
+
+
+def _path_of(source: object) -> str:
+    """Of an image: itself, or that of a snapshot that was saved."""
+    if isinstance(source, (str, bytes, os.PathLike)):
+        return os.fsdecode(source)
+    if not hasattr(source, "saved_as"):
+        raise TypeError(f"expected the path of an image, or a Snapshot, not {source!r}")
+    if source.saved_as is None:
+        raise ValueError("this process has not saved that snapshot: save it first, or say the path of its image")
+    return str(source.saved_as)
+
+
 def write(source: Source, path: str | os.PathLike[str], base: Image | None, tell: Tell) -> str:
     """The path leads to an image of the source, whole and on disk; its id.
 
@@ -425,7 +446,7 @@ def write(source: Source, path: str | os.PathLike[str], base: Image | None, tell
         tell(0, total)
         for offset, length in chunks(asked):
             data = read_pages(source, offset, length)
-            before = None if base is None else base.read(offset, length)
+            before = read_pages(base, offset, length) if base else bytes(length)
             for at, size in differing(data, before, source.page_size):
                 crc = zlib.crc32(memoryview(data)[at : at + size], crc)
                 held.append((offset + at, size))
@@ -467,10 +488,8 @@ def _check_base(source: Source, path: str, base: Image) -> None:
         raise ValueError(f"{path!r} is one of the images that the new one builds on; give it another name")
 
 
-def differing(data: bytes, before: bytes | None, page: int) -> list[Run]:
-    """The runs of pages in which the two differ; where there is nothing before, all of it."""
-    if before is None:
-        return [(0, len(data))]
+def differing(data: bytes, before: bytes, page: int) -> list[Run]:
+    """The runs of pages in which the two differ."""
     if data == before:
         return []
     pages = range(0, len(data), page)
@@ -485,6 +504,9 @@ def telling(progress: bool | Tell) -> Iterator[Tell]:
     elif not progress:
         yield lambda _done, _total: None
     else:
+        from rich.console import Console  # not before: it takes longer to import than all of pyshare
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
         columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
             task = bar.add_task("")

@@ -363,3 +363,95 @@ def test_progress_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         out, err = capfd.readouterr()
         assert out == ""
         assert bool(err) == says
+
+
+# -- Snapshots -------------------------------------------------------------------------------------------------------
+
+ENGINES = ["mprotect", "uffd"]
+PROTS = [pyshare.READ, pyshare.READ_WRITE]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    try:
+        pyshare.create(size=PAGE, engine=request.param).close()
+    except OSError:
+        pytest.skip("this machine has no userfaultfd")
+    return str(request.param)
+
+
+def store(region: pyshare.Region, page: int, data: bytes) -> None:
+    with region.lease(page * PAGE, PAGE) as lease:
+        lease.view[: len(data)] = data
+
+
+@pytest.mark.parametrize("prot", PROTS, ids=str)
+def test_a_snapshot_is_saved_as_it_was(engine: str, prot: pyshare.Prot, tmp_path: Path) -> None:
+    """Whatever is written meanwhile, and before pages of it are read; size is no whole number of pages."""
+    size = 100 * PAGE + 1234
+    with pyshare.create("test-image", size=size, prot=prot, engine=engine) as region:
+        for page in range(0, 60, 2):
+            store(region, page, b"before")
+        before = region.read(0, size)
+        with region.snapshot() as snapshot:
+            told = []
+
+            def write(done: int, total: int) -> None:
+                told.append((done, total))
+                store(region, len(told), b"later")
+                store(region, 90 + len(told), b"later")
+
+            for page in range(3):
+                store(region, 10 + page, b"later")
+            snapshot.save(tmp_path / "image", progress=write)
+            assert load(tmp_path / "image") == before
+            assert snapshot.saved_as == str(tmp_path / "image")
+            assert told[0][0] == 0
+            assert told[-1][0] == told[-1][1] > 0
+            assert [sum(run) for run in held(tmp_path / "image")][-1] == 59
+            with pyshare.Image(tmp_path / "image") as image:
+                assert (image.name, image.size, image.generation) == ("test-image", size, snapshot.generation)
+
+
+def test_a_snapshot_is_saved_since_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pyshare.create(size=1000 * PAGE, prot=pyshare.READ) as region:
+        store(region, 5, b"one")
+        store(region, 700, b"one")
+        with region.snapshot() as first, pytest.raises(ValueError, match="has not saved that snapshot"):
+            region.snapshot().save("second", since=first)
+        first = region.snapshot()
+        first.save("first")
+        first.close()
+        store(region, 700, b"two")
+        with region.snapshot() as second:
+            second.save("second", since=first)
+            second.save("the same", since="first")
+            with pytest.raises(TypeError, match="expected the path of an image"):
+                second.save("third", since=7)  # type: ignore[arg-type]
+            store(region, 5, b"three")
+            assert held(tmp_path / "second") == held(tmp_path / "the same") == [(700, 1)]
+            assert load(tmp_path / "second") == second.read(0, second.size)
+    assert sorted(os.listdir(tmp_path)) == ["first", "second", "the same"]
+
+
+def test_who_saves_is_killed_and_the_next_saves(tmp_path: Path, joined: Callable[..., Child]) -> None:
+    with pyshare.create(size=3 * _image.CHUNK, prot=pyshare.READ) as region:
+        store(region, 1, b"here")
+        store(region, 500, b"and there")
+
+        def body(child: Child) -> None:
+            child.say()
+            region.snapshot().save(
+                tmp_path / "image", progress=lambda done, _: done and (child.say("half"), child.hear())
+            )
+
+        child = joined(body)
+        assert child.hear() == "half"
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        assert os.listdir(tmp_path) == []
+        store(region, 1, b"next")
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+        assert load(tmp_path / "image") == region.read(0, region.size)
