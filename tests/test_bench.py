@@ -26,8 +26,8 @@ import pytest
 
 import pyshare
 from pyshare import _peers, bench
-from pyshare.bench import bounds, costs, cycles, measure, sections, teams
-from pyshare.bench.measure import Case, Crew, Figures
+from pyshare.bench import bounds, costs, cycles, measure, sections, snapshots, teams
+from pyshare.bench.measure import Case, Crew, Figures, Limit
 from pyshare.bench.teams import CHANGES, CONTENDERS, Bare, Contender, Mixed, Mprotect, Region, Signal, Uffd
 
 PATIENCE = 120.0
@@ -96,6 +96,8 @@ def test_the_tables_are_printed(run: tuple[str, dict[str, Any]]) -> None:
         "p99",
         "Python",
         "KiB",
+        "first store",
+        "saved",
     )
     assert all(word in output for word in words)
     assert max(len(line.rstrip()) for line in output.splitlines()[:-1]) <= 80
@@ -265,7 +267,13 @@ def test_a_floor_goes_in_cycles(cycle: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
-    ("section", "begun"), [("change", b"1 participants"), ("lease", b"leases"), ("sparse", b"a sparse region")]
+    ("section", "begun"),
+    [
+        ("change", b"1 participants"),
+        ("lease", b"leases"),
+        ("snapshot", b"1 writers"),
+        ("sparse", b"a sparse region"),
+    ],
 )
 def test_nothing_is_left_when_it_is_interrupted(section: str, begun: bytes, number: signal.Signals) -> None:
     environment = {**os.environ, "FORCE_COLOR": "1"}  # the progress bar shows when it measures
@@ -282,6 +290,72 @@ def test_nothing_is_left_when_it_is_interrupted(section: str, begun: bytes, numb
             process.kill()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert errors == b""
+
+
+SIZE = 64 * mmap.PAGESIZE
+
+
+@contextlib.contextmanager
+def writing(kind: type[snapshots.Team]) -> Iterator[Any]:
+    """A team whose two writers write."""
+    with snapshots.assembled([(kind, Case("snapshot", 2, SIZE))]) as (team,), measure.alarm():
+        team.pauses.begin()
+        yield team
+        team.pauses.end()
+
+
+@pytest.mark.parametrize("kind", snapshots.TEAMS)
+def test_a_turn_measures_everything(kind: type[snapshots.Team]) -> None:
+    with snapshots.assembled([(kind, Case("snapshot", 2, SIZE))]) as (team,), measure.alarm():
+        for _ in range(3):
+            turn = team.turn()
+            assert tuple(turn) == snapshots.MEASURES
+            assert all(elapsed > 0 for elapsed in turn.values())
+            assert turn["saved"] >= turn["taken"]
+
+
+def test_writers_wait_while_their_memory_is_copied() -> None:
+    with writing(snapshots.Stop) as team:
+        copies = []
+        for _ in range(5):
+            team.pauses.probe()
+            team.pauses.forget()
+            elapsed = team.pauses.stop_and_copy(team.memory, team.copy)
+            team.pauses.probe()  # and so a writer has gone on
+            assert team.pauses.worst() > 0
+            assert elapsed > 0
+            copies.append(team.copy[:])
+        assert len({*copies, team.memory[:]}) == 6
+
+
+@pytest.mark.parametrize("kind", [snapshots.ReadWrite, snapshots.Leases])
+def test_the_image_of_a_region_is_its_snapshot(kind: type[snapshots.Region]) -> None:
+    with writing(kind) as team:
+        team.image()
+        image = team.snapshot.read(0, SIZE)
+        team.pauses.probe()
+        assert team.snapshot.read(0, SIZE) == image != team.region.read(0, SIZE)
+        assert team.snapshot.complete == (kind is snapshots.ReadWrite)
+        team.let_go()
+
+
+def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def section(available: int) -> sections.Section:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: argparse.Namespace(available=available))
+        return snapshots.snapshot((1, 4), False, Limit(1, 1.0))
+
+    largest = [
+        max(case.length for sweep in one.sweeps for case in sweep.cases)
+        for one in (section(64 << 30), section(4 << 30))
+    ]
+    assert largest == [4 << 30, 64 << 20]
+
+
+def test_writers_need_their_memory() -> None:
+    with pytest.raises(ValueError, match="257 writers; from 1 to 256"):
+        _peers.Pauses(SIZE, 257, 1)
+    with pytest.raises(ValueError, match="are needed"):
+        _peers.Pauses(SIZE, 1, 1).fill(bytearray(1))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONTENDERS if not issubclass(kind, (Region, Bare))])

@@ -4,8 +4,8 @@ A contender is a way to get something done: pyshare's, a peer's, or a floor
 that nobody can beat.  All contenders of a case are measured in one loop.
 
 Lives here: the command.  measure.py says how it is measured, teams.py,
-sections.py, cycles.py, costs.py and demo.py what, bounds.py what pyshare is held to,
-report.py how it is shown.
+sections.py, cycles.py, snapshots.py, costs.py and demo.py what, bounds.py what
+pyshare is held to, report.py how it is shown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import pyshare
-from pyshare.bench import costs, cycles, demo, sections
+from pyshare.bench import costs, cycles, demo, sections, snapshots
 from pyshare.bench.bounds import verdicts
 from pyshare.bench.measure import Limit, Results
 from pyshare.bench.report import bounds_table, machine, plot, report, sweep_table
@@ -30,7 +30,7 @@ from pyshare.bench.sections import Section
 
 NAME = "bench"
 MOST = 256  # participants
-SECTIONS = ("change", "lease", "lock", "sparse", "memory", "demo")
+SECTIONS = ("change", "lease", "lock", "snapshot", "sparse", "memory", "demo")
 
 
 def counts(text: str) -> list[int]:
@@ -83,6 +83,9 @@ def chosen(arguments: argparse.Namespace) -> list[Section]:
         ),
         "lease": lambda: cycles.lease(in_cycles, limit(300, 3) if quick else limit(2000, 20)),
         "lock": lambda: cycles.lock(in_cycles, limit(300, 2) if quick else limit(2000, 12)),
+        "snapshot": lambda: snapshots.snapshot(
+            participants or snapshots.PARTICIPANTS, quick, limit(20, 0.8) if quick else limit(60, 8)
+        ),
         "sparse": lambda: costs.sparse(limit(100, 3) if quick else limit(1000, 12)),
         "memory": costs.memory,
         "demo": lambda: demo.demo(quick),

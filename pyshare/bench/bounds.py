@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pyshare.bench.costs import SLOTS
 from pyshare.bench.cycles import SPARSE
 from pyshare.bench.measure import Case, Key, Results
+from pyshare.bench.snapshots import LARGE, LARGEST, SMALL
 from pyshare.bench.teams import CHANGES
 
 
@@ -159,6 +160,23 @@ def locks(results: Results) -> Iterator[Verdict]:
         )
 
 
+def snapshots(results: Results) -> Iterator[Verdict]:
+    """The pauses that they make."""
+    small, large, largest = (Case("snapshot", 4, length) for length in (SMALL, LARGE, LARGEST))
+    yield from verdict(
+        "snapshot 4 GiB, leases: pause", results, (largest, "leases", "pause"), "4 MiB", (small, "leases", "pause"), 1.5
+    )
+    yield from verdict(
+        "snapshot 1 GiB, READ_WRITE: pause",
+        results,
+        (large, "READ_WRITE", "pause"),
+        "stop and copy",
+        (large, "stop and copy", "pause"),
+        10.0,
+        True,
+    )
+
+
 def sparse(results: Results) -> Iterator[Verdict]:
     """Of both ways to begin, with either protection."""
     for writable in (False, True):
@@ -179,4 +197,4 @@ def demo(results: Results) -> Iterator[Verdict]:
 
 def verdicts(results: Results) -> list[Verdict]:
     """Every bound that what was measured allows to judge."""
-    return [one for part in (changes, leases, locks, sparse, demo) for one in part(results)]
+    return [one for part in (changes, leases, locks, snapshots, sparse, demo) for one in part(results)]

@@ -31,7 +31,7 @@ PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 
 WARM_UP = 3  # rounds that are not counted
-LEAST = 10  # rounds that are, however long they take
+LEAST = 10  # rounds that are, however long they take; unless a Limit says otherwise
 MESSAGE = 256  # bytes that a process tells: one atomic write to a pipe
 PATIENCE = 30.0  # seconds that one turn, or the start of one team, may take
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99, "max": 1.0}
@@ -78,29 +78,40 @@ def figures(values: Sequence[float], unit: str = "µs") -> Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Measuring ends after so many rounds or seconds, whichever comes first, but not before LEAST rounds."""
+    """Measuring ends after so many rounds or seconds, whichever comes first, but not before the least."""
 
     rounds: int
     seconds: float
+    least: int = LEAST
+    warm_up: int = WARM_UP
+
+
+def repeat(limit: Limit, tick: Tick, everybody: Callable[[bool, Callable[[], None]], object]) -> None:
+    """Rounds of `everybody(does it count, wind)`, which calls `wind` before each turn (see alarm)."""
+    started = time.monotonic()
+    with alarm() as wind:
+        for number in range(-limit.warm_up, limit.rounds):
+            everybody(number >= 0, wind)
+            spent = (time.monotonic() - started) / limit.seconds
+            tick(min(1.0, max(spent, number / limit.rounds)))
+            if spent > 1 and number + 1 >= limit.least:
+                break
 
 
 def interleave(groups: Sequence[Mapping[Key, Callable[[], float]]], limit: Limit, tick: Tick) -> Results:
     """Every contender's figures in µs, from ns; a round is a turn of everybody in each group, group after group."""
     values: dict[Key, list[float]] = {key: [] for group in groups for key in group}
     order = random.Random(0)
-    started = time.monotonic()
-    with alarm() as wind:
-        for number in range(-WARM_UP, limit.rounds):
-            for group in groups:
-                for key, turn in order.sample(list(group.items()), len(group)):
-                    wind()
-                    elapsed = turn()
-                    if number >= 0:
-                        values[key].append(elapsed / 1000)
-            spent = (time.monotonic() - started) / limit.seconds
-            tick(min(1.0, max(spent, number / limit.rounds)))
-            if spent > 1 and number + 1 >= LEAST:
-                break
+
+    def everybody(counts: bool, wind: Callable[[], None]) -> None:
+        for group in groups:
+            for key, turn in order.sample(list(group.items()), len(group)):
+                wind()
+                elapsed = turn()
+                if counts:
+                    values[key].append(elapsed / 1000)
+
+    repeat(limit, tick, everybody)
     return {key: figures(found) for key, found in values.items()}
 
 
