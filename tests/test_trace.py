@@ -146,7 +146,7 @@ def test_the_slowest_is_named(region: Region, joined: Joined) -> None:
     _, events = told("--since", "0", "--count", "2")
     assert events[0]["slowest"] == stopped.pid
     assert "pytest" in events[0]["slowest_command"]
-    assert AT_ONCE <= events[0]["seconds"] < PATIENCE
+    assert AT_ONCE / 2 < events[0]["seconds"] < PATIENCE
     assert events[1]["slowest"] != os.getpid()
 
 
