@@ -129,6 +129,8 @@ def page_tables(observer: _core.Observer, slot: Slot) -> Runs:
     at, ours = start, False
     try:
         for low, high, bits, shared, offset, file in mappings(slot.pid, start, end):
+            if low < at:
+                raise Unseen("its mappings change too fast")
             if low > at:
                 found.append((at, low - at, 0))
             at = high
@@ -291,10 +293,8 @@ def persistent(old: Sequence[Difference], new: Sequence[Difference]) -> list[Dif
             at += 1
         place = at
         while place < len(old) and old[place].first < one.first + one.count:
-            first, end = (
-                max(one.first, old[place].first),
-                min(one.first + one.count, old[place].first + old[place].count),
-            )
+            other = old[place]
+            first, end = max(one.first, other.first), min(one.first + one.count, other.first + other.count)
             found.append(dataclasses.replace(one, first=first, count=end - first))
             place += 1
     return found
