@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import mmap
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, Child, idle
-from kernel import PAGE, SECTIONS, Runs, agreed, co_operative, libc, mapped, readable, word
+from kernel import PAGE, Runs, agreed, co_operative, libc, mapped, readable, word
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, PropagationTimeout, Prot, Region, _core
@@ -33,7 +33,6 @@ Joined = Callable[..., Child]
 NAME = f"mapped{os.getpid()}"
 PAGES = 32
 AT_ONCE = 0.05  # a timeout that is meant to run out
-SNAPSHOT, STATE = 2624, 8  # ext/layout.h: line 41, and a kind of section
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 
@@ -381,10 +380,6 @@ def test_a_region_of_many_gigabytes_is_drawn(region: Region) -> None:
 # -- Freezes and snapshots -------------------------------------------------------------------------------------
 
 
-def section(region: Region, kind: int) -> int:
-    return word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
-
-
 def test_a_freeze_has_its_row(region: Region, fork: Fork) -> None:
     """Of what the thaw brings back; everybody's page tables agree with the map, which is READ."""
 
@@ -416,18 +411,57 @@ def test_a_freeze_has_its_row(region: Region, fork: Fork) -> None:
     assert [(at // PAGE, n // PAGE, prot) for at, n, prot in as_runs(look["map"])] == before
 
 
-def test_a_snapshot_has_its_row(region: Region) -> None:
-    os.pwrite(region.fileno(), bytes([2, 2, 1, 0]), section(region, STATE) + PAGE)
-    os.pwrite(region.fileno(), struct.pack("IIQ", 1 << 4 | 2, 0, 5), SNAPSHOT + 16)
-    try:
+def test_a_snapshot_has_its_row(region: Region, joined: Joined) -> None:
+    """Of what has been saved: the pages that were written since, by somebody who leased them."""
+
+    def write(child: Child) -> None:
+        idle(child)
+        with region.lease(PAGE, 2 * PAGE) as lease:
+            lease.view[:] = bytes(2 * PAGE)
+        idle(child)
+
+    region.mprotect(0, region.size, READ)
+    writer = joined(write)
+    with region.snapshot() as snapshot:
+        assert snapshot_row().strip() == PAGES * "-"
+        writer.say()
+        assert writer.hear() == "ok"
+        assert snapshot_row() == "-SS" + 29 * "-"
         look = seen(region)
-        assert look["snapshots"] == [{"area": 1, "state": "active", "generation": 5, "saved": 2 * PAGE}]
-        lines = drawn()
-        (row,) = (line for line in lines if line.startswith("snapshot 1"))
-        assert row.endswith("SSd" + 29 * "-")
-        assert any("active, 2 pages saved; of change 5" in line for line in lines)
-    finally:
-        os.pwrite(region.fileno(), bytes(16), SNAPSHOT + 16)
+        assert look["snapshots"] == [
+            {"area": 0, "state": "active", "generation": snapshot.generation, "saved": 2 * PAGE}
+        ]
+        assert f"active, 2 pages saved; of change {snapshot.generation}" in [line.strip() for line in drawn()]
+    look = seen(region)
+    assert (look["snapshots"], differences(look)) == ([], {})
+
+
+def snapshot_row() -> str:
+    (row,) = (line for line in drawn() if line.startswith("snapshot 0"))
+    return row[drawing.LABEL :]
+
+
+def test_what_waits_for_a_snapshot_is_no_difference(region: Region, joined: Joined) -> None:
+    """Everybody may write, and snapshots come and go: pages are READ for a moment."""
+
+    def snap(child: Child) -> None:
+        child.say()
+        while True:
+            region.snapshot().close()
+
+    def store(child: Child) -> None:
+        child.say()
+        for page in itertools.cycle(range(PAGES - 1)):
+            region.buf[page * PAGE] = 1
+
+    joined(snap), joined(store)
+    kept = 0
+    for _ in range(20):
+        look = seen(region)
+        found = [one for row in look["participants"] for one in row["differences"] if not one["under_way"]]
+        assert found == []
+        kept += any(run["protection"] == READ for row in look["participants"] for run in row["pages"] or [])
+    assert kept, "never seen a page that waits"
 
 
 # -- As a picture ------------------------------------------------------------------------------------------------------
