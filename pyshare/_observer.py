@@ -128,7 +128,7 @@ def observed(name: str, command: str) -> Iterator[tuple[_core.Observer, int]]:
     try:
         observer, fd = observe(name)
     except (ShareError, OSError, ValueError) as error:
-        print(f"pyshare {command}: {error}", file=sys.stderr)
+        print(f"pyshare {command}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         sys.exit(1)
     try:
         yield observer, fd

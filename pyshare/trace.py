@@ -174,31 +174,24 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.3g} s"
 
 
-WHAT = {"undone": "as before (undone)", "thawed": "as before (thawed)", "follow": "(page tables, for a snapshot)"}
+WHAT = {"undone": "undone", "thawed": "thawed", "follow": "(snapshot)"}
+HEAD = "change  began            offset    length  protection     took  by      slowest"
 
 
 def line(change: Change) -> Text:
-    """For people."""
+    """For people, 80 columns and who did it."""
     when = time.strftime("%H:%M:%S", time.localtime(change.time)) + f".{int(change.time % 1 * 1000):03d}"
-    slowest = f"{change.slowest} {_observer.short(change.slowest_command or '')}" if change.slowest else "-"
-    text = Text(f"{change.generation:>8}  {when}  {change.offset:>12} {change.length:>12}  ")
     what = WHAT.get(change.kind) or _observer.protection(change.protection)
-    style = "bold red" if change.kind in ("refused", "undone") else ""
-    if change.kind in ("set", "refused"):
-        text.append(f" {what} ", style=_observer.colour(change.protection)[0])
-        text.append(" refused" if change.kind == "refused" else "", style="bold red")
-        text.append(" " * max(0, 13 - len(what) - 8 * (change.kind == "refused")))
-    else:
-        text.append(f"{what:<15}", style=style or "cyan")
-    took = duration(change.seconds) if change.over else "not over"
-    text.append(f" {took:>8}", style="" if change.over else "bold yellow")
-    text.append(f"  {slowest:<20}", style="dim" if slowest == "-" else "")
-    return text.append(f"  {change.pid} {change.command}")
+    style = _observer.colour(change.protection)[0] if change.kind in ("set", "refused") else "cyan"
+    text = Text(f"{change.generation:>6}  {when} {change.offset:>10} {change.length:>9}  ")
+    text.append(what, style="bold red" if change.kind == "undone" else style)
+    text.append(" refused", style="bold red") if change.kind == "refused" else text.append(" " * (11 - len(what)))
+    text.append(
+        f" {duration(change.seconds):>7}" if change.over else f" {'open':>7}", style="" if change.over else "yellow"
+    )
+    return text.append(f"  {change.pid:<7} {change.slowest or '-':<7} {change.command}")
 
 
-HEAD = (
-    f"{'change':>8}  {'began':<12}  {'offset':>12} {'length':>12}  {'protection':<15} {'took':>8}  {'slowest':<20}  by"
-)
 ENDS = {
     "count": "",
     "timeout": "the time is up",
