@@ -66,6 +66,7 @@ cdef extern from "core.h" nogil:
     uint64_t ps_observe_run(ps_region *seen, layer_t layer, uint32_t area, uint64_t first, uint64_t *value)
     uint32_t ps_observe_freezer(const ps_region *seen, uint64_t *frozen)
     uint32_t ps_observe_snapshot(const ps_region *seen, uint32_t area, uint64_t *generation)
+    bint ps_observe_protected(const ps_region *seen)
     int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, flag *marked)
 
 RING = PS_RING
@@ -213,6 +214,10 @@ cdef class Observer:
             if 0 < word & PS_SNAPSHOT_MASK < len(SNAPSHOT_STATES):
                 found.append((area, SNAPSHOT_STATES[word & PS_SNAPSHOT_MASK], generation))
         return found
+
+    def protected(self):
+        """Page tables may be stricter than the map, for snapshots that are alive or were until a moment ago."""
+        return bool(ps_observe_protected(self.seen()))
 
 
 def marks(int pagemap, uint64_t page, uint64_t pages):

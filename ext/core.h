@@ -238,6 +238,7 @@ uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint
                         uint64_t *value);
 uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen);
 uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64_t *generation);
+bool ps_observe_protected(const struct ps_region *seen);
 int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked);
 
 /* Names: the entry's format is names.c's; the directory is _names.py's. */

@@ -163,6 +163,11 @@ uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64
     return word;
 }
 
+/* Some page tables may let no store pass, where the map does: until a snapshot has the page, or it is stored to. */
+bool ps_observe_protected(const struct ps_region *seen) {
+    return atomic_load_explicit(&ps_header(seen)->snapshots, memory_order_acquire);
+}
+
 /* -- Page tables ---------------------------------------------------------------------------------------------- */
 
 /* Of a process whose pagemap this is: how many pages from `page` (of its address space) on, before `end`, are marked,

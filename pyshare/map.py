@@ -11,9 +11,9 @@ cannot be read says why.  A cell is one page, or, where the width does not suffi
 differ among themselves.
 
 What a participant has otherwise than the map is a difference, marked "^" below its row, unless there is a reason: pages
-that it has leased are open to it alone (L), pages that a snapshot has yet to save are READ until then (s), a page of a
-forbidden store is a private copy for a moment (q).  A change under way is waited for, half a second at most, and what
-it has not reached by then is marked "~".  A difference is told only if six looks in a row find it: leases of a
+that it has leased are open to it alone (L), pages for a snapshot are READ until they are saved or stored to (s), the
+page of a forbidden store is a private copy for a moment (q).  A change under way is waited for, half a second at most,
+and what it has not reached by then is marked "~".  A difference is told only if six looks in a row find it: leases of a
 microsecond come and go.  A participant that is late (stopped, say) shows one until it follows, and its row says so.
 
 ``--json`` prints one object: ``name``, ``size``, ``page_size``, ``generation``, ``under_way`` ({offset, length} or
@@ -191,16 +191,12 @@ class Look:
     freeze: tuple[int, int] | None
     kept: Runs
     snapshots: list[tuple[int, str, int, Runs]]
+    protected: bool  # pages may be READ for snapshots
     seats: list[Seat]
 
     def pid(self, owner: int) -> int | None:
         """Of the participant that an owner word names."""
         return next((seat.slot.pid for seat in self.seats if seat.slot.owner == owner), None)
-
-    @property
-    def snapshot_waits(self) -> bool:
-        """Some pages are kept from stores until they are saved."""
-        return any(state in ("preparing", "active") for _, state, _, _ in self.snapshots)
 
 
 def seat(observer: _core.Observer, slot: Slot) -> Seat:
@@ -228,7 +224,7 @@ def readable(bits: int) -> int:
     return bits | 1 if bits & 2 else bits
 
 
-def accounted(slot: Slot, wanted: int, real: int, holder: int, snapshot_waits: bool) -> str:
+def accounted(slot: Slot, wanted: int, real: int, holder: int, protected: bool) -> str:
     """Why a participant has a page as it has it: "same", "private", "leased", "kept"; or "", a difference."""
     wanted, real = readable(wanted), readable(real)
     if real & PRIVATE:
@@ -237,7 +233,7 @@ def accounted(slot: Slot, wanted: int, real: int, holder: int, snapshot_waits: b
         return "leased" if holder == slot.owner and real & 2 else "same"
     if holder == slot.owner and real == wanted | 3:
         return "leased"
-    return "kept" if snapshot_waits and real == wanted & ~2 else ""
+    return "kept" if protected and real == wanted & ~2 else ""
 
 
 def differences(look: Look, one: Seat, moving: Sequence[tuple[int, int]]) -> list[Difference]:
@@ -247,7 +243,7 @@ def differences(look: Look, one: Seat, moving: Sequence[tuple[int, int]]) -> lis
 
     def those() -> Iterator[tuple[int, int, tuple[int, int, bool]]]:
         for first, count, (wanted, real, holder) in overlaid(look.map, one.pages or [], look.leases):
-            if not accounted(one.slot, wanted, real, holder, look.snapshot_waits):
+            if not accounted(one.slot, wanted, real, holder, look.protected):
                 under_way = any(first < start + length and start < first + count for start, length in moving)
                 yield first, count, (wanted, real, under_way)
 
@@ -277,6 +273,7 @@ def look_once(observer: _core.Observer) -> Look:
         freeze=freeze,
         kept=observer.kept() if freeze else [],
         snapshots=[(area, state, moment, observer.saved(area)) for area, state, moment in observer.snapshots()],
+        protected=observer.protected(),
         seats=[seat(observer, slot) for slot in _observer.slots(observer)],
     )
     moving = changed(observer, generation) + ([under_way] if under_way else [])
@@ -341,7 +338,7 @@ NONE, READ, READ_WRITE, EXEC = (
 PARTLY = Token("/", "black on medium_purple1", "#a99ce6", "saved in part")
 MIXED = Token("+", "black on khaki1", "#f3e08c", "several of these")
 LEASED = Token("L", "black on orange1", "#f5a742", "leased: its holder may write")
-KEPT = Token("s", "black on medium_purple1", "#a58be0", "READ until a snapshot has saved it")
+KEPT = Token("s", "black on medium_purple1", "#a58be0", "READ until a snapshot has saved it, or a store comes")
 SAVED = Token("S", "white on slate_blue3", "#6f5bd0", "saved by the snapshot")
 UNSAVED = Token("-", "black on lavender", "#e3ddf8", "in the snapshot, not written since")
 DIRTY = Token("d", "black on light_pink1", "#f0b7cf", "written while the snapshot was prepared")
@@ -420,7 +417,7 @@ def seat_strip(seen: Look, one: Seat) -> Strip:
         return Strip(label, None, one.why or "")
     tokens = []
     for first, count, (wanted, real, holder) in overlaid(seen.map, one.pages, seen.leases):
-        reason = accounted(one.slot, wanted, real, holder, seen.snapshot_waits)
+        reason = accounted(one.slot, wanted, real, holder, seen.protected)
         special = {"leased": LEASED, "kept": KEPT, "private": QUARANTINED}.get(reason)
         tokens.append((first, count, special or protection_token(real)))
     marks = [(d.first, d.count, UNDER_WAY if d.under_way else DIFFERS) for d in one.differences]
