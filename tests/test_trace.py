@@ -190,6 +190,16 @@ def test_a_freeze_and_its_thaw_are_told(region: Region) -> None:
     assert all(one["over"] and one["seconds"] > 0 for one in events[:2])
 
 
+def test_a_snapshot_is_told_where_page_tables_follow_it(region: Region, joined: Joined) -> None:
+    """Everybody may write, so everybody's page tables are protected; the map stays."""
+    joined()
+    with region.snapshot() as snapshot:
+        _, events = told("--since", "0", "--count", "1")
+        assert (events[0]["kind"], events[0]["generation"]) == ("follow", 1)
+        assert snapshot.generation >= 1
+        assert (events[0]["over"], events[0]["pid"]) == (True, os.getpid())
+
+
 @pytest.mark.parametrize("point", ["C5_publish", "C6_await", "C7_complete"])
 def test_a_change_whose_author_died_is_told_when_somebody_has_finished_it(
     region: Region, fork: Callable[..., Child], point: str
