@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import psutil
@@ -70,6 +70,11 @@ def slots(observer: _core.Observer) -> list[Slot]:
     return [Slot(*one) for one in observer.slots()]
 
 
+def taking_part(found: Iterable[Slot]) -> int:
+    """How many do."""
+    return sum(slot.live and slot.alive for slot in found)
+
+
 def printable(text: str) -> str:
     """Nothing that a terminal takes for an order."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -107,12 +112,12 @@ def size(number: int) -> str:
     return f"{number} bytes"
 
 
-def title(observer: _core.Observer) -> str:
+def title(observer: _core.Observer, taking_part: int, generation: int) -> str:
     """What is looked at, in a line."""
-    pages, live = observer.pages(), sum(slot.live and slot.alive for slot in slots(observer))
+    pages = observer.pages()
     return (
         f"region {observer.name()!r}: {pages:,} page{'s' * (pages != 1)}, {size(observer.size())}; "
-        f"{live} participant{'s' * (live != 1)}; change {observer.generation()}"
+        f"{taking_part} participant{'s' * (taking_part != 1)}; change {generation}"
     )
 
 

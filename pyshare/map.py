@@ -436,6 +436,11 @@ def strips(seen: Look) -> list[Strip]:
     return rows + [seat_strip(seen, one) for one in seen.seats]
 
 
+def title(observer: _core.Observer, seen: Look) -> str:
+    """What is drawn, in a line."""
+    return _observer.title(observer, _observer.taking_part(one.slot for one in seen.seats), seen.generation)
+
+
 class Grid:
     """Pages, divided into cells."""
 
@@ -533,7 +538,7 @@ def draw(observer: _core.Observer, seen: Look, console: Console, width: int | No
     def say(text: Text) -> None:
         console.print(text, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
 
-    say(Text(f"{_observer.title(observer)}; {grid.scale}", "bold"))
+    say(Text(f"{title(observer, seen)}; {grid.scale}", "bold"))
     say(Text(" " * LABEL + ruler(grid), "dim"))
     for row in rows:
         for text in draw_strip(grid, row):
@@ -615,7 +620,7 @@ def plot(path: str, observer: _core.Observer, seen: Look) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(_observer.title(observer), loc="left", fontsize=12, pad=24)
+    axes.set_title(title(observer, seen), loc="left", fontsize=12, pad=24)
     handles = [
         patches.Patch(facecolor=token.colour, edgecolor="#80868b", linewidth=0.5, label=token.meaning)
         for token in used_in(canvas.used)

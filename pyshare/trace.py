@@ -211,7 +211,8 @@ class Lines:
 
     def begin(self, observer: _core.Observer) -> None:
         """What is traced."""
-        self._print(Text(_observer.title(observer), "bold"))
+        there = _observer.taking_part(_observer.slots(observer))
+        self._print(Text(_observer.title(observer, there, observer.generation()), "bold"))
         self._print(Text(HEAD, "dim"))
 
     def change(self, change: Change) -> None:
