@@ -440,8 +440,8 @@ cdef class Handle:
             self.leave()
 
     cdef fill_lease(self, Py_buffer *buffer, int flags, Lease lease):
-        cdef void *at = ps_window(self.region) if lease.at.window else ps_address(self.region)
-        self.fill_with(buffer, flags, <char *>at + lease.at.first * PS_PAGE_SIZE, lease.length)
+        cdef void *at = ps_window(self.region) if lease.pages.window else ps_address(self.region)
+        self.fill_with(buffer, flags, <char *>at + lease.pages.first * PS_PAGE_SIZE, lease.length)
 
     cdef fill_with(self, Py_buffer *buffer, int flags, void *at, uint64_t length):
         if self.memory is NULL:
@@ -688,14 +688,12 @@ cdef class Handle:
         check_pages(offset, length, ps_size(self.region))
         if timeout is not DEFAULT:
             deadline_of(timeout)
-        lease.at.first = <uint64_t>offset // PS_PAGE_SIZE
-        lease.at.count = (<uint64_t>length + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
-        lease.at.window = window
+        lease.pages.first = <uint64_t>offset // PS_PAGE_SIZE
+        lease.pages.count = (<uint64_t>length + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
+        lease.pages.window = window
         lease.length = length
         self.take_lease(lease, timeout)
-        lease.handle = self
-        lease.forks = self.forks
-        self.holds += 1
+        lease.begin(self)
         return lease
 
     cdef take_lease(self, Lease lease, timeout):
@@ -703,9 +701,9 @@ cdef class Handle:
         cdef ps_refusal refusal
         cdef int rc = -1
         cdef int64_t deadline
-        if lease.at.count <= FEW and self.is_ready():
+        if lease.pages.count <= FEW and self.is_ready():
             self.count()
-            rc = ps_lease_take(self.region, &lease.at, PS_TRY, &outcome, &refusal)
+            rc = ps_lease_take(self.region, &lease.pages, PS_TRY, &outcome, &refusal)
             if not rc:
                 return
         deadline = deadline_of(timeout)
@@ -713,7 +711,7 @@ cdef class Handle:
         try:
             while True:
                 with nogil:
-                    rc = ps_lease_take(self.region, &lease.at, deadline, &outcome, &refusal)
+                    rc = ps_lease_take(self.region, &lease.pages, deadline, &outcome, &refusal)
                 if rc != PS_ESIGNAL:
                     break
                 self.serve_signals("lease")  # nothing is held
@@ -750,9 +748,7 @@ cdef class Handle:
             deadline_of(timeout)
         lock.index = number
         self.take_lock(lock, timeout)
-        lock.handle = self
-        lock.forks = self.forks
-        self.holds += 1
+        lock.begin(self)
         return lock
 
     cdef take_lock(self, Lock lock, timeout):
@@ -823,10 +819,8 @@ cdef class Handle:
             self.serve_signals("frozen")  # nothing is frozen
         if not rc or rc == PS_ESIGNAL:
             self.count()
-            frozen.handle = self
-            frozen.forks = self.forks
+            frozen.begin(self)
             frozen.at = outcome.generation
-            self.holds += 1
             if rc:
                 rc = self.await_freeze(frozen, deadline, &outcome)
         if rc == PS_ETIMEOUT:
@@ -1014,38 +1008,82 @@ cdef warn_dropped(str what):
     warnings.warn(f"{what} was dropped while held; release it, or use it in a with statement", ResourceWarning)
 
 
-@cython.final
 @cython.freelist(16)
 @cython.no_gc_clear  # __dealloc__ needs the handle
-cdef class Lease:
-    """Pages that this process alone may write; made by :meth:`Region.lease`, a context manager.
+cdef class Held:
+    """What this process has of a region until it is released: a lease, a lock, a freeze; a context manager."""
 
-    It belongs to the thread that took it, and may be released by any. Dropped while held, it is released with a
-    ResourceWarning. In a forked child it is not held.
-    """
-
+    # All fields of all of them: only objects of one size share the free list.
     cdef Handle handle  # NULL: never taken
-    cdef ps_lease at
-    cdef uint64_t length
     cdef uint32_t forks
     cdef bint over
-    cdef object seen  # the memoryview of .view, once somebody has asked
+    cdef flag left         # Lock: by a holder that died
+    cdef uint32_t index    # Lock
+    cdef uint64_t at       # Frozen: the generation
+    cdef ps_lease pages    # Lease
+    cdef uint64_t length   # Lease: bytes
+    cdef object seen       # Lease: the memoryview of .view, once somebody has asked
 
-    def __init__(self):
-        raise TypeError("take a lease with region.lease()")
+    @cython.final
+    cdef void begin(self, Handle handle) noexcept:
+        self.handle = handle
+        self.forks = handle.forks
+        handle.holds += 1
+
+    @cython.final
+    cdef bint is_held(self) noexcept:
+        return self.handle is not None and not self.over and self.forks == ps_forks()
+
+    cdef int end(self) except -1:
+        """Gives it back, and sets `over`."""
+        raise NotImplementedError
+
+    cdef drop(self):
+        """The same, as nobody can be told of an exception; returns what it was."""
+        raise NotImplementedError
 
     @property
     def held(self):
         """True until it is released."""
         return self.is_held()
 
-    cdef bint is_held(self) noexcept:
-        return self.handle is not None and not self.over and self.forks == ps_forks()
+    def release(self):
+        """Others may have it now. Nothing happens where it has been released already."""
+        if self.is_held():
+            self.end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.is_held():
+            self.end()
+
+    # A __del__ would run once for all objects of a place in the free list.
+    def __dealloc__(self):
+        if self.is_held() and not Py_IsFinalizing():
+            warn_dropped(self.drop())
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Lease(Held):
+    """Pages that this process alone may write; made by :meth:`Region.lease`, a context manager.
+
+    It belongs to the thread that took it, and may be released by any. Dropped while held, it is released with a
+    ResourceWarning. In a forked child it is not held.
+
+    Arrays and slices made from ``view`` that are left over when it has ended show the pages as the region's protection
+    has them: a store through one is a violation, whose line on stderr says when the lease ended.
+    """
+
+    def __init__(self):
+        raise TypeError("take a lease with region.lease()")
 
     @property
     def abandoned(self):
         """True if somebody died while holding one of the pages, which may be half written."""
-        return bool(self.at.abandoned)
+        return bool(self.pages.abandoned)
 
     @property
     def view(self):
@@ -1062,16 +1100,7 @@ cdef class Lease:
     def __releasebuffer__(self, Py_buffer *buffer):
         """As in Handle."""
 
-    def release(self):
-        """Others may have the pages now. Nothing happens where the lease has ended already.
-
-        Arrays and slices made from ``view`` that are left over show the pages as the region's protection has them: a
-        store through one is a violation, whose line on stderr says when the lease ended.
-        """
-        if self.is_held():
-            self.end()
-
-    cdef end(self):
+    cdef int end(self) except -1:
         cdef Handle handle = self.handle
         self.over = True
         if self.seen is not None:
@@ -1080,83 +1109,46 @@ cdef class Lease:
             except BufferError:  # somebody has a buffer of it; the pages are closed all the same
                 pass
             self.seen = None
-        if self.at.count > FEW or ps_lease_give(handle.region, &self.at, PS_TRY):
+        if self.pages.count > FEW or ps_lease_give(handle.region, &self.pages, PS_TRY):
             with nogil:
-                ps_lease_give(handle.region, &self.at, PS_NEVER)
+                ps_lease_give(handle.region, &self.pages, PS_NEVER)
         handle.holds -= 1
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.is_held():
-            self.end()
-
-    # A __del__ would run once for all objects of a place in the free list.
-    def __dealloc__(self):
-        if self.is_held() and not Py_IsFinalizing():
-            self.end()
-            warn_dropped(f"a lease of {self.length} bytes at offset {self.at.first * PS_PAGE_SIZE}")
+    cdef drop(self):
+        self.end()
+        return f"a lease of {self.length} bytes at offset {self.pages.first * PS_PAGE_SIZE}"
 
     def __repr__(self):
-        cdef uint64_t offset = self.at.first * PS_PAGE_SIZE
+        cdef uint64_t offset = self.pages.first * PS_PAGE_SIZE
         state = "held" if self.is_held() else "ended"
         return f"<pyshare.Lease offset {offset}, {self.length} bytes, {state}>"
 
 
 @cython.final
-@cython.freelist(16)
 @cython.no_gc_clear
-cdef class Lock:
+cdef class Lock(Held):
     """One of a region's locks, held; made by :meth:`Region.lock`, a context manager.
 
     It belongs to the thread that took it, and may be released by any. Dropped while held, it is released with a
     ResourceWarning. In a forked child it is not held.
     """
 
-    cdef Handle handle
-    cdef uint32_t index
-    cdef uint32_t forks
-    cdef bint over
-    cdef flag left
-
     def __init__(self):
         raise TypeError("take a lock with region.lock()")
-
-    @property
-    def held(self):
-        """True until it is released."""
-        return self.is_held()
-
-    cdef bint is_held(self) noexcept:
-        return self.handle is not None and not self.over and self.forks == ps_forks()
 
     @property
     def abandoned(self):
         """True if the last holder died while holding it: what it protects may be half done."""
         return bool(self.left)
 
-    def release(self):
-        """Others may have it now. Nothing happens where it has been released already."""
-        if self.is_held():
-            self.end()
-
-    cdef end(self):
+    cdef int end(self) except -1:
         self.over = True
         ps_user_lock_give(self.handle.region, self.index)
         self.handle.holds -= 1
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self.is_held():
-            self.end()
-
-    def __dealloc__(self):  # as in Lease
-        if self.is_held() and not Py_IsFinalizing():
-            self.end()
-            warn_dropped(f"lock {self.index}")
+    cdef drop(self):
+        self.end()
+        return f"lock {self.index}"
 
     def __repr__(self):
         return f"<pyshare.Lock {self.index}, {'held' if self.is_held() else 'released'}>"
@@ -1164,51 +1156,33 @@ cdef class Lock:
 
 @cython.final
 @cython.no_gc_clear
-cdef class Frozen:
+cdef class Frozen(Held):
     """A region that is READ for everybody; made by :meth:`Region.frozen`, a context manager.
 
     It belongs to the thread that froze, and may be released by any. Dropped while held, it is released with a
     ResourceWarning. In a forked child it is not held.
-    """
 
-    cdef Handle handle
-    cdef uint64_t at
-    cdef uint32_t forks
-    cdef bint over
+    The end does not wait for a participant that is silent for a second: it follows before it acknowledges anything
+    else. It waits for the region's lock without a limit; Ctrl-C ends that wait, and then it is held still.
+    """
 
     def __init__(self):
         raise TypeError("freeze a region with region.frozen()")
-
-    @property
-    def held(self):
-        """True until it is released."""
-        return self.is_held()
-
-    cdef bint is_held(self) noexcept:
-        return self.handle is not None and not self.over and self.forks == ps_forks()
 
     @property
     def generation(self):
         """Of the change that froze it."""
         return self.at
 
-    def release(self):
-        """Everything is again what it was, for everybody. Nothing happens where that is so already.
+    cdef int end(self) except -1:
+        cdef int rc = PS_ESIGNAL
+        while rc == PS_ESIGNAL and self.is_held():  # another process keeps the region's lock
+            rc = self.thaw()
+            PyErr_CheckSignals()  # if the handler raises then, it is held still
+        if rc and rc != PS_ESIGNAL:
+            raise_code(rc, "release", self.handle.corrupt_field())
 
-        A participant that is silent for a second is not waited for: it follows before it acknowledges anything else.
-
-        Raises:
-            KeyboardInterrupt: after Ctrl-C while another process keeps the region's lock; then it is held still.
-        """
-        cdef int rc
-        while self.is_held():
-            rc = self.end()
-            if rc == PS_ESIGNAL:
-                PyErr_CheckSignals()
-            elif rc:
-                raise_code(rc, "release", self.handle.corrupt_field())
-
-    cdef int end(self) noexcept:
+    cdef int thaw(self) noexcept:
         cdef int rc
         cdef Handle handle = self.handle
         self.over = True
@@ -1220,17 +1194,10 @@ cdef class Frozen:
             handle.holds -= 1
         return rc
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        self.release()
-
-    def __dealloc__(self):  # as in Lease
-        if self.is_held() and not Py_IsFinalizing():
-            while self.end() == PS_ESIGNAL:
-                pass
-            warn_dropped("a freeze")
+    cdef drop(self):
+        while self.thaw() == PS_ESIGNAL:
+            pass
+        return "a freeze"
 
     def __repr__(self):
         return f"<pyshare.Frozen at generation {self.at}, {'held' if self.is_held() else 'released'}>"
