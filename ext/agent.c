@@ -70,7 +70,7 @@ static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     struct ps_shm_ring entry;
     /* Nobody undoes an UNDO or a THAW; an entry that cannot be read may be one. */
-    bool final = rc && (!ps_change_read(region, generation, &entry) || entry.kind != PS_SET);
+    bool final = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO || entry.kind == PS_THAW);
     if (region->unsynced && region->uffd && !rc) /* callers outside may count on our entries again */
         atomic_fetch_or_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
     region->unsynced = false;
