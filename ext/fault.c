@@ -175,7 +175,7 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
         uint32_t prot;
         uint64_t page = allowed_up_to(region, offset / PS_PAGE, end, store, &prot);
         if (page < end) {
-            if (refuse(region, page, store, refusal))
+            if (refuse(region, page, store, refusal) && !ps_freeze_notice(region, PATIENCE))
                 return PS_EREFUSED;
             continue;
         }
@@ -492,14 +492,19 @@ static enum fate raise_it(const struct ps_hooks *hooks, struct ps_region *region
     return GO;
 }
 
-/* One sleep, until our page tables follow another generation, or a while has passed: then leases may have changed. */
+/* One sleep, until our page tables follow another generation, or a while has passed: then leases may have changed, or
+ * a freezer may have died. */
 static int sleep_on_map(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     uint32_t seen = atomic_load_explicit(&slot->ack, memory_order_relaxed), flagged = seen | PS_ACK_WAITING;
     if (seen != flagged && !atomic_compare_exchange_strong_explicit(&slot->ack, &seen, flagged, memory_order_relaxed,
                                                                     memory_order_relaxed))
         return 0;
-    return ps_sys_wait((struct ps_watch){&slot->ack, flagged}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + SLICE);
+    bool freezer = atomic_load_explicit(&ps_header(region)->freezer, memory_order_relaxed);
+    if (freezer && ps_freeze_notice(region, PATIENCE))
+        return 0;
+    return ps_sys_wait((struct ps_watch){&slot->ack, flagged}, FUTEX_BITSET_MATCH_ANY,
+                       ps_sys_now() + (freezer ? PS_BACKSTOP : SLICE));
 }
 
 static enum fate wait_for_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store) {
@@ -523,8 +528,9 @@ static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store
         return DIE;
     if (permits(region, offset / PS_PAGE, store)) /* our page tables should: not for ever */
         return ps_process_faults()->retries < 2 * REPEATS && !mend(region, offset / PS_PAGE) ? GO : DIE;
-    return policy == PS_RAISE ? raise_it(hooks, region, offset, store, false)
-                              : wait_for_it(hooks, region, offset, store);
+    return policy == PS_RAISE || ps_freeze_own(region) /* it would wait for itself */
+               ? raise_it(hooks, region, offset, store, false)
+               : wait_for_it(hooks, region, offset, store);
 }
 
 /* -- System calls that store ----------------------------------------------------------------------------------- */
@@ -549,7 +555,7 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
         }
         *refusal = (struct ps_refusal){.page = page, .required = PROT_WRITE};
         refusal->author = look(region, page, &refusal->actual);
-        if (ps_policy(region) != PS_WAIT || ps_sys_now() >= deadline)
+        if (ps_policy(region) != PS_WAIT || ps_freeze_own(region) || ps_sys_now() >= deadline)
             return PS_EREFUSED;
         if (sleep_on_map(region) == -EINTR)
             return PS_ESIGNAL;
@@ -598,7 +604,8 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     bool store = registers[REG_ERR] & (1 << 1);
     bool data = region && ps_running(region) && at < region->shape.pages * PS_PAGE;
     bool mark = data && signal == SIGBUS && region->uffd && store;
-    if (data && by_kernel && (mark || signal == SIGSEGV) && outlive_change(region, at / PS_PAGE, store, fault)) {
+    if (data && by_kernel && (mark || signal == SIGSEGV) &&
+        (outlive_change(region, at / PS_PAGE, store, fault) || ps_freeze_notice(region, PATIENCE))) {
         errno = saved;
         return;
     }

@@ -37,6 +37,7 @@ bool ps_freeze_own(const struct ps_region *region) {
 /* release: whoever finds no freezer finds the map as it was. */
 static void clear(struct ps_region *region) {
     PS_POINT(F5_clear);
+    atomic_store_explicit(&ps_header(region)->thawing, 0, memory_order_relaxed);
     if (atomic_exchange_explicit(freezer(region), 0, memory_order_release) & PS_OWNER_WAITING)
         ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
 }
@@ -47,6 +48,7 @@ static int bury(struct ps_region *region, uint32_t dead, int64_t deadline, uint3
     if (!atomic_compare_exchange_strong_explicit(freezer(region), &dead, mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
+    atomic_store_explicit(&ps_header(region)->thawing, 1, memory_order_release);
     int rc = ps_change_thaw(region, deadline, blocker);
     if (!rc) {
         clear(region);
@@ -111,12 +113,24 @@ int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     return rc;
 }
 
-/* true: a dead freezer's freeze has been ended, here or by somebody else. */
-bool ps_freeze_notice(struct ps_region *region) {
-    uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire), blocker;
+/* This freezer is dead, or somebody thaws for one. */
+static bool is_over(struct ps_region *region, uint32_t seen) {
     uint32_t owner = seen & ~PS_OWNER_WAITING;
-    return seen && ps_owner_known(region, owner) && is_dead(region, owner) &&
-           !bury(region, seen, ps_sys_now() + PATIENCE, &blocker);
+    return ps_owner_known(region, owner) &&
+           (is_dead(region, owner) || atomic_load_explicit(&ps_header(region)->thawing, memory_order_acquire));
+}
+
+/* true: a dead freezer's freeze has been ended, here or by somebody else. */
+bool ps_freeze_notice(struct ps_region *region, int64_t patience) {
+    uint32_t seen, blocker;
+    int64_t end = 0;
+    while ((seen = atomic_load_explicit(freezer(region), memory_order_acquire)) && is_over(region, seen)) {
+        end = end ? end : ps_sys_now() + patience;
+        int rc = wait_for(region, seen, end, &blocker);
+        if (rc && rc != PS_ESIGNAL)
+            return false;
+    }
+    return end;
 }
 
 static int take_word(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {

@@ -331,7 +331,9 @@ struct ps_shm_header {
      * finds the owner gone makes it its own by CAS, thaws, and clears it.  R: anybody, acquire.
      * Crash: names a dead owner. */
     _Alignas(PS_LINE) _Atomic uint32_t freezer;
-    uint32_t pad2; /* W: nobody.  R: nobody */
+    /* W: whoever takes the word of a dead freezer over: 1, release; 0 before F5.  R: anybody, acquire, after the word:
+     * 1: its owner is no freezer, and what is refused now may soon be allowed.  Crash: as the word. */
+    _Atomic uint32_t thawing;
     /* W: freezer at F2, when KEPT is whole, before its record is begun; 0 when the thaw is complete.
      * R: whoever thaws, under the writer lock: 0: nothing is to be put back.  The generation before the freeze, + 1. */
     _Atomic uint64_t frozen;

@@ -260,8 +260,9 @@ int ps_change_thaw(struct ps_region *region, int64_t deadline, uint32_t *blocker
 bool ps_freeze_own(const struct ps_region *region); /* the calling thread */
 int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
-/* Ends the freeze of a dead freezer, if there is one; true: look again.  Of a participant; async-signal-safe. */
-bool ps_freeze_notice(struct ps_region *region);
+/* Ends the freeze of a dead freezer, if there is one, or waits for who does; true: look again.  Of a participant;
+ * async-signal-safe. */
+bool ps_freeze_notice(struct ps_region *region, int64_t patience);
 
 /* With the writer lock, and no record open: a generation at which page tables follow the map again as `how` says. */
 int ps_change_follow(struct ps_region *region, enum ps_follow how, int64_t deadline, struct ps_outcome *outcome);

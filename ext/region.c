@@ -34,7 +34,8 @@
 #define PS_FAR_BASE 0x100000000000u
 #define PS_FAR_SIZE 0x400000000000u
 #endif
-#define CHUNK (2u << 20) /* data begins on a page-table boundary */
+#define CHUNK (2u << 20)    /* data begins on a page-table boundary */
+#define GLANCE (20 * PS_MS) /* a call waits so long for who thaws for a dead freezer */
 
 static uint64_t whole_pages(uint64_t bytes) {
     return (bytes + PS_PAGE - 1) / PS_PAGE * PS_PAGE;
@@ -610,6 +611,6 @@ int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
     outcome->silent = 0;
     int rc = be_ready(region, outcome);
     if (!rc)
-        ps_freeze_notice(region);
+        ps_freeze_notice(region, GLANCE);
     return rc;
 }

@@ -26,6 +26,7 @@ from kernel import (
     Mappings,
     agreed,
     co_operative,
+    die_quietly,
     elsewhere,
     held,
     in_background,
@@ -602,6 +603,114 @@ def test_any_call_notices(region: Region, joined: Joined, call: str) -> None:
     assert not word(region, FROZEN, "Q")
     assert not word(region, FREEZER)
     as_it_was(region, bystander)
+
+
+# -- Stores -----------------------------------------------------------------------------------------------------------
+
+POLICIES = ["die", "raise", "wait"]
+policies = pytest.mark.parametrize("policy", POLICIES)
+
+
+def storer(region: Region, policy: str) -> Callable[[Child], None]:
+    """A body that stores to the first byte when it is told."""
+
+    def body(child: Child) -> None:
+        region.on_violation(policy)
+        view = region.buf
+        child.say()
+        child.hear()
+        view[0] = 77
+        idle(child)
+
+    return body
+
+
+def stored(region: Region) -> bool:
+    with pyshare.attach(region.fileno()) as other:
+        return other.read(0, 1) == b"M"
+
+
+@policies
+def test_a_store_ends_the_freeze_of_the_dead(region: Region, joined: Joined, policy: str) -> None:
+    other, holder = joined(storer(region, policy)), joined(freezer(region))
+    holder.kill()
+    holder.wait()
+    tell(other, "store")
+    assert not word(region, FREEZER)
+    assert stored(region)
+    nothing_is_frozen(region, other)
+
+
+@policies
+def test_a_store_waits_for_who_thaws_for_the_dead(region: Region, joined: Joined, fork: Fork, policy: str) -> None:
+    fd = os.dup(region.fileno())
+    other, holder = joined(storer(region, policy)), joined(freezer(region))
+    holder.kill()
+    holder.wait()
+    finder = fork(lambda _: region.read(0, 1), point="F4_thaw=stop")
+    finder.wait_stopped()
+    # By no call of ours, which would wait itself.
+    os.pwrite(fd, struct.pack("I", struct.unpack("I", os.pread(fd, 4, FREEZER))[0] & ~WAITING), FREEZER)
+    other.say("store")
+    until(lambda: struct.unpack("I", os.pread(fd, 4, FREEZER))[0] & WAITING)
+    os.close(fd)
+    finder.resume()
+    assert finder.wait() == 0
+    assert other.hear() == "ok"
+    assert stored(region)
+    nothing_is_frozen(region, other)
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["thaws", "dies"])
+def test_a_store_waits_by_policy(region: Region, joined: Joined, dies: bool) -> None:
+    other, holder = joined(storer(region, "wait")), joined(freezer(region))
+    other.say("store")
+    acknowledged = word(region, SECTIONS + 8, "Q") + 256
+    until(lambda: word(region, acknowledged) & WAITING)
+    assert not stored(region)
+    if dies:
+        holder.kill()
+    else:
+        tell(holder, "thaw")
+    assert other.hear() == "ok"
+    assert stored(region)
+    nothing_is_frozen(region, other)
+
+
+@pytest.mark.parametrize("policy", ["raise", "wait"])
+def test_the_freezer_does_not_wait_for_its_own_thaw(region: Region, policy: str) -> None:
+    region.on_violation(policy)
+    view = region.buf
+    reader, writer = os.pipe()
+    os.write(writer, b"1")
+    with region.frozen():
+        with pytest.raises(ProtectionError):
+            view[0] = 77
+        with pytest.raises(ProtectionError):
+            region.readinto(reader, 0, 1)
+    assert region.read(0, 1) == b"\0"
+    view[0] = 77
+    assert region.readinto(reader, 1, 1) == 1
+    os.close(reader)
+    os.close(writer)
+    nothing_is_frozen(region)
+
+
+def test_a_store_into_a_freeze_is_a_violation(region: Region, joined: Joined, crash: Any) -> None:
+    holder = joined(freezer(region))
+
+    def body(_: Child) -> None:
+        die_quietly()
+        region.buf[0] = 77
+
+    status, said = crash(body)
+    assert status == -signal.SIGSEGV
+    assert f"is READ since change {len(MIXED) + 1} by pid {holder.pid}" in said
+    tell(holder, "thaw")
+    nothing_is_frozen(region, holder)
+
+
+# -- And others -------------------------------------------------------------------------------------------------------
 
 
 def test_death_in_another_pid_namespace(fork: Fork) -> None:
