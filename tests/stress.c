@@ -6,7 +6,7 @@
  *   - the crowd: HOLDERS participants in one process, of both engines, each with two callers, two takers of leases
  *     and locks, an accessor and its agent; joiners, which attach, work and leave again and again; and forks of it
  *     all, which rejoin in the child handler, work, and are killed; the callers and takers get signals meanwhile;
- *   - strays: processes that attach, change at random, and are killed in the middle of it.
+ *   - strays: processes that attach, change at random, freeze, and are killed in the middle of it.
  * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
  * do (promises 1 and 2), by the copy that survives faults.  The shared pages everybody changes; at the end, when
  * all is quiet, every holder's page tables must be those of the map.
@@ -48,6 +48,7 @@ const char *__asan_default_options(void) {
 
 enum { HOLDERS = 3, CALLERS = 2 * HOLDERS, JOINERS = 2, OWN = 8, SHARED = 200, NOTES = 1 << 16 };
 enum { TAKERS = 2 * HOLDERS, LEASED = 5, LOCKED = 3 }; /* the first of the shared pages; locks */
+enum { RARELY = 8 };                                   /* one turn of so many has a freeze */
 #define OTHERS_FIRST ((uint64_t)CALLERS * OWN)
 #define PAGES (OTHERS_FIRST + SHARED)
 #define TIMEOUT (60000 * PS_MS) /* nobody here is stopped, so nothing may ever take so long */
@@ -73,7 +74,7 @@ static int64_t end;
 static struct ps_region *holder[HOLDERS];
 static struct caller caller[CALLERS];
 static pthread_t thread[CALLERS + TAKERS + HOLDERS + JOINERS + 1]; /* the callers and takers first */
-static _Atomic uint64_t joins, accesses, forks, taken;
+static _Atomic uint64_t joins, accesses, forks, taken, freezes;
 /* Who of the crowd holds a page, or a lock; relaxed: held words order it, which the plain counts are to prove. */
 static _Atomic uint32_t inside[LEASED + LOCKED];
 static uint64_t taken_by[HOLDERS][LEASED + LOCKED];
@@ -181,12 +182,47 @@ static void use_data(struct ps_region *region, uint64_t *state) {
     CHECK(!rc || refusal.page < PAGES, "refused page %lu", refusal.page);
 }
 
-/* What the page tables of that participant really allow. */
-static void look(struct ps_region *region, uint64_t page, uint32_t prot) {
+/* After that change somebody has frozen everything, or so many have come that nobody can tell. */
+static bool frozen_since(struct ps_region *region, uint64_t generation) {
+    struct ps_shm_ring entry;
+    while (generation++ < ps_generation(region))
+        if (!ps_change_read(region, generation, &entry) || entry.count == PAGES)
+            return true;
+    return false;
+}
+
+/* What the page tables of that participant really allow, if nobody has frozen it since that change. */
+static void look(struct ps_region *region, uint64_t page, uint32_t prot, uint64_t generation) {
     char byte = 0, *at = (char *)ps_address(region) + page * PS_PAGE + 77;
     bool loads = !ps_copy_bytes(&byte, at, 1).left, stores = !ps_copy_bytes(at, &byte, 1).left;
-    CHECK(loads == (prot != PROT_NONE) && stores == !!(prot & PROT_WRITE), "page %lu is %u: loads %d, stores %d", page,
-          prot, loads, stores);
+    CHECK((loads == (prot != PROT_NONE) && stores == !!(prot & PROT_WRITE)) || frozen_since(region, generation),
+          "page %lu is %u: loads %d, stores %d", page, prot, loads, stores);
+}
+
+/* -- Freezes ---------------------------------------------------------------------------------------------------- */
+
+/* All of these participants may read any page, and store to none, until it is over. */
+static void freeze(struct ps_region *region, uint64_t *state, int lookers) {
+    struct ps_outcome outcome;
+    int64_t deadline = ps_sys_now() + TIMEOUT;
+    int rc = PS_ESIGNAL;
+    be_ready(region);
+    outcome.generation = 0;
+    while (rc == PS_ESIGNAL && !outcome.generation)
+        rc = ps_freeze(region, deadline, &outcome);
+    uint64_t generation = outcome.generation;
+    while (rc == PS_ESIGNAL)
+        rc = ps_await(region, generation, deadline, &outcome);
+    CHECK(!rc, "ps_freeze: %d, silent %u: pid %u", rc, outcome.silent, outcome.silent ? outcome.pids[0] : 0);
+    for (int i = 0; i < lookers; i++) {
+        look(holder[i], below(state, PAGES), PROT_READ, generation);
+        CHECK(ps_protection(region, below(state, PAGES)) == PROT_READ, "frozen by change %lu", generation);
+    }
+    CHECK(!frozen_since(region, generation), "frozen by change %lu", generation);
+    count(&freezes);
+    while ((rc = ps_thaw(region)) == PS_ESIGNAL)
+        ;
+    CHECK(!rc, "ps_thaw: %d", rc);
 }
 
 /* -- Leases and locks ------------------------------------------------------------------------------------------- */
@@ -285,7 +321,9 @@ static void *call(void *argument) {
         if (note < NOTES)
             atomic_store_explicit(&me->done, (uint64_t)++note << 40 | generation, memory_order_relaxed);
         for (int i = 0; i < HOLDERS; i++)
-            look(holder[i], first + below(&state, pages), prot);
+            look(holder[i], first + below(&state, pages), prot, generation);
+        if (!below(&state, RARELY))
+            freeze(region, &state, HOLDERS);
         read_note(&caller[index ^ 1], change_others(region, &state));
     }
     return NULL;
@@ -340,6 +378,8 @@ static _Noreturn void change_until_killed(struct ps_region *region, int tell[2],
         }
         take_lock(region, 0);
         ps_user_lock_give(region, 0);
+        if (!below(&state, RARELY))
+            freeze(region, &state, 0);
         if (write(tell[1], "", 1) != 1)
             _exit(0);
     }
@@ -389,7 +429,7 @@ static void settle_and_compare(void) {
         change(holder[i], 0, 1, PROT_READ);
     for (int i = 0; i < HOLDERS; i++)
         for (uint64_t page = 0; page < PAGES; page++)
-            look(holder[i], page, ps_protection(holder[0], page));
+            look(holder[i], page, ps_protection(holder[0], page), ps_generation(holder[0]));
 }
 
 static void crowd(void) {
@@ -418,10 +458,10 @@ static void crowd(void) {
         CHECK(caller[i].turns, "caller %d never came to its turn", i);
         turns += caller[i].turns;
     }
-    CHECK(joins && accesses && forks && taken, "joins %lu, accesses %lu, forks %lu, taken %lu", joins, accesses, forks,
-          taken);
-    printf("generation %lu, turns %lu, accesses %lu, taken %lu, joins %lu, forks killed %lu", ps_generation(holder[0]),
-           turns, accesses, taken, joins, forks);
+    CHECK(joins && accesses && forks && taken && freezes, "joins %lu, accesses %lu, forks %lu, taken %lu, freezes %lu",
+          joins, accesses, forks, taken, freezes);
+    printf("generation %lu, turns %lu, accesses %lu, taken %lu, freezes %lu, joins %lu, forks killed %lu",
+           ps_generation(holder[0]), turns, accesses, taken, freezes, joins, forks);
     for (int i = 0; i < HOLDERS; i++)
         leave(holder[i]);
 }
