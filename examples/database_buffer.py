@@ -2,9 +2,11 @@
 
 Forked workers move money (TPC-B: accounts, tellers, branches, history) through one pool of pages in a pyshare region.
 Each page is READ for everyone; a worker that changes one leases it for the time of the store, and latches are the
-region's locks. Meanwhile a rogue process tries stray stores, a worker is killed in the middle of a transaction, and
-then everybody is killed at once and the database restarted from its files. Whether the books balance is asked of a
-fresh process that has nothing but the heap file and the list of what was acknowledged.
+region's locks. Checkpoints are snapshots of the region, saved while transactions run. Meanwhile a rogue process tries
+stray stores, a worker is killed in the middle of a transaction, another one and who takes a checkpoint in the middle
+of that, and then everybody is killed at once and the database restarted from its files. Whether the books balance is
+asked of a fresh process that has nothing but the heap file and the list of what was acknowledged; and for each
+checkpoint of one that has the files, while others go on.
 
 `--protect` compares ways to protect the pages:
 
@@ -18,10 +20,11 @@ Lives here: the processes, the accidents, the terminal.
 Not here: the storage engine (database_engine.py), its files (database_files.py).
 
     director   this process: gives orders, keeps the acknowledgements, shows and judges. It has no part in the region
-    server     opens the database, makes the region, forks and replaces workers, takes checkpoints (slot 0)
+    server     opens the database, makes the region, forks and replaces workers (slot 0)
     worker     makes transfers, one after the other (slots 1 to N)
+    saver      forked by the server, takes one checkpoint (slot SAVER)
     rogue      forked by the server, one for each stray store
-    auditor    a fresh interpreter that reads the heap file
+    auditor    a fresh interpreter that reads the files
 
 They talk through pipes: orders, a byte each, from the director to the server; news, a line of JSON each, and
 acknowledgements (see ACK) from everybody to the director. Whoever finds the other end of its pipe gone, ends.
@@ -79,6 +82,7 @@ from database_files import (
     LogFile,
     analyse,
     audit,
+    audit_checkpoint,
     create_database,
     lsn_of,
 )
@@ -93,7 +97,8 @@ import pyshare
 warnings.filterwarnings("ignore", message=r".*use of fork\(\) may lead to deadlocks", category=DeprecationWarning)
 
 ACK: Final = struct.Struct("<HHQ")  # how many stores, how many latches; the log is on disk up to; then a row, then ns
-HALFWAY, ROGUE, STOP = b"h", b"r", b"s"  # orders
+HALFWAY, ROGUE, STOP, SAVE, SAVE_HALF = b"h", b"r", b"s", b"c", b"d"  # orders
+SAVER: Final = 255  # a slot that no worker has
 CHECKPOINT_EVERY: Final = 2.0  # seconds
 TICK: Final = 0.1  # seconds between two looks at the screen
 TURN: Final = 0.1  # seconds of one kind of protection, where all are compared
@@ -219,9 +224,25 @@ class Worker(Process):
         raise DemoFailed("nobody killed this worker")
 
 
+class Saver(Process):
+    """Takes a checkpoint; or half of one, and waits to be killed with the snapshot in its hands."""
+
+    def run(self, half: bool) -> int:
+        begin = time.perf_counter_ns()
+        self.engine.checkpoint(self.wait_for_death if half else lambda _done, _total: None)
+        self.tell(news="checkpoint", took=time.perf_counter_ns() - begin)
+        return 0
+
+    def wait_for_death(self, done: int, _total: int) -> None:
+        if done:
+            self.tell(news="saving", pid=os.getpid())
+            select.select([], [], [], PATIENCE)
+            raise DemoFailed("nobody killed this saver")
+
+
 @dataclasses.dataclass
 class Member:
-    """A worker, as the server knows it."""
+    """A worker or a saver, as the server knows it."""
 
     slot: int
     incarnation: int
@@ -239,23 +260,33 @@ class Server(Process):
         self.random = random.Random(self.seed)
         self.members: dict[int, Member] = {}
         self.incarnation = self.engine.incarnation
-        self.checkpoints = 0
         self.tell(news="ready", **dataclasses.asdict(self.engine.recovered))
         for slot in range(1, options.workers + 1):
             self.hire(slot)
 
     def hire(self, slot: int) -> None:
+        def work(incarnation: int) -> int:
+            return Worker(self.engine, self.news, self.acks, f"{self.seed} {incarnation}").run()
+
+        self.tell(news="hired", slot=slot, pid=self.start(slot, work))
+
+    def save(self, half: bool = False) -> None:
+        """A checkpoint is begun, unless one is under way."""
+        if SAVER not in self.members:
+            self.start(SAVER, lambda _: Saver(self.engine, self.news).run(half))
+
+    def start(self, slot: int, body: Callable[[int], int]) -> int:
         self.incarnation += 1
         incarnation = self.incarnation
 
-        def work() -> int:
+        def live() -> int:
             os.close(self.orders)
             self.engine.become(slot, incarnation)
-            return Worker(self.engine, self.news, self.acks, f"{self.seed} {incarnation}").run()
+            return body(incarnation)
 
-        pid = fork(work)
+        pid = fork(live)
         self.members[slot] = Member(slot, incarnation, pid, os.pidfd_open(pid))
-        self.tell(news="hired", slot=slot, pid=pid)
+        return pid
 
     def run(self) -> int:
         next_checkpoint = time.monotonic() + CHECKPOINT_EVERY
@@ -265,23 +296,27 @@ class Server(Process):
             ready = select.select([self.orders, *pidfds], [], [], wait)[0]
             for pidfd in pidfds.keys() & set(ready):
                 self.dismiss(pidfds[pidfd])
-                self.hire(pidfds[pidfd].slot)
+                if pidfds[pidfd].slot != SAVER:
+                    self.hire(pidfds[pidfd].slot)
             if self.orders in ready:
                 order = os.read(self.orders, 1)
                 if order == STOP:
                     return self.stop()
                 self.obey(order)
             if time.monotonic() >= next_checkpoint:
-                self.engine.checkpoint()
-                self.checkpoints += 1
+                self.save()
                 next_checkpoint = time.monotonic() + CHECKPOINT_EVERY
 
     def obey(self, order: bytes) -> None:
         if order == ROGUE:
             self.rogue()
         elif order == HALFWAY:
-            slot = self.random.choice(list(self.members))
+            slot = self.random.choice([slot for slot in self.members if slot != SAVER])
             self.engine.control.slot(slot)[ORDER] = 1
+        elif order in (SAVE, SAVE_HALF):
+            if SAVER in self.members:
+                self.await_end(self.members[SAVER])
+            self.save(half=order == SAVE_HALF)
         else:
             os.killpg(0, signal.SIGKILL)  # the director is gone: so are we
 
@@ -290,7 +325,10 @@ class Server(Process):
         os.close(member.pidfd)
         del self.members[member.slot]
         code = os.waitstatus_to_exitcode(os.waitpid(member.pid, 0)[1])
-        if code or not self.engine.words[STOPPING]:
+        if member.slot == SAVER:
+            if code:
+                self.tell(news="unsaved", pid=member.pid, code=code)
+        elif code or not self.engine.words[STOPPING]:
             undone = self.engine.bury(member.slot, member.incarnation)
             self.tell(news="buried", slot=member.slot, pid=member.pid, code=code, undone=undone)
 
@@ -335,16 +373,19 @@ class Server(Process):
             line = stderr.read().strip()
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), line
 
+    def await_end(self, member: Member) -> None:
+        wait_ended(member.pidfd, "the saver" if member.slot == SAVER else f"worker {member.slot}")
+        self.dismiss(member)
+
     def stop(self) -> int:
         self.engine.words[STOPPING] = 1
         for member in list(self.members.values()):
-            wait_ended(member.pidfd, f"worker {member.slot}")
-            self.dismiss(member)
+            self.await_end(member)
         slots = self.engine.control.slots.tolist()
         words = {"begun": SEQUENCE, "loads": LOADS, "evictions": EVICTIONS, "writes": WRITES, "syncs": SYNCS}
         counted = {name: sum(slots[word::SLOT_WORDS]) for name, word in words.items()}
         self.engine.close()
-        self.tell(news="stopped", checkpoints=self.checkpoints + 1, **counted)
+        self.tell(news="stopped", **counted)
         return 0
 
 
@@ -367,6 +408,9 @@ class Findings:
     buried: list[News] = dataclasses.field(default_factory=list)
     stopped: list[News] = dataclasses.field(default_factory=list)
     audits: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    checkpoints: list[dict[str, int]] = dataclasses.field(default_factory=list)  # the books as each of them has them
+    saves: list[int] = dataclasses.field(default_factory=list)  # ns that each of them took
+    unsaved: list[News] = dataclasses.field(default_factory=list)  # savers that died
     killed: set[int] = dataclasses.field(default_factory=set)  # pids
     crashed: int = 0  # processes killed at once
     halves: int = 0  # pages of the heap that were torn then
@@ -501,6 +545,7 @@ class Director:
         self.name = f"database-buffer-{protect}-{os.getpid()}"
         self.random = random.Random(options.seed)
         self.found = Findings()
+        self.auditors: list[subprocess.Popen[bytes]] | None = None  # of checkpoints; None: those are not audited
         self.begin = time.monotonic()
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -513,17 +558,26 @@ class Director:
     def direct(self, seconds: float) -> Findings:
         """The whole of it: so many seconds under load, in three runs."""
         found, share = self.found, seconds / 10
+        self.auditors = []
         with self.progress:
             with self.run() as run:
                 kills = [(self.random.uniform(0, 5 * share), self.kill_any) for _ in range(self.options.kills)]
                 self.load(
-                    run, "run 1", 5 * share, [(1.5 * share, self.rogue), (2.5 * share, self.kill_halfway), *kills]
+                    run,
+                    "run 1",
+                    5 * share,
+                    [
+                        (1.5 * share, self.rogue),
+                        (2.5 * share, self.kill_halfway),
+                        (3.5 * share, self.kill_saver),
+                        *kills,
+                    ],
                 )
                 found.acks_at_stop = len(found.acks)
                 self.stop(run)
             self.audit()
             with self.run() as run:
-                self.load(run, "run 2", 3 * share, [])
+                self.load(run, "run 2", 3 * share, [(2 * share, self.save)])
                 self.crash(run)
             self.cut_power()
             with self.run() as run:
@@ -549,8 +603,12 @@ class Director:
         run = Run(self.options, self.protect, self.name, self.hear, self.found)
         try:
             yield run
+            self.audit_checkpoints()
         finally:
             run.close()
+            for auditor in self.auditors or []:
+                auditor.kill()
+                auditor.communicate()
 
     def load(self, run: Run, title: str, seconds: float, plan: list[tuple[float, Callable[[Run], None]]]) -> None:
         """The workers work for so long; accidents happen at their times."""
@@ -588,6 +646,24 @@ class Director:
         self.say("kill", "red", f"SIGKILL to worker {news['slot']}")
         self.found.victim = news | {"undone": run.expect("buried", known, news["pid"])["undone"]}
 
+    def save(self, run: Run) -> None:
+        run.ask(SAVE, "checkpoint")
+
+    def kill_saver(self, run: Run) -> None:
+        """While it has the snapshot and half of the file, and after a worker."""
+        saver = run.ask(SAVE_HALF, "saving")["pid"]
+        known = len(run.heard)
+        self.say("save", "yellow", "a checkpoint is half written")
+        victims = [pid for pid in run.pidfds if pid not in self.found.killed]
+        if victims:
+            run.kill(victims[0])
+            self.say("kill", "red", "SIGKILL to a worker")
+            run.expect("buried", known, victims[0])
+        os.kill(saver, signal.SIGKILL)
+        self.say("kill", "red", "SIGKILL to who takes the checkpoint")
+        run.expect("unsaved", known, saver)
+        run.ask(SAVE, "checkpoint")
+
     def kill_any(self, run: Run) -> None:
         pids = [pid for pid in run.pidfds if pid not in self.found.killed]
         if pids:
@@ -616,8 +692,8 @@ class Director:
             os.ftruncate(log.fd, log.place(self.random.randrange(torn.start + 1, torn.lsn)))
         else:  # all of it was synced, and the next record had just begun
             os.pwrite(log.fd, bytes(range(1, 40)), log.size)
-        redo = analyse(log, log.scan(log.base, safe)).redo
-        halves = [page for page, image in pages.items() if lsn_of(image) > redo]
+        synced = analyse(log, log.scan(log.base, safe)).checkpoint
+        halves = [page for page, image in pages.items() if lsn_of(image) > synced]
         if halves:
             os.pwrite(heap.fd, os.urandom(PAGE // 2), self.random.choice(halves) * PAGE + PAGE // 2)
             self.found.halves = 1
@@ -641,6 +717,14 @@ class Director:
         sums = "the books balance" if balanced(books) else "THE BOOKS DO NOT BALANCE"
         good = balanced(books) and not books["missing"]
         self.say("audit", "green" if good else "red", f"a fresh process reads the file: {sums}, it has {there}")
+
+    def audit_checkpoints(self) -> None:
+        """All that were taken in a run, before its log goes."""
+        while self.auditors:
+            output, _ = self.auditors[0].communicate(timeout=300)
+            if self.auditors.pop(0).returncode:
+                raise DemoFailed("a checkpoint could not be audited")
+            self.found.checkpoints.append(json.loads(output))
 
     # What is said
 
@@ -680,6 +764,13 @@ class Director:
             who = f"worker {news['slot']}" if news["slot"] else "the server"
             how = "makes it again from heap and log" if news["torn"] else "adds what only the log has"
             self.say("repair", "green", f"{who} is next at {news['page']}: the latch is abandoned, so it {how}")
+        elif kind == "checkpoint":
+            found.saves.append(news["took"])
+            if self.auditors is not None:
+                command = [sys.executable, __file__, "--audit-checkpoint", "--file", self.options.file]
+                self.auditors.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        elif kind == "unsaved":
+            found.unsaved.append(news)
         elif kind == "buried":
             found.buried.append(news)
             undone = news["undone"]
@@ -721,7 +812,7 @@ def recovered(news: News) -> str:
     return (
         f"{news['records']:,} log records read, {news['torn']} torn bytes cut off, {news['redone']:,} changes redone "
         f"in {news['pages']:,} pages ({news['mended']} of them torn), {news['losers']} transactions undone "
-        f"({news['undone']} changes)"
+        f"({news['undone']} changes); {news['image']:,} pages came from the latest checkpoint's image"
     )
 
 
@@ -752,13 +843,20 @@ def checks(found: Findings, protect: str) -> list[tuple[str, bool]]:
     )
     return [
         *stray_checks(found, protect),
+        ("each checkpoint has its pages as of one moment", not any(books["astray"] for books in found.checkpoints)),
+        ("and balances, for a fresh process, while others go on", all(map(balanced, found.checkpoints))),
+        (
+            "who was killed while it took one left the one before, and the next was whole",
+            [news["code"] for news in found.unsaved] == [-signal.SIGKILL] and len(found.checkpoints) > 1,
+        ),
         ("the worker killed in mid-transaction: its half-written page was made again", repaired),
         ("its half transaction was undone, all three changes", victim["undone"] == 3),
         ("the others went on", found.acks_at_stop > found.acks_at_kill),
         ("nobody died who was not killed", {news["pid"] for news in found.buried} <= found.killed),
         ("then the books balanced, for a fresh process", balanced(first)),
         ("and no acknowledged transaction was missing", not first["missing"]),
-        ("everybody killed: the torn end of the log was recognised", crash["torn"] > 0),
+        ("everybody killed: the restart had the image of the latest checkpoint", crash["image"] > 0),
+        ("the torn end of the log was recognised", crash["torn"] > 0),
         ("so was the torn page, by its checksum, and made again", crash["mended"] == found.halves),
         ("the half transactions were undone", crash["losers"] > 0 and crash["undone"] >= 3),
         ("then the books balanced, for a fresh process", balanced(last)),
@@ -787,12 +885,23 @@ def figures(found: Findings, options: argparse.Namespace, protect: str) -> dict[
         "stores": len(found.stores),
         "store_ns": spread(found.stores),
         "latch_ns": spread(found.waits),
+        "checkpoint_ns": spread(found.saves),
         "checks": [{"check": text, "ok": ok} for text, ok in checks(found, protect)],
         "killed": len(found.killed),
         "crashed": found.crashed,
         **{
             name: getattr(found, name)
-            for name in ("strays", "victim", "repairs", "buried", "recoveries", "stopped", "audits")
+            for name in (
+                "strays",
+                "victim",
+                "repairs",
+                "buried",
+                "recoveries",
+                "stopped",
+                "audits",
+                "checkpoints",
+                "unsaved",
+            )
         },
     }
 
@@ -846,8 +955,12 @@ def story(found: Findings, options: argparse.Namespace, protect: str) -> list[tu
         (
             "Pool",
             f"{options.frames:,} frames for {found.audits[-1]['pages']:,} pages; in runs 1 and 3 "
-            f"{count['loads']:,} loads, {count['evictions']:,} evictions, {count['writes']:,} write-backs, "
-            f"{count['checkpoints']} checkpoints",
+            f"{count['loads']:,} loads, {count['evictions']:,} evictions, {count['writes']:,} write-backs",
+        ),
+        (
+            "Checkpoints",
+            f"{len(found.checkpoints)}, each a snapshot of the pool, saved while transactions ran: "
+            f"{took_told(found.saves)}",
         ),
         ("Stray writes", strays_told(found, protect)),
         (
@@ -891,6 +1004,7 @@ def parse_options() -> argparse.Namespace:
     add("--seed", type=int, default=random.SystemRandom().randrange(1 << 16), help="of all choices (random)")
     add("--json", metavar="FILE", help="where to write the figures, too")
     add("--audit", action="store_true", help=argparse.SUPPRESS)
+    add("--audit-checkpoint", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.frames = int(options.size * (1 << 20)) // PAGE
     if options.frames < 4 * options.workers:
@@ -1015,6 +1129,9 @@ def main() -> int:
         print(
             json.dumps(audit(options.file, (rows[at : at + HISTORY.size] for at in range(0, len(rows), HISTORY.size))))
         )
+        return 0
+    if options.audit_checkpoint:
+        print(json.dumps(audit_checkpoint(options.file)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left
     folder = None if options.file else tempfile.mkdtemp(prefix="pyshare-demo-")

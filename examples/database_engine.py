@@ -30,17 +30,28 @@ from database_files import (
     ADD,
     CHECKPOINT,
     COMMIT,
+    EPOCH,
+    FRAMES_AT,
     HEADER,
     HISTORY_PER_PAGE,
+    IMAGE,
     INSERT,
+    NOTE_WORDS,
+    NOTES,
+    NOTES_AT,
     PAGE,
+    PAGE_OF_AT,
+    TAIL,
+    WORDS,
     Change,
+    Checkpoint,
     DatabaseError,
     Heap,
     LogFile,
     Table,
     apply,
     lsn_of,
+    noted_frames,
     redo,
     roll_forward,
 )
@@ -55,7 +66,6 @@ SERVER_BYTE: Final = (1 << 40) - 1  # far behind the end of the heap file: a loc
 
 GROW_LATCH, LOAD_LATCHES, FRAME_LATCHES, LOG_LATCH, FLUSH_LATCH = 0, 1, 64, 1022, 1023  # from this number on
 CHANGING, LOADING = 1, 2  # what a note says: the frame's content changes; the frame gets another page
-NOTE_WORDS: Final = 4
 
 
 class Left(NamedTuple):
@@ -116,8 +126,8 @@ class Latches:
 # -- The region ----------------------------------------------------------------------------------------------------
 
 # Words of the engine. TAIL, FLUSHED: how far the log goes, and how far it is on disk; HORIZON: the latest checkpoint
-# begun, REDO: the latest one completed; HAND: of the clock; NEXT_PAGE: of the history.
-TAIL, FLUSHED, HORIZON, REDO, HAND, NEXT_PAGE, STOPPING = range(7)
+# begun, REDO: the latest one completed; HAND: of the clock; NEXT_PAGE: of the history. (Others: database_files.)
+FLUSHED, HORIZON, REDO, HAND, NEXT_PAGE, STOPPING = range(TAIL + 1, TAIL + 7)
 # Words of a process, by slot: its transaction, and where in the log to look for it; its history page; an order to it;
 # what it has counted.
 TRANSACTION, SINCE, SEQUENCE, HISTORY_PAGE, ORDER, LOADS, EVICTIONS, WRITES, SYNCS = range(9)
@@ -129,7 +139,7 @@ class Control:
     8 bytes, which a process reads or writes in one instruction: nobody sees half of one, nobody leaves half of one."""
 
     def __init__(self, name: str, frames: int, capacity: int, prot: pyshare.Prot) -> None:
-        sizes = (16, SLOTS * SLOT_WORDS, (FLUSH_LATCH + 1) * NOTE_WORDS, capacity, frames, frames, frames)
+        sizes = (WORDS, SLOTS * SLOT_WORDS, (FLUSH_LATCH + 1) * NOTE_WORDS, capacity, frames, frames, frames)
         self.length = -(-8 * sum(sizes) // PAGE) * PAGE
         self.frames = frames
         # replace: after a crash the last holder of the name may still be on its way out
@@ -144,6 +154,8 @@ class Control:
         self._views = [self.data, words, *areas]
         # The buffer table (page -> frame + 1, or 0); by frame: its page + 1; since which LSN it is dirty; its use bit.
         self.words, self.slots, self.notes, self.table, self.page_of, self.dirty, self.used = areas
+        self.words[NOTES_AT], self.words[NOTES], self.words[FRAMES_AT] = 8 * sum(sizes[:2]), sizes[2], self.length
+        self.words[PAGE_OF_AT] = 8 * sum(sizes[:4])
 
     def slot(self, number: int) -> memoryview:
         return self.slots[number * SLOT_WORDS : (number + 1) * SLOT_WORDS]
@@ -383,11 +395,15 @@ class Pool:
             else:
                 words = self.control.words
                 logged = self.log.file.scan(words[REDO], words[TAIL])
-                image = self.heap.read(page) if torn else bytearray(open_page.view)
+                image = self._latest(page) if torn else bytearray(open_page.view)
                 image, _ = roll_forward(image, (each for each in logged if each.change.page == page))
                 open_page.view[:] = image
         if self.on_repair:
             self.on_repair(page, left, torn)
+
+    def _latest(self, page: int) -> bytearray | None:
+        """The page as it is on disk: nothing behind REDO is missing."""
+        return Checkpoint(self.heap.path, self.log.file.epoch).newer(page, self.heap.read(page))
 
 
 # -- The engine ----------------------------------------------------------------------------------------------------
@@ -406,13 +422,14 @@ class Engine:
         except BlockingIOError:
             raise DatabaseError(f"{path} is in use by another server") from None
         file = LogFile(path + ".log")
-        self.recovered, found = redo(self.heap, file)
+        self.recovered, found = redo(path, self.heap, file)
         next_page = max(self.heap.pages, self.layout.history)
         prot = pyshare.READ_WRITE if protect == "none" else pyshare.READ
         self.control = Control(name, frames, next_page + HISTORY_ROOM, prot)
         self.words = self.control.words
         self.words[TAIL] = self.words[FLUSHED] = found.tail
         self.words[REDO] = self.words[HORIZON] = found.redo
+        self.words[EPOCH] = file.epoch
         self.words[NEXT_PAGE] = next_page
         self.latches = Latches(self.control.region, self.control.notes)
         self.log = Log(file, self.words, self.latches)
@@ -422,7 +439,7 @@ class Engine:
             self.undo(transaction, changes)
             self.recovered.losers += 1
             self.recovered.undone += len(changes)
-        self.checkpoint()
+        self.write_all()
         self._renew_log()
         self.recovered.seconds = time.perf_counter() - begin
 
@@ -432,6 +449,9 @@ class Engine:
         old.close()
         self.log.file = LogFile(old.path)
         self.words[FLUSHED] = self.words[REDO] = self.words[HORIZON] = tail
+        self.words[EPOCH] = self.log.file.epoch
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.heap.path + IMAGE)
 
     def become(self, slot: int, incarnation: int) -> None:
         """This process is the one of this slot from now on. No incarnation comes twice while a server runs."""
@@ -504,24 +524,44 @@ class Engine:
         words[TRANSACTION] = 0
         return None if committed else len(changes)
 
-    # Checkpoints
+    # Checkpoints: redo begins there from now on. Others go on meanwhile.
 
-    def checkpoint(self) -> None:
-        """Redo begins here from now on: all that was changed before is in the heap, on disk. Others go on meanwhile."""
+    def checkpoint(self, progress: Callable[[int, int], object] = lambda _done, _total: None) -> None:
+        """All that was changed before is on disk: in an image of the pool, or in the heap. Nobody waited for that
+        longer than the snapshot took, but for a frame that was about to change at its moment."""
+        horizon = self._begin_checkpoint()
+        with self.control.region.snapshot(timeout=PATIENCE) as snapshot:
+            words = memoryview(snapshot.read(0, self.control.length)).cast("Q")
+            snapshot.save(self.heap.path + IMAGE, progress=progress)
+        tail, notes = words[TAIL], words[words[NOTES_AT] // 8 :][: words[NOTES]]
+        self._end_checkpoint(noted_frames(notes), horizon, tail)
+
+    def write_all(self) -> None:
+        """All that was changed before is in the heap."""
+        horizon = self._begin_checkpoint()
+        dirty = [frame for frame, since in enumerate(self.control.dirty) if 0 < since < horizon]
+        self._end_checkpoint(dirty, horizon)
+
+    def _begin_checkpoint(self) -> int:
         with self.latches.held(LOG_LATCH):
-            horizon = self.words[HORIZON] = self.words[TAIL]
-        for frame, since in enumerate(self.control.dirty):
-            if 0 < since < horizon:
-                self.pool.latch(frame)
-                self.pool.write_back(frame)
-                self.pool.unfix()
+            horizon: int = self.words[TAIL]
+            self.words[HORIZON] = horizon
+        return horizon
+
+    def _end_checkpoint(self, frames: list[int], horizon: int, image: int = 0) -> None:
+        """What these frames have goes to the heap, and it is in the log that redo begins at the horizon. Up to where
+        the image has the log, if there is one."""
+        for frame in frames:
+            self.pool.latch(frame)
+            self.pool.write_back(frame)
+            self.pool.unfix()
         self.heap.sync()
-        self.log.flush(self.log.append(Change(CHECKPOINT, amount=horizon)))
+        self.log.flush(self.log.append(Change(CHECKPOINT, image, amount=horizon)))
         self.words[REDO] = horizon
 
     def close(self) -> None:
         """The heap has everything, and the region is gone. (The last one out: the workers have ended.)"""
-        self.checkpoint()
+        self.write_all()
         self.slot = self.pool.count = self.log.count = memoryview(b"")
         self.control.close()
         self.log.file.close()

@@ -8,16 +8,20 @@ Invariants
  2. A log record carries its length, its own position and a checksum; the first that is not whole is the log's end.
  3. The first change of a page after a checkpoint is logged with the whole page, so a page torn on its way to disk is
     no loss.
+ 4. A page is in the heap, in the image of the latest checkpoint, or in both: the one with the later LSN counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
+
+import pyshare
 
 
 class DatabaseError(Exception):
@@ -98,6 +102,7 @@ class Heap:
     """The heap file."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         meta = self._sealed(0)
         magic, accounts = META.unpack_from(meta, BODY) if meta else (b"", 0)
@@ -137,6 +142,8 @@ class Heap:
 
 def create_database(path: str, accounts: int) -> None:
     """A heap with all balances 0, and its log. The heap gets its name last: a half-made one is never found."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path + IMAGE)
     LogFile.renew(path + ".log", base=PAGE, epoch=0)
     with open(path + ".new", "wb") as file:
         for number in range(Layout(accounts).history):
@@ -162,6 +169,54 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
+# -- Checkpoints: images of the pool ---------------------------------------------------------------------------------
+
+IMAGE: Final = ".image"  # the file's name is that of the heap with this at its end
+# The first words of the pool's region, as far as an image is read without the engine: how far the log went, which log
+# that was; where the notes of the latches begin, how many words they are; where the frames begin, and the words that
+# say which page each has.
+TAIL, EPOCH, NOTES_AT, NOTES, FRAMES_AT, PAGE_OF_AT = 0, 7, 8, 9, 10, 11
+WORDS, NOTE_WORDS = 16, 4
+
+
+class Checkpoint:
+    """The pages that the pool had at one moment. A frame whose latch had a note was about to change: it does not count,
+    and is in the heap. There may be no image, or one of an earlier log: then it has no pages."""
+
+    def __init__(self, path: str, epoch: int) -> None:
+        self.tail = 0  # of the log, at that moment
+        self.frames: dict[int, bytes] = {}
+        try:
+            image = pyshare.Image(path + IMAGE)
+        except FileNotFoundError:
+            return
+        with image:
+            image.check()
+            words = memoryview(image.read(0, WORDS * 8)).cast("Q")
+            if words[EPOCH] == epoch:
+                self.tail = words[TAIL]
+                self._read_frames(image, words)
+
+    def _read_frames(self, image: pyshare.Image, words: memoryview) -> None:
+        noted = set(noted_frames(memoryview(image.read(words[NOTES_AT], words[NOTES] * 8)).cast("Q")))
+        for frame, at in enumerate(range(words[FRAMES_AT], image.size, PAGE)):
+            page = int.from_bytes(image.read(words[PAGE_OF_AT] + frame * 8, 8), "little") - 1
+            if page >= 0 and frame not in noted:
+                self.frames[page] = image.read(at, PAGE)
+
+    def newer(self, page: int, on_disk: bytearray | None) -> bytearray | None:
+        """The page as it is here, or as it is in the heap (None: torn); None if both have nothing."""
+        here = self.frames.get(page)
+        if here is None or (on_disk is not None and lsn_of(on_disk) >= lsn_of(here)):
+            return on_disk
+        return bytearray(here)
+
+
+def noted_frames(notes: memoryview) -> list[int]:
+    """Those that are about to change."""
+    return [notes[at + 1] for at in range(0, len(notes), NOTE_WORDS) if notes[at]]
+
+
 # -- Changes, and what they do to a page ---------------------------------------------------------------------------
 
 ADD, INSERT, UNDO_ADD, UNDO_INSERT, COMMIT, ABORT, CHECKPOINT = range(1, 8)
@@ -169,7 +224,8 @@ UNDO_OF: Final = {ADD: UNDO_ADD, INSERT: UNDO_INSERT}
 
 
 class Change(NamedTuple):
-    """What a log record says. A checkpoint's amount is the LSN from which redo is needed."""
+    """What a log record says. A checkpoint's amount is the LSN from which redo is needed; where it has an image, its
+    transaction is how far the log went at the moment of that."""
 
     kind: int
     transaction: int = 0
@@ -197,6 +253,16 @@ def apply(page: bytearray | memoryview, change: Change, lsn: int) -> None:
     elif change.kind == UNDO_INSERT:
         struct.pack_into("<Q", page, BODY + change.slot * HISTORY.size, 0)
     HEADER.pack_into(page, 0, 0, number, lsn, rows)
+
+
+def unapply(page: bytearray, change: Change, lsn: int) -> None:
+    """As if the change, the page's latest, had not been made."""
+    if change.kind in (ADD, UNDO_ADD):
+        apply(page, change._replace(amount=-change.amount), lsn)
+    else:
+        inserted = change.transaction if change.kind == UNDO_INSERT else 0
+        struct.pack_into("<Q", page, BODY + change.slot * HISTORY.size, inserted)
+        apply(page, Change(COMMIT), lsn)  # that changes nothing but the LSN
 
 
 # -- The log -------------------------------------------------------------------------------------------------------
@@ -292,6 +358,7 @@ class Recovery:
     redone: int = 0  # changes that the heap did not have
     pages: int = 0  # pages they were in
     mended: int = 0  # pages of the heap whose checksum was wrong
+    image: int = 0  # pages in the image of the latest checkpoint
     losers: int = 0  # transactions begun and neither committed nor undone
     undone: int = 0  # changes of those
     seconds: float = 0.0
@@ -301,7 +368,9 @@ class Found(NamedTuple):
     """What the log says after a crash."""
 
     tail: int
-    redo: int  # the latest checkpoint: older changes are in the heap
+    redo: int  # the latest checkpoint: older changes are in the heap, or in its image
+    moment: int  # ... how far the log went at the moment of its image; 0: it has none
+    checkpoint: int  # ... its own LSN
     losers: dict[int, list[Change]]  # by transaction: what is to be undone
     changes: dict[int, list[Logged]]  # by page: what is to be redone
 
@@ -322,7 +391,7 @@ def roll_forward(image: bytearray | None, records: Iterable[Logged]) -> tuple[by
 
 
 def analyse(file: LogFile, records: Iterable[Logged]) -> Found:
-    tail, redo = file.base, file.base
+    tail, redo, moment, checkpoint = file.base, file.base, 0, file.base
     losers: dict[int, list[Change]] = {}
     changes: dict[int, list[Logged]] = {}
     for logged in records:
@@ -334,29 +403,31 @@ def analyse(file: LogFile, records: Iterable[Logged]) -> Found:
         elif kind in (COMMIT, ABORT):
             losers.pop(transaction, None)
         elif kind == CHECKPOINT:
-            redo = logged.change.amount
+            redo, moment, checkpoint = logged.change.amount, transaction, logged.lsn
         if kind <= UNDO_INSERT:
             changes.setdefault(logged.change.page, []).append(logged)
         tail = logged.lsn
     for page, since in changes.items():
         changes[page] = [logged for logged in since if logged.start >= redo]
-    return Found(tail, redo, losers, changes)
+    return Found(tail, redo, moment, checkpoint, losers, changes)
 
 
-def redo(heap: Heap, file: LogFile) -> tuple[Recovery, Found]:
+def redo(path: str, heap: Heap, file: LogFile) -> tuple[Recovery, Found]:
     """The heap has every change that the log has, on disk. Dying in here is harmless: it can be done again."""
     records = list(file.scan(file.base))
-    found = analyse(file, records)
-    report = Recovery(records=len(records), torn=file.cut(found.tail))
-    for page, changes in sorted(found.changes.items()):
-        if changes:
-            on_disk = heap.read(page)
-            image, redone = roll_forward(on_disk, changes)
-            if redone or on_disk is None:
-                heap.write(page, image)
-                report.redone += redone
-                report.pages += 1
-                report.mended += on_disk is None
+    found, image = analyse(file, records), Checkpoint(path, file.epoch)
+    if image.tail < found.moment:
+        raise DatabaseError(f"{path}{IMAGE} is not the image that the latest checkpoint in the log speaks of")
+    report = Recovery(records=len(records), torn=file.cut(found.tail), image=len(image.frames))
+    for page in sorted({page for page, changes in found.changes.items() if changes} | image.frames.keys()):
+        on_disk = heap.read(page)
+        before = None if on_disk is None else lsn_of(on_disk)
+        content, redone = roll_forward(image.newer(page, on_disk), found.changes.get(page, ()))
+        if before is None or lsn_of(content) > before:
+            heap.write(page, content)
+            report.redone += redone
+            report.pages += 1
+            report.mended += on_disk is None
     heap.sync()
     return report, found
 
@@ -367,43 +438,87 @@ def redo(heap: Heap, file: LogFile) -> tuple[Recovery, Found]:
 def audit(path: str, acknowledged: Iterable[bytes]) -> dict[str, Any]:
     """The books, from the heap file alone. `acknowledged`: history rows that must be in it, exactly so."""
     heap = Heap(path)
-    damaged = doubles = 0
+    pages = [heap.read(page) for page in range(heap.pages)]
+    heap.close()
+    found, history = books(heap.layout, pages)
+    wanted = {int.from_bytes(row[:8], "little"): row for row in acknowledged}
+    since = min(wanted, default=0) >> 48  # the first epoch that acknowledgements tell of
+    return {
+        **found,
+        "acknowledged": len(wanted),
+        "missing": sum(history.get(transaction) != row for transaction, row in wanted.items()),
+        "unacknowledged": sum(key >> 48 >= since and key not in wanted for key in history),
+    }
+
+
+def books(layout: Layout, pages: Sequence[bytearray | None]) -> tuple[dict[str, Any], dict[int, bytes]]:
+    """What the pages (None: damaged) say of balances and of history; and the rows of this, by transaction."""
+    doubles = 0
     balances: dict[str, list[int]] = {}
-    for name, table in heap.layout.tables.items():
+    for name, table in layout.tables.items():
         balances[name] = []
         for page in range(table.first, table.end):
-            image = heap.read(page)
-            damaged += image is None
+            image = pages[page]
             rows = range(min(table.per_page, table.rows - len(balances[name])))
             places = (BODY + row * BALANCE_ROW for row in rows)
             balances[name] += [BALANCE.unpack_from(image or fresh_page(page), at)[0] for at in places]
     history: dict[int, bytes] = {}
-    for page in range(heap.layout.history, heap.pages):
-        image = heap.read(page)
-        damaged += image is None
+    for image in pages[layout.history :]:
         rows = range(HEADER.unpack_from(image)[3] if image else 0)
         for row in (bytes(memoryview(image or b"")[BODY + at * HISTORY.size :][: HISTORY.size]) for at in rows):
             transaction = int.from_bytes(row[:8], "little")
             if transaction:
                 doubles += transaction in history
                 history[transaction] = row
-    pages = heap.pages
-    heap.close()
     expected = {name: [0] * len(found) for name, found in balances.items()}
     for _, account, teller, branch, amount, _ in map(HISTORY.unpack, history.values()):
         for name, number in (("accounts", account), ("tellers", teller), ("branches", branch)):
             expected[name][number] += amount
-    wanted = {int.from_bytes(row[:8], "little"): row for row in acknowledged}
-    since = min(wanted, default=0) >> 48  # the first epoch that acknowledgements tell of
-    return {
+    found = {
         **{name: sum(found) for name, found in balances.items()},
         "history": sum(HISTORY.unpack(row)[4] for row in history.values()),
-        "pages": pages,
+        "pages": len(pages),
         "transactions": len(history),
         "wrong_rows": sum(a != b for name in balances for a, b in zip(balances[name], expected[name], strict=True)),
-        "damaged_pages": damaged,
+        "damaged_pages": sum(page is None for page in pages),
         "doubles": doubles,
-        "acknowledged": len(wanted),
-        "missing": sum(history.get(transaction) != row for transaction, row in wanted.items()),
-        "unacknowledged": sum(key >> 48 >= since and key not in wanted for key in history),
     }
+    return found, history
+
+
+def audit_checkpoint(path: str) -> dict[str, Any]:
+    """The books as they were at the moment of the latest checkpoint, while others may go on with the database.
+
+    Its pages must be of that moment exactly, by their LSNs and the log. What was not in the pool then comes from the
+    heap; that may be newer, and is taken back to the moment. So are transactions that were under way.
+    """
+    heap, file = Heap(path), LogFile(path + ".log")
+    image = Checkpoint(path, file.epoch)
+    end = max([heap.pages - 1, *image.frames]) + 1
+    pages = [image.newer(page, None) or _settled(heap, page) for page in range(end)]
+    records = list(file.scan(file.base))  # not before the heap was read: the log comes first
+    before = [logged for logged in records if logged.lsn <= image.tail]
+    latest = {logged.change.page: logged.lsn for logged in before if logged.change.kind <= UNDO_INSERT}
+    astray = sum(
+        lsn_of(content) > image.tail or lsn_of(content) < latest.get(page, 0) for page, content in image.frames.items()
+    )
+    for logged in reversed(records):
+        at = logged.change.page
+        if logged.change.kind <= UNDO_INSERT and at < end and image.tail < logged.lsn <= lsn_of(pages[at]):
+            unapply(pages[at], logged.change, logged.start)
+    for changes in analyse(file, before).losers.values():
+        for change in reversed(changes):
+            unapply(pages[change.page], change, lsn_of(pages[change.page]))
+    heap.close()
+    file.close()
+    behind = sum(lsn_of(pages[page]) < lsn for page, lsn in latest.items())
+    return {**books(heap.layout, pages)[0], "image": len(image.frames), "astray": astray + behind}
+
+
+def _settled(heap: Heap, page: int) -> bytearray:
+    """The page in the heap; while somebody is writing it there, its checksum may be wrong."""
+    for _ in range(1000):
+        content = heap.read(page)
+        if content is not None:
+            return content
+    raise DatabaseError(f"page {page} of the heap is damaged")

@@ -115,6 +115,14 @@ def check_show(found: dict[str, Any], protect: str) -> None:
     assert found["victim"]["undone"] == 3
     assert found["recoveries"][-1]["losers"] > 0
     assert found["recoveries"][-1]["torn"] > 0
+    assert found["recoveries"][-1]["image"] > 0
+    assert [news["code"] for news in found["unsaved"]] == [-signal.SIGKILL]
+    assert len(found["checkpoints"]) >= 2  # one after that, one before everybody is killed
+    for books in found["checkpoints"]:
+        assert books["branches"] == books["tellers"] == books["accounts"] == books["history"]
+        assert (
+            books["image"] > books["astray"] == books["wrong_rows"] == books["damaged_pages"] == books["doubles"] == 0
+        )
     for books in found["audits"]:
         assert books["branches"] == books["tellers"] == books["accounts"] == books["history"]
         assert books["missing"] == books["wrong_rows"] == books["damaged_pages"] == books["doubles"] == 0
@@ -132,7 +140,7 @@ def test_demo(demo: Demo, tmp_path: Path) -> None:
     found: dict[str, Any] = json.loads(figures.read_text())
     assert found["protect"] == "lease"
     check_show(found, "lease")
-    assert 1 <= found["killed"] <= 7  # a kill finds nobody while all the dead are being replaced
+    assert 1 <= found["killed"] <= 8  # a kill finds nobody while all the dead are being replaced
     assert sum(run["evictions"] for run in found["stopped"]) > 0
     assert os.listdir(tmp_path / "temporary") == []
 
@@ -171,7 +179,7 @@ def test_demo_goes_on_with_a_file(demo: Demo, tmp_path: Path) -> None:
         found = json.loads(figures.read_text())
         made += found["transactions"]
         assert found["audits"][-1]["transactions"] >= made
-    assert sorted(os.listdir(tmp_path)) == ["figures", "heap", "heap.log", "temporary"]
+    assert {*os.listdir(tmp_path)} - {"heap.image"} == {"figures", "heap", "heap.log", "temporary"}
     code, stdout, _ = finish(demo(*common, "--accounts", 500))
     assert code == 1
     assert "--accounts is for a new file" in stdout
@@ -422,7 +430,7 @@ def test_server_dies_at_any_line(heap: str, fork: Fork, tmp_path: Path) -> None:
     copy = str(tmp_path / "copy")
     line, finished = 1, False
     while not finished:
-        for end in ("", ".log"):
+        for end in ("", ".log", files.IMAGE):
             shutil.copyfile(heap + end, copy + end)
 
         def recover(_: Child, line: int = line) -> None:
@@ -437,6 +445,68 @@ def test_server_dies_at_any_line(heap: str, fork: Fork, tmp_path: Path) -> None:
         assert books["wrong_rows"] == books["damaged_pages"] == books["doubles"] == 0, line
         line += 19
     assert line > 200
+
+
+@pytest.mark.parametrize(("protect", "step"), [("lease", 19), ("none", 31)])
+def test_saver_dies_at_any_line(heap: str, fork: Fork, tmp_path: Path, protect: str, step: int) -> None:
+    """Wherever one dies that takes a checkpoint: the others go on, the next one takes one, and from the files as they
+    are then a server recovers."""
+    engine = engine_of(heap, name(), FRAMES, protect)
+    copy, line, finished, count = str(tmp_path / "copy"), 1, False, 0
+    while not finished:
+        since = engine.words[engine_module.TAIL]
+
+        def save(_: Child, line: int = line) -> None:
+            engine.become(255, line + 1)
+            die_at(line)
+            engine.checkpoint()
+            sys.settrace(None)
+
+        finished = ended(fork(save))
+        transfer(engine, count)
+        count += 1
+        for path in Path(heap).parent.glob("heap*"):
+            shutil.copyfile(path, copy + path.name.removeprefix("heap"))
+        engine_of(copy, name() + "-copy", FRAMES, protect).close()
+        books = files.audit(copy, [])
+        assert books["transactions"] == count, line
+        assert books["wrong_rows"] == books["damaged_pages"] == books["doubles"] == 0, line
+        if line % 3 == 0:
+            assert check_pool(engine, since) == count
+        line += step
+    assert line > 200
+    engine.checkpoint()
+    books = files.audit_checkpoint(heap)
+    assert books["image"] > books["astray"] == books["wrong_rows"] == 0
+    assert books["transactions"] == count
+    engine.close()
+
+
+def test_a_checkpoint_is_of_its_moment(heap: str, tmp_path: Path) -> None:
+    """A transaction that is under way then is not in its books, nor is what comes later; and a server that starts with
+    the heap as it was before everything, the image and the log has all that was committed."""
+    shutil.copyfile(heap, tmp_path / "old")
+    engine = engine_of(heap, name(), 50)  # nothing is evicted
+    transfer(engine, 1)
+    transaction = engine.begin()
+    engine.add(transaction, engine.layout.accounts, 3, 100)
+    engine.checkpoint()
+    engine.add(transaction, engine.layout.tellers, 3, 100)
+    transfer(engine, 2)
+    books = files.audit_checkpoint(heap)
+    assert (books["transactions"], books["branches"], books["wrong_rows"]) == (1, 8, 0)
+    for end in (".log", files.IMAGE):
+        shutil.copyfile(heap + end, f"{tmp_path / 'old'}{end}")
+    os.rename(f"{tmp_path / 'old'}{files.IMAGE}", tmp_path / "image")
+    with pytest.raises(files.DatabaseError, match="is not the image"):
+        engine_of(str(tmp_path / "old"), name() + "-old", 50)
+    os.rename(tmp_path / "image", f"{tmp_path / 'old'}{files.IMAGE}")
+    engine_of(str(tmp_path / "old"), name() + "-old", 50).close()
+    books = files.audit(str(tmp_path / "old"), [])
+    assert (books["transactions"], books["branches"], books["wrong_rows"]) == (2, 8 + 15, 0)
+    engine.undo(transaction, [])
+    engine.slot[engine_module.TRANSACTION] = 0
+    engine.close()
 
 
 def test_log_comes_first(heap: str) -> None:
