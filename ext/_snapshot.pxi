@@ -11,6 +11,8 @@ import _thread
 import weakref
 from multiprocessing import reduction
 
+from libc.stdint cimport uint8_t
+
 from pyshare import _image
 
 cdef extern from "core.h" nogil:
@@ -34,9 +36,12 @@ cdef extern from "core.h" nogil:
     uint64_t ps_snapshot_saved(const ps_snapshot *snapshot)
     int ps_snapshot_data(const ps_snapshot *snapshot, flag area, uint64_t *page, uint64_t *count)
     void ps_snapshot_close(ps_snapshot *snapshot)
+    flag ps_snapshot_of(const ps_region *region, const ps_snapshot *snapshot)
+    int ps_dirty(ps_region *region, const ps_snapshot *since, uint64_t generation, uint8_t *map)
+    int ps_put(ps_region *region, uint64_t offset, const void *data, uint64_t length)
 
 cdef enum:
-    SOME = 4096  # pages that are saved between two looks at signals, or at whether somebody still wants it
+    SOME = 512  # pages that are saved between two looks at signals, or at whether somebody still wants it
 
 
 @cython.final
@@ -45,6 +50,8 @@ cdef class Holding:
 
     cdef ps_snapshot at
     cdef bint unwanted  # closed: who saves it in the background may stop
+    cdef bint busy      # somebody does, in the process of so many forks
+    cdef uint32_t forks
 
     def __cinit__(self):
         self.at.fd = -1
@@ -97,9 +104,11 @@ def _finish(list only, region):
         while not holding.unwanted and holding.save(&page):
             pass
     except (OSError, _errors.CorruptRegion):
-        return  # whoever reads it is told
+        pass  # whoever reads it is told
+    last = holding.unwanted
+    holding.busy = False
     holding = None
-    handle = region()
+    handle = None if last else region()  # close() sees to the rest
     if handle is not None:
         (<Handle>handle).sweep()
 
@@ -258,8 +267,13 @@ cdef class Snapshot:
         """This process does not hold it any more; its memory goes with its last holder and the last buffer of it."""
         if self.holding is None:
             return
-        self.holding.unwanted = True
+        cdef Holding holding = self.holding
         self.holding = self.image = None
+        holding.unwanted = True
+        while holding.busy and holding.forks == ps_forks():
+            with nogil:
+                ps_sys_pause()
+        holding = None
         self.sweep()
 
     def __enter__(self):
@@ -322,5 +336,63 @@ def take_snapshot(Handle handle not None, timeout):
     snapshot = snapshot_of(holding, name)
     snapshot.region = weakref.ref(handle)
     if shared:
-        _thread.start_new_thread(_finish, ([holding], snapshot.region))
+        holding.busy, holding.forks = True, ps_forks()
+        try:
+            _thread.start_new_thread(_finish, ([holding], snapshot.region))
+        except RuntimeError:  # no more threads: who stores saves, and finish()
+            holding.busy = False
     return snapshot
+
+
+def dirty_pages(Handle handle not None, since):
+    """Runs (first page, pages) that may have been written since a generation, or were since a snapshot."""
+    cdef Holding holding = (<Snapshot>since).held("dirty") if isinstance(since, Snapshot) else None
+    cdef uint64_t generation = holding.at.generation if holding is not None else <uint64_t>since
+    cdef uint64_t pages = 0, page, first
+    cdef const ps_snapshot *snapshot = NULL if holding is None else &holding.at
+    cdef int rc
+    cdef uint8_t *map
+    runs = []
+    handle.enter("dirty")
+    try:
+        pages = (ps_size(handle.region) + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
+        if holding is not None and not ps_snapshot_of(handle.region, snapshot):
+            raise ValueError(f"{since!r} is a snapshot of another region")
+        marks = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>pages)
+        map = <uint8_t *>PyBytes_AS_STRING(marks)
+        with nogil:
+            rc = ps_dirty(handle.region, snapshot, generation, map)
+        if rc:
+            raise_code(rc, "dirty", handle.corrupt_field())
+        page = 0
+        while page < pages:
+            first = page
+            while page < pages and map[page] == map[first]:
+                page += 1
+            if map[first]:
+                runs.append((first, page - first))
+        return runs
+    finally:
+        handle.leave()
+
+
+def put_pages(Handle handle not None, uint64_t offset, data):
+    """The pages from `offset` on are those of `data`, whatever their protection; zeros become holes.
+
+    For whoever has the region frozen: nobody else stores, and nobody has a lease.
+    """
+    cdef Py_buffer source
+    cdef int rc
+    PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
+    try:
+        check_pages(offset, source.len, ps_size(handle.region) if handle.region is not NULL else 0)
+        handle.enter("restore")
+        try:
+            with nogil:
+                rc = ps_put(handle.region, offset, source.buf, <uint64_t>source.len)
+            if rc:
+                raise_code(rc, "restore", handle.corrupt_field())
+        finally:
+            handle.leave()
+    finally:
+        PyBuffer_Release(&source)

@@ -197,6 +197,13 @@ bool ps_snapshot_complete(const struct ps_snapshot *snapshot);
 int ps_snapshot_data(const struct ps_snapshot *snapshot, bool area, uint64_t *page, uint64_t *count);
 uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot); /* pages that need not be saved any more */
 void ps_snapshot_close(struct ps_snapshot *snapshot);
+bool ps_snapshot_of(const struct ps_region *region, const struct ps_snapshot *snapshot); /* the same region's? */
+/* Of each page a byte: not 0 where it may have been written since the generation: by a lease that ended at it or later,
+ * or is held; or, where it may have been writable for all since, at all.  With a snapshot, of that generation, the
+ * latter only where it differs. */
+int ps_dirty(struct ps_region *region, const struct ps_snapshot *since, uint64_t generation, uint8_t *map);
+/* Pages are these bytes, whatever their protection: the caller has the region frozen. */
+int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length);
 void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */
 
 /* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */

@@ -154,17 +154,30 @@ int ps_snapshot_read(const struct ps_snapshot *snapshot, uint64_t offset, void *
     return rc < 0 ? rc : 0;
 }
 
+/* Only a page that is SAVED, or any of a complete one, can have been written since. */
+int ps_snapshot_differs(const struct ps_snapshot *snapshot, uint64_t page, bool *differs) {
+    char then[PS_PAGE], now[PS_PAGE];
+    *differs = false;
+    if (!in_area(snapshot, page) && !ps_snapshot_complete(snapshot))
+        return 0;
+    int rc = read_all(snapshot, area_offset(snapshot) + page * PS_PAGE, then, PS_PAGE);
+    if (!rc)
+        rc = read_all(snapshot, snapshot->control_size + page * PS_PAGE, now, PS_PAGE);
+    *differs = memcmp(then, now, PS_PAGE);
+    return rc;
+}
+
 /* -- Saving ---------------------------------------------------------------------------------------------------- */
 
 static int write_page(const struct ps_snapshot *snapshot, uint64_t page, const char *bytes) {
     _Atomic uint8_t *state = states_of(snapshot) + page;
     if (atomic_load_explicit(state, memory_order_acquire) == PS_SAVED)
         return 0;
-    if (!ps_all_zero(bytes, PS_PAGE)) {
-        ssize_t wrote = pwrite(snapshot->fd, bytes, PS_PAGE, (off_t)(area_offset(snapshot) + page * PS_PAGE));
-        if (wrote != (ssize_t)PS_PAGE)
-            return wrote < 0 ? -errno : -ENOSPC;
-    }
+    int rc = ps_all_zero(bytes, PS_PAGE)
+                 ? 0
+                 : ps_sys_write_at(snapshot->fd, bytes, PS_PAGE, area_offset(snapshot) + page * PS_PAGE);
+    if (rc)
+        return rc;
     /* release: who finds it SAVED finds the copy. */
     atomic_store_explicit(state, PS_SAVED, memory_order_release);
     return 0;

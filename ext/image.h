@@ -17,6 +17,8 @@ static inline bool ps_all_zero(const char *bytes, size_t length) {
     return !bytes[0] && !memcmp(bytes, bytes + 1, length - 1);
 }
 
+/* How much of each of these pages of the data is other than the snapshot's; with a snapshot that is held. */
+int ps_snapshot_differs(const struct ps_snapshot *snapshot, uint64_t page, bool *differs);
 int ps_snapshot_map(struct ps_snapshot *snapshot, const struct ps_shape *shape);
 
 #endif

@@ -652,8 +652,9 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
         close_pages(region, lease);
         PS_POINT(H3_close);
     }
-    uint64_t ended = ps_sys_boottime() / PS_MS << 1;
+    uint64_t ended = ps_sys_boottime() / PS_MS << 1, generation = ps_generation(region);
     for (uint64_t page = lease->first; page < lease->first + lease->count; page++) {
+        ps_stamp(region, page, generation);
         atomic_store_explicit(&region->here[page], ended, memory_order_release);
         give(region, lease_word(region, page), 0);
     }

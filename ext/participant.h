@@ -154,6 +154,7 @@ void ps_region_unmap_source(struct ps_region *region);
 int ps_region_map_shadow(struct ps_region *region);
 int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
+uint64_t ps_region_skip_data(struct ps_region *region, uint64_t at, uint64_t end);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
 int ps_region_map_canary(struct ps_region *region, int own);
@@ -283,6 +284,13 @@ void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);
 uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open);
 int ps_snapshot_follow(struct ps_region *region, enum ps_follow how);
+
+/* Written at `generation`, or before it.  relaxed: ordered by the held word, or the freeze. */
+static inline void ps_stamp(const struct ps_region *region, uint64_t page, uint64_t generation) {
+    _Atomic uint64_t *stamp = (_Atomic uint64_t *)ps_section(region, PS_SEC_STAMP) + page;
+    if (atomic_load_explicit(stamp, memory_order_relaxed) != generation)
+        atomic_store_explicit(stamp, generation, memory_order_relaxed);
+}
 
 /* Is there one that stores must care for?  seq_cst: after whatever the caller has stored. */
 static inline bool ps_snapshots(const struct ps_region *region) {

@@ -431,6 +431,13 @@ int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint6
     return 0;
 }
 
+/* ... that it does not hold. */
+uint64_t ps_region_skip_data(struct ps_region *region, uint64_t at, uint64_t end) {
+    int fd = ps_query_fd(region);
+    off_t found = fd < 0 || at >= end ? -1 : lseek(fd, (off_t)at, SEEK_HOLE);
+    return found >= 0 && (uint64_t)found < end ? (uint64_t)found : end;
+}
+
 /* -- What it is ---------------------------------------------------------------------------------------------- */
 
 static uint64_t here_length(const struct ps_region *region) {

@@ -573,3 +573,98 @@ int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outco
     } while (rc == -EAGAIN && ps_sys_now() < deadline);
     return rc;
 }
+
+/* -- What was written, and writing it ------------------------------------------------------------------------------ */
+
+enum {
+    SHARED = 1, /* may have been writable for all */
+    LEASED = 2, /* a lease was held over it */
+};
+
+/* The control segments of two regions tell them apart. */
+bool ps_snapshot_of(const struct ps_region *region, const struct ps_snapshot *snapshot) {
+    return snapshot->pages == region->shape.pages &&
+           !memcmp(snapshot->control->nonce, region->shape.nonce, sizeof region->shape.nonce);
+}
+
+/* Pages whose protection changed since, whatever it was, and those that all may write now. */
+static void mark_shared(struct ps_region *region, uint64_t since, uint8_t *map) {
+    uint64_t pages = region->shape.pages, last = ps_generation(region);
+    for (uint64_t generation = last; generation > since; generation--) {
+        struct ps_shm_ring entry;
+        if (!ps_change_read(region, generation, &entry)) { /* longer ago than the ring remembers */
+            memset(map, SHARED, pages);
+            return;
+        }
+        if (entry.kind != PS_FOLLOW)
+            memset(map + entry.first, SHARED, entry.count);
+    }
+    for (uint64_t page = 0, run; page < pages; page += run) {
+        uint32_t prot;
+        run = ps_run(region, page, pages, &prot);
+        if (prot & PROT_WRITE)
+            memset(map + page, SHARED, run);
+    }
+}
+
+/* Pages whose word in the section is at least `least`. */
+static void mark_leased(struct ps_region *region, enum ps_section_kind kind, uint64_t least, uint64_t bits,
+                        uint8_t *map) {
+    const _Atomic uint64_t *words = ps_section(region, kind);
+    uint64_t pages = region->shape.pages, offset = region->shape.offset[kind], per_page = PS_PAGE / sizeof *words;
+    for (uint64_t page = 0; page < pages; page++) {
+        if (page % per_page == 0)
+            page =
+                (ps_region_skip_hole(region, offset + page * sizeof *words, offset + pages * sizeof *words) - offset) /
+                sizeof *words;
+        if (page < pages && (atomic_load_explicit(words + page, memory_order_acquire) & bits) >= least)
+            map[page] |= LEASED;
+    }
+}
+
+/* What is a hole of the memfd was never written. */
+static void clear_holes(struct ps_region *region, uint8_t *map) {
+    uint64_t data = region->shape.control_size, end = data + region->shape.pages * PS_PAGE;
+    for (uint64_t at = data, found; at < end; at = ps_region_skip_data(region, found, end)) {
+        found = ps_region_skip_hole(region, at, end);
+        memset(map + (at - data) / PS_PAGE, 0, (found - at) / PS_PAGE);
+    }
+}
+
+int ps_dirty(struct ps_region *region, const struct ps_snapshot *since, uint64_t generation, uint8_t *map) {
+    uint64_t pages = region->shape.pages;
+    int rc = 0;
+    memset(map, 0, pages);
+    mark_shared(region, generation, map);
+    if (generation)
+        mark_leased(region, PS_SEC_STAMP, generation, UINT64_MAX, map);
+    else
+        memset(map, SHARED, pages); /* all that there ever was */
+    mark_leased(region, PS_SEC_LEASE, 1, PS_HELD_HOLDER, map);
+    clear_holes(region, map);
+    for (uint64_t page = 0; since && page < pages && !rc; page++)
+        if (map[page] == SHARED) {
+            bool differs;
+            rc = ps_snapshot_differs(since, page, &differs);
+            map[page] = differs;
+        }
+    return rc;
+}
+
+static int put_page(struct ps_region *region, int fd, uint64_t page, const char *from, uint64_t length) {
+    uint64_t at = region->shape.control_size + page * PS_PAGE;
+    ps_stamp(region, page, ps_generation(region));
+    if (length == PS_PAGE && ps_all_zero(from, PS_PAGE))
+        return ps_sys_punch(fd, at, PS_PAGE);
+    return ps_sys_write_at(fd, from, length, at);
+}
+
+int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length) {
+    uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
+    int fd = ps_fd(region), rc = fd < 0 ? fd : ps_snapshot_keep(region, first, count, false);
+    for (uint64_t i = 0; i < count && !rc; i++) {
+        uint64_t rest = length - i * PS_PAGE;
+        rc = put_page(region, fd, first + i, (const char *)from + i * PS_PAGE, rest < PS_PAGE ? rest : PS_PAGE);
+    }
+    return rc;
+}

@@ -449,6 +449,11 @@ int ps_sys_ofd_free(int fd, uint64_t byte) {
     return rc < 0 ? rc : lock.l_type == F_UNLCK;
 }
 
+int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at) {
+    ssize_t wrote = pwrite(fd, from, length, (off_t)at);
+    return wrote < 0 ? -errno : (uint64_t)wrote == length ? 0 : -ENOSPC;
+}
+
 int ps_sys_punch(int fd, uint64_t at, uint64_t length) {
     return result(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)length));
 }

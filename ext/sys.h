@@ -65,6 +65,7 @@ int ps_sys_ofd_take(int fd, uint32_t byte);
 int ps_sys_ofd_share(int fd, uint64_t byte); /* read-locked for it, together with others */
 int ps_sys_ofd_free(int fd, uint64_t byte);  /* 1, 0 or -errno */
 
+int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at); /* all of it, or an error */
 /* Gives the memory of a part of a file back: it reads as zero. */
 int ps_sys_punch(int fd, uint64_t at, uint64_t length);
 

@@ -290,6 +290,27 @@ class Region(_core.Handle):
         """
         return _core.take_snapshot(self, timeout)
 
+    def dirty(self, since: int | Snapshot) -> list[tuple[int, int]]:
+        """Runs of (offset, length), ascending, of the pages that may have been written since; bytes.
+
+        Never less than what was written; never a page that nobody has touched. Since a snapshot of this region it is
+        exactly what differs where pages are writable for all, and what was leased elsewhere; since a generation, also
+        all that may have been writable for all meanwhile.
+
+        Raises:
+            ValueError: a generation that has not come yet, or a snapshot of another region.
+            RegionClosed: the region or the snapshot is closed.
+        """
+        if not isinstance(since, Snapshot):
+            since = _core.integer(since, "since")
+            if not 0 <= since <= self.generation:
+                raise ValueError(f"since must be a generation, 0 to {self.generation}, or a snapshot, not {since}")
+        page = self.page_size
+        return [
+            (first * page, min(count * page, self._size - first * page))
+            for first, count in _core.dirty_pages(self, since)
+        ]
+
     # -- Data ------------------------------------------------------------------------------------------------------
 
     def read(self, offset: int, length: int) -> bytes:

@@ -242,3 +242,82 @@ def test_forked_child_has_it(region: Region, fork: Callable[..., Child]) -> None
     child.say()
     assert child.wait() == 0
     assert region.read(0, region.size) == image(b"child")
+
+
+# -- What was written since --------------------------------------------------------------------------------------------
+
+
+def pages(runs: list[tuple[int, int]]) -> set[int]:
+    assert runs == sorted(runs)
+    return {page for offset, length in runs for page in range(offset // PAGE, -(-(offset + length) // PAGE))}
+
+
+def test_dirty_since_a_snapshot(region: Region) -> None:
+    fill(region, b"text")
+    with region.snapshot() as snap:
+        assert region.dirty(snap) == []
+        store(region, 4, b"a")
+        store(region, 5, b"b")
+        store(region, 9, b"c")
+        assert pages(region.dirty(snap)) == {4, 5, 9}
+        snap.finish()
+        assert pages(region.dirty(snap)) == {4, 5, 9}
+        with region.lease(20 * PAGE, PAGE):
+            assert pages(region.dirty(snap)) == {4, 5, 9, 20}
+        with region.snapshot() as second:
+            assert region.dirty(second) == []
+            store(region, 10, b"d")
+            assert pages(region.dirty(second)) == {10}
+            assert pages(region.dirty(snap)) == {4, 5, 9, 10, 20}
+
+
+def test_dirty_since_a_generation(engine: str) -> None:
+    with pyshare.create(size=PAGES * PAGE + 3, prot=READ, engine=engine) as region:
+        fill(region, b"text")
+        assert pages(region.dirty(0)) == set(range(0, PAGES, 2))
+        since = region.mprotect(0, PAGE, READ)
+        assert region.dirty(since) == []
+        store(region, 6, b"a")
+        assert pages(region.dirty(since)) == {6}
+        region.mprotect(8 * PAGE, 4 * PAGE, READ_WRITE)  # the holes of it are no news
+        region.mprotect(8 * PAGE, 4 * PAGE, READ)
+        assert pages(region.dirty(since)) == {6, 8, 10}
+        assert region.dirty(region.generation) == []
+        for _ in range(1100):  # more than the ring remembers
+            region.mprotect(0, PAGE, READ)
+        assert pages(region.dirty(since)) == set(range(0, PAGES, 2))
+        for wrong in (-1, region.generation + 1):
+            with pytest.raises(ValueError, match="since must be"):
+                region.dirty(wrong)
+
+
+def test_dirty_of_another_region(region: Region) -> None:
+    with (
+        pyshare.create(size=region.size) as other,
+        other.snapshot() as snap,
+        pytest.raises(ValueError, match="another"),
+    ):
+        region.dirty(snap)
+
+
+def test_a_dead_holder_left_its_pages_dirty(engine: str, fork: Callable[..., Child]) -> None:
+    with pyshare.create(size=PAGES * PAGE, prot=READ, engine=engine) as region:
+
+        def body(child: Child) -> None:
+            child.hear()
+            with region.lease(3 * PAGE, PAGE) as lease:
+                lease.view[0] = 1
+                child.say()
+                child.hear()
+
+        child = fork(body)
+        region.mprotect(0, PAGE, READ)
+        snap = region.snapshot()
+        child.say()
+        child.hear()
+        child.kill()
+        child.wait()
+        assert pages(region.dirty(snap)) == {3}
+        with region.snapshot() as later:  # nobody waits for the dead
+            assert later.read(3 * PAGE, 1) == b"\1"
+        snap.close()
