@@ -154,6 +154,7 @@ cdef extern from "core.h" nogil:
     void ps_user_lock_give(ps_region *region, uint32_t index)
     int ps_freeze(ps_region *region, int64_t deadline, ps_outcome *outcome)
     int ps_thaw(ps_region *region)
+    int ps_data(ps_region *region, uint64_t *page, uint64_t *count)
     void ps_snapshot_sweep(ps_region *region)
     int ps_name_format(int name_fd, int region_fd)
     int ps_name_find(int name_fd, int *region_fd)
@@ -873,6 +874,24 @@ cdef class Handle:
             if rc:
                 self.refused(rc, &refusal, "read")
             return data
+        finally:
+            self.leave()
+
+    def _data(self):
+        """Ascending runs (offset, length) of whole pages that are no holes."""
+        cdef uint64_t page = 0, count = 0
+        cdef int rc
+        found = []
+        self.enter("read")
+        try:
+            while True:
+                rc = ps_data(self.region, &page, &count)
+                if rc:
+                    raise_code(rc, "read")
+                if not count:
+                    return found
+                found.append((page * PS_PAGE_SIZE, count * PS_PAGE_SIZE))
+                page += count
         finally:
             self.leave()
 

@@ -129,6 +129,7 @@ int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participan
 
 /* Data, by accessors that cannot crash. */
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
+int ps_data(struct ps_region *region, uint64_t *page, uint64_t *count); /* the next run of pages that are no holes */
 int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
 
 /* Violations. */

@@ -438,6 +438,11 @@ uint64_t ps_region_skip_data(struct ps_region *region, uint64_t at, uint64_t end
     return found >= 0 && (uint64_t)found < end ? (uint64_t)found : end;
 }
 
+int ps_data(struct ps_region *region, uint64_t *page, uint64_t *count) {
+    int fd = ps_query_fd(region);
+    return fd < 0 ? fd : ps_region_data(fd, region->shape.control_size, region->shape.pages, page, count);
+}
+
 /* -- What it is ---------------------------------------------------------------------------------------------- */
 
 static uint64_t here_length(const struct ps_region *region) {

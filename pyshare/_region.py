@@ -22,9 +22,10 @@ from typing import Any, SupportsIndex
 
 import psutil
 
-from pyshare import _core, _names
+from pyshare import _core, _image, _names
 from pyshare._core import DEFAULT, Snapshot
 from pyshare._errors import RegionClosed, RegionExists
+from pyshare._image import Image
 
 Timeout = float | _core._Default | None
 
@@ -310,6 +311,38 @@ class Region(_core.Handle):
             (first * page, min(count * page, self._size - first * page))
             for first, count in _core.dirty_pages(self, since)
         ]
+
+    def restore(self, source: Snapshot | Image | str | os.PathLike[str], *, timeout: Timeout = DEFAULT) -> None:
+        """The memory is what it was when ``source`` was taken: a Snapshot, or (a path leads to) an image of one.
+
+        An image is checked whole, with those that it builds on, before anything is changed. Protections stay as they
+        are. Meanwhile the region is frozen (see :meth:`frozen`), and snapshots that are alive keep what they have. A
+        process that is killed in here leaves some pages old, and some new.
+
+        Raises:
+            CorruptRegion: a file is no whole image, or not the one that another was saved on.
+            ValueError: the source has another size.
+            PropagationTimeout: the region could not be frozen in time. Nothing was changed.
+            ShareError: this thread holds a lease, and would wait for itself.
+            FileNotFoundError, OSError: of the file, or no memory for the pages; those before it are restored then.
+            RegionClosed.
+        """
+        with contextlib.ExitStack() as stack:
+            if not isinstance(source, (Snapshot, Image)):
+                source = stack.enter_context(Image(source))
+            if source.size != self._size:
+                raise ValueError(f"the source has {source.size} bytes, the region {self._size}: they must be the same")
+            if isinstance(source, Image):
+                source.check()
+            stack.enter_context(self.frozen(timeout=timeout))
+            for offset, length in _image.chunks(_image.merged([*source.runs(), *self._data()])):
+                self._restore_pages(source, offset, length)
+
+    def _restore_pages(self, source: Snapshot | Image, offset: int, length: int) -> None:
+        """Those that are different; pages of zeros become holes."""
+        wanted, found = (_image.read_pages(each, offset, length) for each in (source, self))
+        for at, size in _image.differing(wanted, found, self.page_size):
+            _core.put_pages(self, offset + at, memoryview(wanted)[at : at + size])
 
     # -- Data ------------------------------------------------------------------------------------------------------
 

@@ -455,3 +455,154 @@ def test_who_saves_is_killed_and_the_next_saves(tmp_path: Path, joined: Callable
         with region.snapshot() as snapshot:
             snapshot.save(tmp_path / "image")
         assert load(tmp_path / "image") == region.read(0, region.size)
+
+
+# -- Restoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prot", PROTS, ids=str)
+@pytest.mark.parametrize("how", ["snapshot", "path", "image", "chain"])
+def test_what_is_restored_is_what_was(
+    engine: str, prot: pyshare.Prot, how: str, tmp_path: Path, joined: Callable[..., Child]
+) -> None:
+    """For every participant, whatever the protections, which stay."""
+    size = 600 * PAGE + 99
+    with pyshare.create(size=size, prot=prot, engine=engine) as region:
+        region.mprotect(40 * PAGE, PAGE, pyshare.NONE)
+        for page in (0, 3, 50, 599, 600):
+            store(region, page, b"before")
+        before = region.read(0, 40 * PAGE), region.read(41 * PAGE, size - 41 * PAGE)
+        protections = region.protections()
+        snapshot = region.snapshot()
+        snapshot.save(tmp_path / "0")
+        for page in (3, 4, 50, 300, 600):
+            store(region, page, b"later")
+        if how == "chain":
+            with region.snapshot() as other:
+                other.save(tmp_path / "1", since=tmp_path / "0")
+            snapshot.save(tmp_path / "2", since=tmp_path / "1")
+
+        def look(child: Child) -> None:
+            child.say()
+            child.hear()
+            assert (region.read(0, 40 * PAGE), region.read(41 * PAGE, size - 41 * PAGE)) == before
+            child.say("same")
+
+        other_process = joined(look)
+        sources: dict[str, Any] = {"snapshot": snapshot, "path": str(tmp_path / "0"), "chain": tmp_path / "2"}
+        with pyshare.Image(tmp_path / "0") as image:
+            region.restore(image if how == "image" else sources[how])
+        assert region.protections() == protections
+        other_process.say("look")
+        assert other_process.hear() == "same"
+        assert other_process.wait() == 0
+        snapshot.close()
+        for page in (3, 4, 50):
+            store(region, page, b"again")
+
+
+def test_a_snapshot_that_is_alive_keeps_what_it_has(engine: str, tmp_path: Path) -> None:
+    with pyshare.create(size=64 * PAGE, prot=pyshare.READ_WRITE, engine=engine) as region:
+        region.buf[:5] = b"first"
+        with region.snapshot() as first:
+            first.save(tmp_path / "image")
+            region.buf[:6] = region.buf[PAGE : PAGE + 6] = b"second"
+            with region.snapshot() as second:
+                region.restore(tmp_path / "image")
+                assert (region.read(0, 6), region.read(PAGE, 6)) == (b"first\0", bytes(6))
+                assert (second.read(0, 6), second.read(PAGE, 6)) == (b"second", b"second")
+                region.restore(second)
+                assert (first.read(0, 6), first.read(PAGE, 6)) == (b"first\0", bytes(6))
+                assert (region.read(0, 6), region.read(PAGE, 6)) == (b"second", b"second")
+
+
+def test_a_damaged_image_changes_nothing(tmp_path: Path) -> None:
+    with pyshare.create(size=64 * PAGE) as region:
+        region.buf[:5] = b"first"
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+        region.buf[:6] = b"second"
+        damage(tmp_path / "image", 3, b"!")
+        with pytest.raises(pyshare.CorruptRegion) as caught:
+            region.restore(tmp_path / "image")
+        assert caught.value.field == "data"
+        with pytest.raises(ValueError, match="must be the same"), pyshare.create(size=63 * PAGE) as other:
+            other.restore(tmp_path / "image")
+        with pytest.raises(FileNotFoundError):
+            region.restore(tmp_path / "none")
+        assert region.read(0, 6) == b"second"
+
+
+def test_holes_stay_and_come_back(tmp_path: Path) -> None:
+    with pyshare.create(size=1 << 32) as region:
+        region.buf[:4] = b"here"
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+        region.buf[1 << 20 : 9 << 20] = bytes([1]) * (8 << 20)
+        region.restore(tmp_path / "image")
+        assert region._data() == [(0, PAGE)]
+
+
+def test_whom_restoring_waits_for(tmp_path: Path, joined: Callable[..., Child]) -> None:
+    with pyshare.create(size=64 * PAGE, prot=pyshare.READ) as region:
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+
+        def hold(child: Child) -> None:
+            with region.lease(0, PAGE) as lease:
+                lease.view[:5] = b"other"
+                child.say()
+                child.hear()
+            child.say("released")
+
+        child = joined(hold)
+        with pytest.raises(pyshare.PropagationTimeout) as caught:
+            region.restore(tmp_path / "image", timeout=0.1)
+        assert caught.value.pids == [child.pid]
+        assert region.read(0, 5) == b"other"
+        child.say()
+        assert child.hear() == "released"
+        with region.lease(PAGE, PAGE), pytest.raises(pyshare.ShareError, match="would wait for itself"):
+            region.restore(tmp_path / "image")
+        region.restore(tmp_path / "image")
+        assert region.read(0, 5) == bytes(5)
+
+
+class Slow(Image):
+    """Somebody is asked before anything is read after the check."""
+
+    def ask(self, child: Child) -> Slow:
+        self.child = child
+        return self
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.child.say("reads")
+        self.child.hear()
+        return super().read(offset, length)
+
+
+def test_who_restores_is_killed(tmp_path: Path, joined: Callable[..., Child]) -> None:
+    """The others are not, nor kept from anything; and whoever restores again, restores."""
+    with pyshare.create(size=3 * _image.CHUNK, prot=pyshare.READ) as region:
+        for page in range(0, 768, 10):
+            store(region, page, b"before")
+        before = region.read(0, region.size)
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+        for page in range(0, 768, 10):
+            store(region, page, b"later")
+
+        def body(child: Child) -> None:
+            child.say()
+            region.restore(Slow(tmp_path / "image").ask(child))
+
+        child = joined(body)
+        for _ in range(2):
+            assert child.hear() == "reads"
+            child.say()
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        store(region, 760, b"again")
+        assert {region.read(page * PAGE, 5) for page in range(0, 760, 10)} == {b"befor", b"later"}
+        region.restore(tmp_path / "image")
+        assert region.read(0, region.size) == before

@@ -258,7 +258,12 @@ SIGNATURES = {
     "Lease.release": "(self)",
     "Frozen.release": "(self)",
     "Lock.release": "(self)",
+    "Region.restore": "(self, source, *, timeout=DEFAULT)",
     "Snapshot.read": "(self, offset, length)",
+    "Snapshot.save": "(self, path, *, since=None, progress=False)",
+    "Snapshot.runs": "(self)",
+    "Image.read": "(self, offset, length)",
+    "Image.check": "(self)",
     "Snapshot.finish": "(self)",
     "Snapshot.close": "(self)",
 }
