@@ -273,7 +273,8 @@ static void put_lease(struct text *text, const struct ps_region *region, uint64_
 
 /* Why the page cannot be accessed that way. */
 static void put_reason(struct text *text, struct ps_region *region, uint64_t page) {
-    if (atomic_load_explicit(&region->use, memory_order_acquire) == PS_SHUT) {
+    uint32_t use = atomic_load_explicit(&region->use, memory_order_acquire);
+    if (use == PS_SHUT || use == PS_CLOSING) {
         put(text, ": the region is closed in this process");
         return;
     }
@@ -528,9 +529,9 @@ static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store
         return DIE;
     if (permits(region, offset / PS_PAGE, store)) /* our page tables should: not for ever */
         return ps_process_faults()->retries < 2 * REPEATS && !mend(region, offset / PS_PAGE) ? GO : DIE;
-    return policy == PS_RAISE || ps_freeze_own(region) /* it would wait for itself */
-               ? raise_it(hooks, region, offset, store, false)
-               : wait_for_it(hooks, region, offset, store);
+    /* A thread that is to raise does not wait on the way there, and nobody waits for himself. */
+    bool waits = policy == PS_WAIT && !ps_violation()->count && !ps_freeze_own(region);
+    return waits ? wait_for_it(hooks, region, offset, store) : raise_it(hooks, region, offset, store, false);
 }
 
 /* -- System calls that store ----------------------------------------------------------------------------------- */

@@ -20,6 +20,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/futex.h>
 #include <string.h>
 
 #include "participant.h"
@@ -111,8 +112,24 @@ int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count
     return 0;
 }
 
+/* As ps_pages_take; false where the region is closed meanwhile: its claim may be unmapped as soon as nothing of it is
+ * in quarantine. */
+static bool take(struct ps_region *region) {
+    for (;;) {
+        ps_page_lock(region, PS_NEVER);
+        uint32_t runs = region->quarantines;
+        int rc = runs ? ps_claim_own(region, 0) : 0;
+        if (runs && !rc)
+            return true;
+        ps_page_unlock(region);
+        if (rc != -ETIMEDOUT)
+            return false;
+        ps_sys_wait((struct ps_watch){&region->quarantines, runs}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
+    }
+}
+
 static void leave(struct ps_region *region) {
-    if (ps_pages_take(region, PS_NEVER))
+    if (!take(region))
         return;
     int rc = 0;
     for (uint32_t i = 0; i < region->quarantines && !rc;)
@@ -127,7 +144,7 @@ static void leave(struct ps_region *region) {
 
 void ps_quarantine_leave(void) {
     for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
-        if (atomic_load_explicit(&region->quarantines, memory_order_relaxed) && ps_running(region))
+        if (atomic_load_explicit(&region->quarantines, memory_order_relaxed))
             leave(region);
 }
 

@@ -1,0 +1,335 @@
+"""The policy "wait": who may not access a page sleeps until it may, and then goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PATIENCE, Child, until
+
+import pyshare
+from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
+
+PAGE = 4096
+OLD = b"\x05"
+libc = ctypes.CDLL(None, use_errno=True)
+
+Crash = Callable[[Callable[[Child], object]], tuple[int, str]]
+
+
+@pytest.fixture(params=["mprotect", "uffd"])
+def region(request: pytest.FixtureRequest) -> Iterator[Region]:
+    with pyshare.create(size=16 * PAGE, engine=request.param, on_violation="wait") as region:
+        region.write(0, OLD * region.size)
+        region.mprotect(0, region.size, READ)
+        yield region
+
+
+def is_asleep(native_id: int, pid: str | int = "self") -> bool:
+    """In a futex call, where the handler waits."""
+    try:
+        return Path(f"/proc/{pid}/task/{native_id}/syscall").read_text().split()[0] in {"202", "449", "455"}
+    except ProcessLookupError:
+        return False
+
+
+def until_waits(child: Child) -> None:
+    """Its main thread sleeps in the handler: where it was when it said that it would store."""
+    asleep = iter(lambda: is_asleep(child.pid, child.pid), None)
+    until(lambda: all(next(asleep) for _ in range(50)))
+
+
+# -- The thread sleeps, and goes on ------------------------------------------------------------------------------------
+
+
+def store_item(region: Region) -> None:
+    region.buf[0] = 1
+
+
+def store_all(region: Region) -> None:
+    np.frombuffer(region, dtype=np.uint8)[:] = 1
+
+
+def add_without_the_interpreter(region: Region) -> None:
+    array = np.frombuffer(region, dtype=np.uint8)
+    np.subtract(array, 4, out=array)
+
+
+def store_by_c(region: Region) -> None:
+    ctypes.memset(region.address, 1, PAGE)
+
+
+@pytest.mark.parametrize("by", ["here", "another"])
+@pytest.mark.parametrize("store", [store_item, store_all, add_without_the_interpreter, store_by_c])
+def test_worker_waits_and_others_run(
+    region: Region, joined: Callable[..., Child], store: Callable[[Region], None], by: str
+) -> None:
+    def other(child: Child) -> None:
+        child.say()
+        child.hear()
+        region.mprotect(0, region.size, READ_WRITE)
+        child.say()
+        child.hear()
+
+    child, before = joined(other), region.generation
+    thread = threading.Thread(target=store, args=(region,))
+    thread.start()
+    until(lambda: is_asleep(thread.native_id or 0))
+    assert region.read(0, 1) == OLD
+    assert thread.is_alive()
+    if by == "here":
+        region.mprotect(0, region.size, READ_WRITE)
+    else:
+        child.say()
+        child.hear()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert region.read(0, 1) == b"\x01"
+    assert region.generation == before + 1
+
+
+def test_main_waits_and_others_run(region: Region) -> None:
+    seen = []
+
+    def open_it() -> None:
+        until(lambda: is_asleep(os.getpid()))
+        seen.append(region.read(0, 1))
+        region.mprotect(0, PAGE, READ_WRITE)
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    region.buf[0] = 1
+    thread.join()
+    assert (seen, region.read(0, 1)) == ([OLD], b"\x01")
+
+
+def test_load_waits(region: Region) -> None:
+    region.mprotect(0, PAGE, NONE)
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(region.buf[0]))
+    thread.start()
+    until(lambda: is_asleep(thread.native_id or 0))
+    region.mprotect(0, PAGE, READ)
+    thread.join(PATIENCE)
+    assert seen == OLD[:1] or seen == [5]
+
+
+def test_a_lease_of_this_process_lets_it_go_on(region: Region) -> None:
+    thread = threading.Thread(target=store_item, args=(region,))
+    thread.start()
+    until(lambda: is_asleep(thread.native_id or 0))
+    with region.lease(0, PAGE):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert region.read(0, 1) == b"\x01"
+
+
+def test_many_wait_in_many_processes(region: Region, joined: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        child.say()
+        threads = [threading.Thread(target=region.buf.__setitem__, args=(at, 1)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        region.buf[5] = 1
+
+    children = [joined(body) for _ in range(3)]
+    for _ in range(20):
+        region.mprotect(PAGE, PAGE, READ_WRITE)
+        region.mprotect(PAGE, PAGE, READ)
+    region.mprotect(0, PAGE, READ_WRITE)
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert region.read(0, 6) == b"\x01" * 4 + OLD + b"\x01"
+
+
+def test_thread_without_python_waits_too(region: Region) -> None:
+    thread = ctypes.c_ulong()
+    libc.pthread_create(
+        ctypes.byref(thread), None, ctypes.cast(libc.time, ctypes.c_void_p), ctypes.c_void_p(region.address)
+    )
+    before = region.read(0, 8)
+    region.mprotect(0, PAGE, READ_WRITE)
+    libc.pthread_join(thread, None)
+    assert before == OLD * 8
+    assert region.read(0, 8) != before
+
+
+def test_policy_changes_while_it_waits(region: Region) -> None:
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            store_item(region)
+        except ProtectionError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    until(lambda: is_asleep(thread.native_id or 0))
+    region.on_violation("raise")
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert len(raised) == 1
+    assert region.read(0, 1) == OLD
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", [store_item, store_all, add_without_the_interpreter, store_by_c])
+def test_interrupt_of_the_main_thread(
+    region: Region, joined: Callable[..., Child], store: Callable[[Region], None]
+) -> None:
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        child.say()
+        with pytest.raises(KeyboardInterrupt):
+            store(region)
+        assert region.buf[0] == OLD[0]
+        child.say()
+        child.hear()
+        region.buf[0] = 9
+
+    child = joined(body)
+    until_waits(child)
+    child.kill(signal.SIGINT)
+    assert child.hear() == "ok"
+    assert region.read(0, PAGE) == OLD * PAGE
+    region.mprotect(0, PAGE, READ_WRITE)
+    child.say()
+    assert child.wait() == 0
+    assert region.read(0, 1) == b"\x09"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_interrupt_with_a_handler_of_ones_own(region: Region, joined: Callable[..., Child], raises: bool) -> None:
+    """Its exception, or, where it returns, the one for the store that did not take place."""
+
+    def body(child: Child) -> None:
+        called = []
+
+        def handler(*_: object) -> None:
+            called.append(1)
+            if raises:
+                raise LookupError
+
+        signal.signal(signal.SIGINT, handler)
+        child.say()
+        with pytest.raises(LookupError if raises else ProtectionError):
+            store_item(region)
+        assert called == [1]
+        assert region.buf[0] == OLD[0]
+
+    child = joined(body)
+    until_waits(child)
+    child.kill(signal.SIGINT)
+    assert child.wait() == 0
+    assert region.read(0, 1) == OLD
+
+
+def test_interrupt_while_a_worker_waits(region: Region, joined: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        thread = threading.Thread(target=store_item, args=(region,))
+        thread.start()
+        until(lambda: is_asleep(thread.native_id or 0))
+        child.say()
+        with pytest.raises(KeyboardInterrupt):
+            thread.join()
+        child.say()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+    child = joined(body)
+    child.kill(signal.SIGINT)
+    assert child.hear() == "ok"
+    region.mprotect(0, PAGE, READ_WRITE)
+    assert child.wait() == 0
+    assert region.read(0, 1) == b"\x01"
+
+
+def test_other_signals_do_not_end_the_wait(region: Region, joined: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        called = []
+        signal.signal(signal.SIGUSR1, lambda *_: called.append(1))
+        child.say()
+        region.buf[0] = 1
+        until(lambda: called)
+
+    child = joined(body)
+    until_waits(child)
+    for _ in range(20):
+        child.kill(signal.SIGUSR1)
+    assert region.read(0, 1) == OLD
+    region.mprotect(0, PAGE, READ_WRITE)
+    assert child.wait() == 0
+    assert region.read(0, 1) == b"\x01"
+
+
+# -- Ends --------------------------------------------------------------------------------------------------------------
+
+
+def test_kill(region: Region, joined: Callable[..., Child]) -> None:
+    child = joined(lambda child: (child.say(), store_item(region)))
+    until_waits(child)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    region.mprotect(0, PAGE, READ_WRITE)
+    assert region.read(0, 1) == OLD
+
+
+EXIT = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+import pyshare
+
+region = pyshare.attach(int(sys.argv[1]))
+array = np.frombuffer(region, dtype=np.uint8)
+stores = {"view": lambda: region.buf.__setitem__(0, 1), "nogil": lambda: np.add(array, 1, out=array)}
+thread = threading.Thread(target=stores[sys.argv[2]], daemon=True)
+thread.start()
+while Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0] not in {"202", "449", "455"}:
+    pass
+print("waits", flush=True)
+"""
+
+
+@pytest.mark.parametrize("store", ["view", "nogil"])
+def test_interpreter_exit_with_a_waiter(
+    region: Region, run_python: Callable[..., subprocess.CompletedProcess[str]], store: str
+) -> None:
+    done = run_python(EXIT, str(region.fileno()), store, pass_fds=[region.fileno()])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "waits\n", "")
+    assert region.read(0, 1) == OLD
+
+
+def test_close_under_a_waiter_dies(region: Region, crash: Crash) -> None:
+    def body(_: Child) -> None:
+        other = pyshare.attach(region.fileno())
+        thread = threading.Thread(target=ctypes.memset, args=(other.address, 1, 1))
+        thread.start()
+        until(lambda: is_asleep(thread.native_id or 0))
+        other.close()
+        thread.join()
+
+    code, err = crash(body)
+    assert code == -signal.SIGSEGV
+    assert "the region is closed in this process" in err
+
+
+def test_safe_accessors_raise_at_once(region: Region) -> None:
+    with pytest.raises(ProtectionError):
+        region.write(0, b"1")
+    region.mprotect(0, PAGE, NONE)
+    with pytest.raises(ProtectionError):
+        region.read(0, 1)
