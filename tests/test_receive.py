@@ -1,0 +1,222 @@
+"""readinto and recv_into: system calls into a region, which lose nothing when its protection changes meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Child
+
+import pyshare
+from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, ProtectionError, Region, ShareError
+
+PAGE = 4096
+ROUNDS = 300
+
+
+@pytest.fixture(params=["mprotect", "uffd"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def region(engine: str) -> Iterator[Region]:
+    with pyshare.create(size=8 * PAGE + 10, engine=engine) as region:
+        yield region
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    receive, send = os.pipe()
+    yield receive, send
+    os.close(receive)
+    os.close(send)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other:
+        yield one, other
+
+
+# -- What arrives ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 5, PAGE - 2, 8 * PAGE + 6])
+def test_bytes_of_a_descriptor(region: Region, pipe: tuple[int, int], offset: int) -> None:
+    os.write(pipe[1], b"1234")
+    assert region.readinto(pipe[0], offset, region.size - offset) == 4
+    assert region.read(offset, 4) == b"1234"
+
+
+def test_file_and_its_end(region: Region, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(250)) * 100)
+    with path.open("rb") as file:
+        assert region.readinto(file, 3, 20_000) == 20_000
+        assert region.readinto(file, 3, 20_000) == 5_000
+        assert region.readinto(file, 0, 1) == 0
+    assert region.read(3, 5_000) == (bytes(range(250)) * 100)[20_000:]
+
+
+def test_messages(region: Region, pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[0].send(b"first")
+    pair[0].send(b"second")
+    assert region.recv_into(pair[1], PAGE, 100, flags=socket.MSG_PEEK) == 5
+    assert region.recv_into(pair[1], PAGE, 100) == 5
+    assert region.recv_into(pair[1], PAGE, 3) == 3
+    assert region.read(PAGE, 5) == b"secst"
+
+
+def test_waits_for_something_to_come(region: Region, pair: tuple[socket.socket, socket.socket]) -> None:
+    got: list[int] = []
+    thread = threading.Thread(target=lambda: got.append(region.recv_into(pair[1], 0, 10)))
+    thread.start()
+    assert region.mprotect(0, PAGE, READ_WRITE)  # nothing is held while nothing has come
+    pair[0].send(b"1234")
+    thread.join(PATIENCE)
+    assert got == [4]
+
+
+def test_end_of_a_stream(region: Region) -> None:
+    one, other = socket.socketpair()
+    with other:
+        one.close()
+        assert region.recv_into(other, 0, 10) == 0
+
+
+def test_nothing_comes(region: Region, pair: tuple[socket.socket, socket.socket], pipe: tuple[int, int]) -> None:
+    os.set_blocking(pipe[0], False)
+    with pytest.raises(BlockingIOError):
+        region.readinto(pipe[0], 0, 10)
+    pair[1].settimeout(0.01)
+    with pytest.raises(TimeoutError):
+        region.recv_into(pair[1], 0, 10)
+    pair[1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        region.recv_into(pair[1], 0, 10)
+
+
+def test_interrupt(region: Region, joined: Callable[..., Child], pipe: tuple[int, int]) -> None:
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            child.say()
+            region.readinto(pipe[0], 0, 10)
+
+    child = joined(body)
+    child.kill(signal.SIGINT)
+    assert child.wait() == 0
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (0, 1 << 20), (8 * PAGE + 10, 1)])
+def test_wrong_range(region: Region, pipe: tuple[int, int], offset: int, length: int) -> None:
+    with pytest.raises(ValueError, match="range"):
+        region.readinto(pipe[0], offset, length)
+
+
+def test_wrong_descriptor(region: Region) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        region.readinto(1 << 20, 0, 1)
+
+
+# -- Into pages that may not be written --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prot", [READ, NONE])
+@pytest.mark.parametrize("policy", ["die", "raise"])
+def test_forbidden_raises_and_loses_nothing(
+    region: Region, pair: tuple[socket.socket, socket.socket], policy: str, prot: int
+) -> None:
+    region.on_violation(policy)
+    region.mprotect(PAGE, PAGE, prot)
+    pair[0].send(b"1234")
+    with pytest.raises(ProtectionError) as caught:
+        region.recv_into(pair[1], PAGE - 2, 10)
+    assert (caught.value.offset, caught.value.actual) == (PAGE, prot)
+    region.mprotect(PAGE, PAGE, READ_WRITE)
+    assert region.recv_into(pair[1], PAGE - 2, 10) == 4
+    assert region.read(PAGE - 2, 4) == b"1234"
+
+
+def test_forbidden_waits(region: Region, pair: tuple[socket.socket, socket.socket]) -> None:
+    region.on_violation("wait")
+    region.mprotect(PAGE, PAGE, READ)
+    pair[0].send(b"1234")
+    with pytest.raises(ProtectionError):
+        region.recv_into(pair[1], PAGE, 10, timeout=0.01)
+    got: list[int] = []
+    thread = threading.Thread(target=lambda: got.append(region.recv_into(pair[1], PAGE, 10, timeout=None)))
+    thread.start()
+    assert region.read(PAGE, 4) == bytes(4)
+    region.mprotect(PAGE, PAGE, READ_WRITE)
+    thread.join(PATIENCE)
+    assert got == [4]
+    assert region.read(PAGE, 4) == b"1234"
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["in place", "window"])
+@pytest.mark.parametrize("prot", [READ, READ_WRITE])
+def test_into_a_lease_of_ones_own(region: Region, pipe: tuple[int, int], prot: int, window: bool) -> None:
+    region.mprotect(0, 2 * PAGE, prot)
+    os.write(pipe[1], b"1234")
+    with region.lease(0, 2 * PAGE, window=window):
+        assert region.readinto(pipe[0], PAGE - 2, 10) == 4
+        os.write(pipe[1], b"1234")
+        with pytest.raises(ShareError):
+            region.readinto(pipe[0], 2 * PAGE - 2, 10)
+    assert region.read(PAGE - 2, 4) == b"1234"
+
+
+def test_leased_by_another(region: Region, pipe: tuple[int, int], joined: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        with region.lease(0, PAGE):
+            child.say()
+            child.hear()
+
+    child = joined(body)
+    os.write(pipe[1], b"1234")
+    with pytest.raises(PropagationTimeout) as caught:
+        region.readinto(pipe[0], 0, 10, timeout=0.01)
+    assert caught.value.pids == [child.pid]
+    child.say()
+    assert region.readinto(pipe[0], 0, 10) == 4
+
+
+@pytest.mark.parametrize("policy", ["raise", "wait"])
+def test_no_datagram_is_lost_while_protection_changes(
+    region: Region, joined: Callable[..., Child], pair: tuple[socket.socket, socket.socket], policy: str
+) -> None:
+    """Another participant changes it as fast as it can; the messages reach over four of the pages."""
+    region.on_violation(policy)
+
+    def change(child: Child) -> None:
+        child.say()
+        while not region.buf[0]:
+            region.mprotect(PAGE, 4 * PAGE, READ, timeout=None)
+            region.mprotect(PAGE, 4 * PAGE, READ_WRITE, timeout=None)
+
+    def send(child: Child) -> None:
+        child.say()
+        for number in range(ROUNDS):
+            pair[0].send(number.to_bytes(4, "little") * 2500)
+
+    children = [joined(change), joined(send)]
+    received: list[Any] = []
+    while len(received) < ROUNDS:
+        try:
+            length = region.recv_into(pair[1], 2 * PAGE - 8, 10_000, timeout=None)
+        except ProtectionError:
+            continue
+        data = region.read(2 * PAGE - 8, 10_000)
+        received.append((length, int.from_bytes(data[:4], "little"), data == data[:4] * 2500))
+    assert received == [(10_000, number, True) for number in range(ROUNDS)]
+    region.buf[0] = 1
+    assert [child.wait() for child in children] == [0, 0]
