@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Child
+from conftest import PATIENCE, Child, until
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, ProtectionError, Region, ShareError
@@ -107,11 +107,12 @@ def test_nothing_comes(region: Region, pair: tuple[socket.socket, socket.socket]
 def test_interrupt(region: Region, joined: Callable[..., Child], pipe: tuple[int, int]) -> None:
     def body(child: Child) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        child.say()
         with pytest.raises(KeyboardInterrupt):
-            child.say()
             region.readinto(pipe[0], 0, 10)
 
     child = joined(body)
+    until(lambda: Path(f"/proc/{child.pid}/syscall").read_text().split()[0] in {"7", "271"})  # poll, ppoll
     child.kill(signal.SIGINT)
     assert child.wait() == 0
 
