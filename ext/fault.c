@@ -36,8 +36,10 @@
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
 #define OPENINGS 4              /* of pages that a system call is to find open */
-#define SLICE (20 * PS_MS)      /* how long a wait by policy sleeps before it looks at leases and for signals */
-#define NEAR (1u << 20)         /* how far from its caller's frame a handler is still inside of it */
+/* How long a wait by policy sleeps before it looks at leases and for signals; at a freeze, whose end may have to be
+ * ours, PS_BACKSTOP. */
+#define SLICE (20 * PS_MS)
+#define NEAR (1u << 20) /* how far from its caller's frame a handler is still inside of it */
 
 /* -- The copy -------------------------------------------------------------------------------------------------- */
 

@@ -105,7 +105,19 @@ MAY_CALL = {
     "sys.c": DESCRIPTORS
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"}
-    | {"bind", "fallocate", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
+    | {
+        "bind",
+        "fallocate",
+        "geteuid",
+        "getrlimit",
+        "getsockname",
+        "ioctl",
+        "recvmsg",
+        "sendmsg",
+        "sendto",
+        "setsockopt",
+        "socket",
+    },
 }
 
 

@@ -182,6 +182,64 @@ def test_policy_changes_while_it_waits(region: Region) -> None:
     assert region.read(0, 1) == OLD
 
 
+# -- Freezes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_freeze_is_waited_out(region: Region, joined: Callable[..., Child]) -> None:
+    region.mprotect(0, region.size, READ_WRITE)
+
+    def body(child: Child) -> None:
+        child.say()
+        child.hear()
+        child.say()
+        store_item(region)
+
+    child = joined(body)
+    with region.frozen():
+        child.say()
+        child.hear()
+        until_waits(child)
+        assert region.read(0, 1) == OLD
+    assert child.wait() == 0
+    assert region.read(0, 1) == b"\x01"
+
+
+@pytest.mark.parametrize("store", [store_item, store_all, store_by_c])
+def test_the_freezing_thread_raises_at_once(region: Region, store: Callable[[Region], None]) -> None:
+    region.mprotect(0, region.size, READ_WRITE)
+    with region.frozen():
+        with pytest.raises(ProtectionError):
+            store(region)
+        assert region.read(0, region.size) == OLD * region.size
+    store(region)
+
+
+@pytest.mark.parametrize(("policy", "meanwhile"), [("die", False), ("raise", False), ("wait", False), ("wait", True)])
+def test_a_dead_freezers_freeze_is_ended(
+    region: Region, joined: Callable[..., Child], policy: str, meanwhile: bool
+) -> None:
+    region.mprotect(0, region.size, READ_WRITE)
+    region.on_violation(policy)
+
+    def freeze(child: Child) -> None:
+        with region.frozen():
+            child.say()
+            child.hear()
+
+    child = joined(freeze)
+    thread = threading.Thread(target=store_item, args=(region,))
+    if meanwhile:
+        thread.start()
+        until(lambda: is_asleep(thread.native_id or 0))
+    child.kill()
+    child.wait()
+    if not meanwhile:
+        thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert region.read(0, 1) == b"\x01"
+
+
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
