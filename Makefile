@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BUILD  := pyproject.toml setup.cfg $(wildcard ext/*.pyx ext/*.[ch])
+BUILD  := pyproject.toml setup.cfg $(wildcard ext/*.pyx ext/*.pxi ext/*.[ch])
 C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
