@@ -676,3 +676,49 @@ def test_pages_that_are_executable(engine: str) -> None:
         with pytest.raises(ProtectionError):
             region.buf[0] = 1
         assert region.buf[0] == 0
+
+
+# -- Races -------------------------------------------------------------------------------------------------------------
+
+
+def test_strays_while_everything_changes(region: Region, joined: Callable[..., Child]) -> None:
+    """Threads that store into READ pages, while others change, lease and write the pages around them."""
+    over = threading.Event()
+    counts = {"raised": 0, "missed": 0}
+
+    def stray(page: int) -> None:
+        items = (ctypes.c_ubyte * PAGE).from_address(region.address + page * PAGE)
+        while not over.is_set():
+            try:
+                with region.guard():
+                    items[3] = items[5] = 1
+                counts["missed"] += 1
+            except ProtectionError:
+                counts["raised"] += 1
+
+    def change(child: Child) -> None:
+        child.say()
+        for round in range(300):
+            region.mprotect(OPEN * PAGE, 2 * PAGE, READ, timeout=None)
+            with region.lease(OPEN * PAGE, PAGE, timeout=None) as lease:
+                lease.view[:] = bytes([round % 256]) * PAGE
+            region.mprotect(OPEN * PAGE, 2 * PAGE, READ_WRITE, timeout=None)
+        assert region.read(CLOSED * PAGE, 2 * PAGE) == OLD * 2 * PAGE
+
+    threads = [threading.Thread(target=stray, args=(page,)) for page in (CLOSED, CLOSED + 1)]
+    for thread in threads:
+        thread.start()
+    children = [joined(change) for _ in range(2)]
+    for _ in range(100):
+        with region.lease(OPEN * PAGE, PAGE, timeout=None) as lease:
+            lease.view[0] = 1
+        region.mprotect(7 * PAGE, PAGE, READ, timeout=None)
+        region.mprotect(7 * PAGE, PAGE, READ_WRITE, timeout=None)
+    ends = [child.wait() for child in children]
+    over.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert ends == [0, 0]
+    assert counts["missed"] == 0
+    assert counts["raised"] > 10
+    assert is_untouched(region)
