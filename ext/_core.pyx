@@ -114,6 +114,7 @@ cdef extern from "core.h" nogil:
         PyObject *code
         PyObject *other
         int line
+    bint ps_quarantined(const ps_region *region)
     void ps_quarantine_leave()
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
     int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
@@ -405,7 +406,7 @@ cdef class Handle:
         cdef int rc
         if self.region is NULL:
             raise_code(PS_ECLOSED, doing)
-        if violation_of_thread().count:
+        if violation_of_thread().count or ps_quarantined(self.region):
             with nogil:
                 ps_quarantine_leave()
         self.count()

@@ -135,8 +135,9 @@ int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64
 /* Violations. */
 enum ps_policy ps_policy(const struct ps_region *region); /* this process's own */
 void ps_set_policy(struct ps_region *region, enum ps_policy policy);
-void ps_set_hooks(const struct ps_hooks *hooks); /* for good; without any, a policy other than PS_DIE is PS_DIE */
-struct ps_violation *ps_violation(void);         /* of the calling thread */
+void ps_set_hooks(const struct ps_hooks *hooks);     /* for good; without any, a policy other than PS_DIE is PS_DIE */
+bool ps_quarantined(const struct ps_region *region); /* some pages are private */
+struct ps_violation *ps_violation(void);             /* of the calling thread */
 void ps_quarantine_leave(void); /* what the calling thread stored where it may not is gone; it sees shared data again */
 
 /* For a system call that is to store into pages.

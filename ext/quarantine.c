@@ -133,7 +133,7 @@ static void leave(struct ps_region *region) {
         return;
     int rc = 0;
     for (uint32_t i = 0; i < region->quarantines && !rc;)
-        if (region->quarantine[i].tid != ps_process_tid())
+        if (region->quarantine[i].tid != ps_process_tid() && ps_sys_thread_exists(region->quarantine[i].tid))
             i++;
         else if (!(rc = end_run(region, i)))
             i = 0;
@@ -142,10 +142,15 @@ static void leave(struct ps_region *region) {
         ps_agent_fence(region);
 }
 
+/* The calling thread's runs, and those of threads that have ended without being told. */
 void ps_quarantine_leave(void) {
     for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
         if (atomic_load_explicit(&region->quarantines, memory_order_relaxed))
             leave(region);
+}
+
+bool ps_quarantined(const struct ps_region *region) {
+    return atomic_load_explicit(&region->quarantines, memory_order_relaxed);
 }
 
 /* The data is mapped no more. Under the page lock. */
