@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "image.h"
+#include "point.h"
 
 #define BLOCK 16u /* pages that are copied at once */
 
@@ -178,6 +179,7 @@ static int write_page(const struct ps_snapshot *snapshot, uint64_t page, const c
                  : ps_sys_write_at(snapshot->fd, bytes, PS_PAGE, area_offset(snapshot) + page * PS_PAGE);
     if (rc)
         return rc;
+    PS_POINT(S6_save);
     /* release: who finds it SAVED finds the copy. */
     atomic_store_explicit(state, PS_SAVED, memory_order_release);
     return 0;
@@ -210,6 +212,7 @@ static int save_part(const struct ps_snapshot *snapshot, uint64_t first, uint64_
 
 static void complete(const struct ps_snapshot *snapshot) {
     uint32_t active = snapshot->word | PS_SNAPSHOT_ACTIVE;
+    PS_POINT(S7_complete);
     /* seq_cst: the copies before it.  It fails where another holder was first, or the snapshot is given up. */
     atomic_compare_exchange_strong_explicit(&shared_of(snapshot)->word, &active, snapshot->word | PS_SNAPSHOT_COMPLETE,
                                             memory_order_seq_cst, memory_order_relaxed);

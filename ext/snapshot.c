@@ -18,6 +18,13 @@
  *     who found its former word is still saving.
  *  6. Bits of header.snapshots change under the writer lock; words that end a
  *     snapshot need no lock: a bit without a live word does no harm.
+ *   S1_prepare  PREPARING; page tables are to be protected
+ *   S2_protect  they are
+ *   S3_drain    no lease is held, and none can be taken
+ *   S4_active   ACTIVE; dirty pages are to be protected once more
+ *   S5_open     its moment is told; leases may be taken
+ *   S6_save     a page lies in the area, and is not SAVED yet
+ *   S7_complete everything does
  * Runs in: caller, agent, signal handler.  No malloc, no stdio.
  * Not here: what a holder does with a snapshot (image.c).
  */
@@ -232,6 +239,7 @@ static int save_page(struct ps_region *region, uint32_t index, uint64_t page) {
         return 0;
     if (!ps_all_zero(bytes, PS_PAGE) && ps_copy_bytes(area + page * PS_PAGE, bytes, PS_PAGE).left)
         return -ENOMEM;
+    PS_POINT(S6_save);
     /* release: who finds it SAVED finds the copy. */
     atomic_store_explicit(state, PS_SAVED, memory_order_release);
     return 0;
@@ -501,9 +509,11 @@ static int start(struct taking *taking, bool *shared) {
     atomic_store_explicit(&at->dirty, 0, memory_order_relaxed);
     atomic_store_explicit(&at->word, snapshot->word | PS_SNAPSHOT_PREPARING, memory_order_seq_cst);
     atomic_fetch_or_explicit(&ps_header(region)->snapshots, UINT64_C(1) << snapshot->index, memory_order_seq_cst);
+    PS_POINT(S1_prepare);
     *shared = any_writable(region);
     rc = ps_change_follow(region, *shared ? PS_FOLLOW_ALL : PS_FOLLOW_NOTHING, taking->deadline, taking->outcome);
     snapshot->generation = taking->outcome->generation;
+    PS_POINT(S2_protect);
     return rc;
 }
 
@@ -519,6 +529,7 @@ static int activate(struct taking *taking) {
     if (!atomic_compare_exchange_strong_explicit(&at->word, &preparing, snapshot->word | PS_SNAPSHOT_ACTIVE,
                                                  memory_order_seq_cst, memory_order_relaxed))
         return -EAGAIN; /* another one's beginning failed, and all were given up */
+    PS_POINT(S4_active);
     if (atomic_load_explicit(&at->dirty, memory_order_seq_cst)) {
         rc = ps_change_follow(region, PS_FOLLOW_DIRTY, taking->deadline, taking->outcome);
         if (rc)
@@ -527,6 +538,7 @@ static int activate(struct taking *taking) {
     }
     atomic_store_explicit(&at->generation, snapshot->generation, memory_order_release);
     ps_sys_wake((_Atomic uint32_t *)(void *)&at->generation, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    PS_POINT(S5_open);
     return 0;
 }
 
@@ -541,6 +553,7 @@ static int take_once(struct taking *taking, bool *shared) {
         rc = ps_lease_drain(region, taking->deadline, taking->outcome, &taking->closer);
     if (rc)
         return rc;
+    PS_POINT(S3_drain);
     rc = lock(taking);
     if (!rc) {
         rc = activate(taking);

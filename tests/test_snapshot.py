@@ -321,3 +321,188 @@ def test_a_dead_holder_left_its_pages_dirty(engine: str, fork: Callable[..., Chi
         with region.snapshot() as later:  # nobody waits for the dead
             assert later.read(3 * PAGE, 1) == b"\1"
         snap.close()
+
+
+# -- One moment --------------------------------------------------------------------------------------------------------
+
+WRITERS = 3
+COUNTERS = 4  # pages of each: a, then b; a neighbour's b, then the same once more
+
+
+def put(region: Region, page: int, number: int, way: str) -> None:
+    if way == "lease" or (way == "mixed" and page % 3 == 0):
+        with region.lease(page * PAGE, PAGE, window=page % 2 == 0) as lease:
+            lease.view.cast("Q")[0] = number
+    elif way == "mixed" and page % 3 == 1:
+        region.write(page * PAGE, WORD.pack(number))
+    else:
+        region.buf.cast("Q")[page * PAGE // 8] = number
+
+
+def count_for_ever(region: Region, me: int, way: str) -> None:
+    mine, others = COUNTERS * me, COUNTERS * ((me - 1) % WRITERS)
+    for number in itertools.count(1):
+        put(region, mine, number, way)
+        put(region, mine + 1, number, way)
+        seen = WORD.unpack(region.read((others + 1) * PAGE, 8))[0]
+        put(region, mine + 2, seen, way)
+        put(region, mine + 3, seen, way)
+
+
+def look_at_moment(snap: Snapshot) -> list[int]:
+    """The counters of an image, which must have been there at the same time."""
+    numbers = [WORD.unpack(snap.read(page * PAGE, 8))[0] for page in range(COUNTERS * WRITERS)]
+    for me in range(WRITERS):
+        a, b, seen, again = numbers[COUNTERS * me : COUNTERS * (me + 1)]
+        assert a - b in (0, 1), numbers
+        assert again <= seen <= numbers[COUNTERS * ((me - 1) % WRITERS) + 1], numbers
+    return numbers
+
+
+@pytest.fixture
+def writers(joined: Callable[..., Child]) -> Callable[..., list[Child]]:
+    def start(region: Region, engines: tuple[str, str], way: str) -> list[Child]:
+        def body(me: int) -> Callable[[Child], None]:
+            def run(child: Child) -> None:
+                mine = pyshare.attach(region, engine=engines[me % 2])  # beside the one that the fork made
+                child.say()
+                count_for_ever(mine, me, way)
+
+            return run
+
+        return [joined(body(me)) for me in range(WRITERS)]
+
+    return start
+
+
+@pytest.mark.parametrize("way", ["lease", "shared", "mixed"])
+@pytest.mark.parametrize("engines", MIXES, ids="-".join)
+def test_one_moment(engines: tuple[str, str], way: str, writers: Callable[..., list[Child]]) -> None:
+    prot = READ if way == "lease" else READ_WRITE
+    with pyshare.create(size=PAGES * PAGE, prot=prot, engine=engines[0]) as region:
+        children = writers(region, engines, way)
+        before = [0] * COUNTERS * WRITERS
+        for turn in range(25):
+            until(lambda: WORD.unpack(region.read(0, 8))[0] > before[0])  # noqa: B023
+            with region.snapshot(timeout=30) as snap:
+                numbers = look_at_moment(snap)
+                if turn % 3 == 0:
+                    snap.finish()
+                assert look_at_moment(snap) == numbers
+            assert all(old <= new for old, new in zip(before, numbers, strict=True))
+            before = numbers
+        for child in children:
+            child.kill()
+            child.wait()
+        with region.snapshot() as snap:
+            look_at_moment(snap)
+
+
+# -- Deaths ------------------------------------------------------------------------------------------------------------
+
+
+def unhurt(region: Region, before: Any) -> None:
+    """All can be written as ever, and there is room for snapshots."""
+    assert region.protections() == before
+    fill(region, b"after")
+    for page in range(PAGES):
+        store(region, page, b"x")
+    with region.snapshot() as snap:
+        fill(region, b"later")
+        assert snap.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize(
+    "label", ["S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open", "S6_save", "S7_complete"]
+)
+def test_snapshotter_dies(
+    region: Region, label: str, nth: int, fork: Callable[..., Child], joined: Callable[..., Child]
+) -> None:
+    before = region.protections()
+    fill(region, b"text")
+    bystander = joined(
+        lambda child: (child.say(), child.hear(), fill(region, b"other"), child.say("done"), child.hear())
+    )
+
+    def body(_: Child) -> None:
+        for _ in range(2):
+            snap = region.snapshot()
+            fill(region, b"more")
+            snap.finish()
+
+    dead = fork(body, point=f"{label}=kill@{nth}")
+    assert dead.wait() == -signal.SIGKILL
+    bystander.say()
+    assert bystander.hear() == "done"
+    unhurt(region, before)
+    assert region.read(0, 1) == b"l"
+
+
+def test_saver_dies(region: Region, joined: Callable[..., Child]) -> None:
+    fill(region, b"text")
+
+    def body(child: Child) -> None:
+        child.say()
+        child.hear()
+        for page in range(PAGES):
+            store(region, page, b"y")
+
+    saver = joined(body, point="S6_save=kill@5")
+    with region.snapshot() as snap:
+        saver.say()
+        assert saver.wait() in (-signal.SIGKILL, 0)  # 0: they were saved in the background before it came
+        assert snap.read(0, snap.size) == image(b"text")
+        fill(region, b"more")
+        assert snap.read(0, snap.size) == image(b"text")
+    unhurt(region, region.protections())
+
+
+def test_silent_participant(region: Region, joined: Callable[..., Child]) -> None:
+    """Who is stopped with a lease, or cannot protect its page tables, is named; and nothing is left of it."""
+    before = region.protections()
+
+    def body(child: Child) -> None:
+        with region.lease(0, PAGE):
+            child.say()
+            child.hear()
+        idle(child)
+
+    def idle(child: Child) -> None:
+        child.say()
+        child.hear()
+
+    silent = joined(body)
+    silent.stop()
+    with pytest.raises(pyshare.PropagationTimeout) as caught:
+        region.snapshot(timeout=0.2)
+    assert caught.value.pids == [silent.pid]
+    assert caught.value.generation is None
+    silent.resume()
+    silent.say()
+    assert silent.hear() == "ok"
+    unhurt(region, before)
+    silent.say()
+
+
+def test_who_has_a_lease_may_take_more(region: Region) -> None:
+    """A snapshot waits for a lease whose thread takes another one, which must not wait for the snapshot."""
+    done = threading.Event()
+    snaps: list[Snapshot] = []
+
+    def snapshot() -> None:
+        snaps.append(region.snapshot())
+        done.set()
+
+    with region.lease(0, PAGE):
+        thread = threading.Thread(target=snapshot)
+        thread.start()
+        while not region.generation:  # it has begun
+            os.sched_yield()
+        for _ in range(100):
+            with region.lease(PAGE, PAGE, timeout=10) as lease:
+                lease.view[0] = 1
+        assert not done.is_set()
+    thread.join()
+    assert snaps[0].read(PAGE, 1) == b"\1"
+    snaps[0].close()
