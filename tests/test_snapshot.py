@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
 import multiprocessing
 import os
-import select
 import signal
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any

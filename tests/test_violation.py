@@ -710,7 +710,7 @@ def test_strays_while_everything_changes(region: Region, joined: Callable[..., C
 
     def change(child: Child) -> None:
         child.say()
-        for round in range(300):
+        for _ in range(300):
             region.mprotect(OPEN * PAGE, 2 * PAGE, READ, timeout=None)
             with region.lease(OPEN * PAGE, PAGE, timeout=None) as lease:
                 lease.view[:] = bytes([round % 256]) * PAGE
