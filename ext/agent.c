@@ -31,9 +31,31 @@
 #include "point.h"
 
 #define STACK (256u * 1024u)
+#define PIECE (4u * PS_CHUNK)  /* pages */
 #define LOOK_AGAIN (2 * PS_MS) /* while failed: does anybody still undo for us? */
 
 /* -- Following ------------------------------------------------------------------------------------------------- */
+
+/* What a snapshot asks of all pages is done in pieces before we follow: a thread of ours that stores meanwhile waits
+ * for one of them.  Whatever comes in between goes by the same map and the same states. */
+static void go_ahead(struct ps_region *region, uint64_t generation, int64_t deadline) {
+    struct ps_shm_ring entry;
+    if (ps_applied(region) + 1 != generation || !ps_change_read(region, generation, &entry) ||
+        entry.kind != PS_FOLLOW || (entry.prot != PS_FOLLOW_ALL && entry.prot != PS_FOLLOW_OPEN))
+        return;
+    for (uint64_t first = 0, pages = region->shape.pages; first < pages; first += PIECE) {
+        if (ps_pages_take(region, deadline))
+            return;
+        bool last = pages - first <= PIECE;
+        bool usual = ps_applied(region) + 1 == generation && !region->failed && !region->fenced && !region->unsynced;
+        int rc = usual ? ps_engine_apply(region, first, last ? pages - first : PIECE) : -EAGAIN;
+        if (last && !rc)
+            region->ahead = generation;
+        ps_pages_pass(region);
+        if (rc)
+            return;
+    }
+}
 
 static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
     if (region->unsynced)
@@ -44,8 +66,9 @@ static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry)) /* overwritten meanwhile */
             return ps_engine_apply(region, 0, region->shape.pages);
-        int rc = entry.kind == PS_FOLLOW ? ps_snapshot_follow(region, (enum ps_follow)entry.prot)
-                                         : ps_engine_apply(region, entry.first, entry.count);
+        int rc = region->ahead == generation ? 0
+                 : entry.kind == PS_FOLLOW   ? ps_snapshot_follow(region, (enum ps_follow)entry.prot)
+                                             : ps_engine_apply(region, entry.first, entry.count);
         if (rc)
             return rc;
     }
@@ -100,6 +123,7 @@ static bool acknowledge(struct ps_region *region, uint64_t generation) {
  * ours waits for that. */
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline) {
     bool waited_for = false;
+    go_ahead(region, generation, deadline);
     int rc = ps_pages_take(region, deadline);
     if (rc)
         return rc;

@@ -113,6 +113,7 @@ struct ps_region {
     _Atomic uint32_t page_lock;  /* lock.c */
     _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
     _Atomic bool unsynced;       /* under page_lock: follow the whole map, whatever `applied` says */
+    uint64_t ahead;              /* under page_lock: what this generation asks of our page tables is done */
 
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
      * the shared word, release.  R: anybody, acquire. */
@@ -246,6 +247,7 @@ int ps_page_lock(struct ps_region *region, int64_t deadline);
 void ps_page_unlock(struct ps_region *region);
 int ps_pages_take(struct ps_region *region, int64_t deadline);
 void ps_pages_give(struct ps_region *region);
+void ps_pages_pass(struct ps_region *region);
 
 /* change.c: the record and the map */
 bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
