@@ -397,14 +397,28 @@ static uint64_t mix(uint64_t a, uint64_t b, uint64_t c) {
     return ((a * UINT64_C(0x9e3779b97f4a7c15) ^ b) * UINT64_C(0x9e3779b97f4a7c15) ^ c) | 1;
 }
 
+/* What page tables are late for is a snapshot's beginning or end alone: the map stays what it is. */
+static bool only_follows(struct ps_region *region) {
+    uint64_t generation = ps_generation(region), applied = ps_applied(region);
+    struct ps_shm_ring entry;
+    /* acquire: as ps_change_open; an attempt that is not published yet may be of any kind */
+    if (atomic_load_explicit(&ps_header(region)->record.attempt, memory_order_acquire) > generation)
+        return false;
+    do
+        if (!ps_change_read(region, generation, &entry) || entry.kind != PS_FOLLOW)
+            return false;
+    while (--generation > applied);
+    return true;
+}
+
 /* The fault met a change under way: wait for its outcome.  True if the access is allowed then, and the
  * instruction may run again; at one generation not for ever, should our page tables never follow the map. */
 static bool outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
     struct ps_faults *faults = ps_process_faults();
     int64_t end = ps_sys_now() + PATIENCE;
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    bool copied = store && allows(ps_protection(region, page), true) && ps_snapshots(region) && !region->fenced &&
-                  !ps_snapshot_open(region, page);
+    bool copied = store && allows(ps_protection(region, page), true) && !region->fenced &&
+                  (ps_snapshots(region) || only_follows(region)) && !ps_snapshot_open(region, page);
     while (!copied && pending(region) && ps_sys_now() < end)
         ps_sys_wait((struct ps_watch){&slot->ack, atomic_load_explicit(&slot->ack, memory_order_relaxed)},
                     FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
