@@ -48,7 +48,7 @@ static void go_ahead(struct ps_region *region, uint64_t generation, int64_t dead
             return;
         bool last = pages - first <= PIECE;
         bool usual = ps_applied(region) + 1 == generation && !region->failed && !region->fenced && !region->unsynced;
-        int rc = usual ? ps_engine_apply(region, first, last ? pages - first : PIECE) : -EAGAIN;
+        int rc = usual ? ps_snapshot_apply(region, first, last ? pages - first : PIECE) : -EAGAIN;
         if (last && !rc)
             region->ahead = generation;
         ps_pages_pass(region);

@@ -286,6 +286,7 @@ void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);
 uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open);
 int ps_snapshot_follow(struct ps_region *region, enum ps_follow how);
+int ps_snapshot_apply(struct ps_region *region, uint64_t first, uint64_t count);
 
 /* Written at `generation`, or before it.  relaxed: ordered by the held word, or the freeze. */
 static inline void ps_stamp(const struct ps_region *region, uint64_t page, uint64_t generation) {

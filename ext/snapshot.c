@@ -191,16 +191,29 @@ static int follow_dirty(struct ps_region *region, uint32_t index) {
     return rc;
 }
 
+/* Pages that not all may write are as closed as before; following them too would take their marks, which leases need.
+ */
+int ps_snapshot_apply(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = 0;
+    for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
+        uint32_t prot;
+        run = ps_run(region, page, end, &prot);
+        if (prot & PROT_WRITE)
+            rc = ps_engine_apply(region, page, run);
+    }
+    return rc;
+}
+
 /* In the place of the map's: what a PS_FOLLOW asks of its own page tables. */
 int ps_snapshot_follow(struct ps_region *region, enum ps_follow how) {
     if (how == PS_FOLLOW_NOTHING)
         return 0;
     if (how == PS_FOLLOW_OPEN) { /* less than all is no fault: who stores there mends it */
-        ps_engine_apply(region, 0, region->shape.pages);
+        ps_snapshot_apply(region, 0, region->shape.pages);
         return 0;
     }
     if (how != PS_FOLLOW_DIRTY)
-        return ps_engine_apply(region, 0, region->shape.pages);
+        return ps_snapshot_apply(region, 0, region->shape.pages);
     int rc = 0;
     for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask);
