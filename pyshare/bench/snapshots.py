@@ -26,7 +26,7 @@ import psutil
 
 import pyshare
 from pyshare import _peers
-from pyshare.bench.measure import MIB, Case, Crew, Key, Limit, Results, Tick, alarm, figures, repeat
+from pyshare.bench.measure import MIB, PAGE, Case, Crew, Key, Limit, Results, Tick, alarm, figures, repeat
 from pyshare.bench.sections import Section, Sweep, count_label, size_label
 from pyshare.bench.teams import reopened
 
@@ -35,6 +35,7 @@ MOST = 256  # writers
 PARTICIPANTS = (1, 4, 8)
 SMALL, LARGE, LARGEST = 4 * MIB, GIB, 4 * GIB
 REST = 200_000  # ns between two stores of a writer
+CHUNK = 512  # pages: the first lease in so many costs more than others
 SETTLE = 0.005  # seconds that writers write before and after an image, and while nothing happens
 MEASURES = ("pause", "first store", "next store", "taken", "saved")
 
@@ -163,9 +164,13 @@ class Region(Team):
     def live(self, index: int, tell: Callable[[Any], None]) -> None:
         """A writer's life."""
         region = pyshare.attach(self.fd)
-        self.pauses.populate(region.buf, self.prot == pyshare.READ_WRITE)
+        self.populate(region)
         tell(index)
         self.write(index, region)
+
+    def populate(self, region: pyshare.Region) -> None:
+        """Nothing is for the first time any more but what the image makes so."""
+        self.pauses.populate(region.buf, self.prot == pyshare.READ_WRITE)
 
     def write(self, index: int, region: pyshare.Region) -> None:
         """Its work."""
@@ -206,7 +211,13 @@ class Leases(Region):
     prot = pyshare.READ
 
     def write(self, index: int, region: pyshare.Region) -> None:
-        self.pauses.lease(index, region.buf, _peers.Core(region))
+        self.pauses.lease(index, region.buf, self.core)
+
+    def populate(self, region: pyshare.Region) -> None:
+        super().populate(region)
+        self.core = _peers.Core(region)
+        for page in range(0, self.case.length // PAGE, CHUNK):
+            self.core.lease(page, False, 1)
 
     def save(self, _start: int, taken: int) -> int:
         return taken
