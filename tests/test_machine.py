@@ -159,6 +159,7 @@ class Calls:
         self.link = link
         self.region: Any = None
         self.view: Any = None
+        self.frozen: Any = None
 
     def create(self, name: str, engine: str) -> int:
         self.region = pyshare.create(name, size=SIZE, max_participants=3 * ACTORS, engine=engine)
@@ -189,9 +190,17 @@ class Calls:
     def store(self, page: int, value: int) -> None:
         self.view[page * PAGE] = value
 
-    def lease(self, page: int, value: int, window: bool) -> None:
-        with self.region.lease(page * PAGE, min(PAGE, SIZE - page * PAGE), window=window) as lease:
+    def lease(self, page: int, value: int, window: bool, timeout: float = PATIENCE) -> None:
+        length = min(PAGE, SIZE - page * PAGE)
+        with self.region.lease(page * PAGE, length, window=window, timeout=timeout) as lease:
             lease.view[0] = value
+
+    def freeze(self) -> int:
+        self.frozen = self.region.frozen(timeout=PATIENCE)
+        return int(self.frozen.generation)
+
+    def thaw(self) -> None:
+        self.frozen.release()
 
     def facts(self) -> tuple[int, list[int], dict[int, int]]:
         """Generation; protections by page; participants that live, and what they have applied."""
@@ -232,6 +241,7 @@ class PageModel:
 
 WHO = st.integers(0, ACTORS - 1)  # of those whom a step may take
 LABELS = st.sampled_from(["C1_lock", "C2_save", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete"])
+FREEZE_LABELS = st.sampled_from(["F1_own", "F2_keep", "F3_freeze", "C4_map", "C6_await", "F4_thaw", "F5_clear"])
 PAGE_OF, FEW, PROT, BYTE = st.integers(0, PAGES - 1), st.integers(1, PAGES), st.integers(0, 3), st.integers(1, 255)
 
 
@@ -398,6 +408,60 @@ class Machine(RuleBasedStateMachine):
         if label not in ("C1_lock", "C2_save"):
             self.changed(victim, first, count, prot)
         self.change(who, PAGES - 1, 1, READ)
+
+    # Freezing
+
+    def freeze(self, actor: Actor) -> list[PageModel]:
+        """Everything is READ; what it was."""
+        generation = actor.ask("freeze")
+        kept = [dataclasses.replace(page) for page in self.pages]
+        self.changed(actor, 0, PAGES, READ)
+        assert generation == self.generation
+        return kept
+
+    def thawed(self, kept: list[PageModel]) -> None:
+        """Everything is what it was, with the change that made it so."""
+        self.generation += 1
+        self.pages = kept
+        for other in self.attached():
+            other.late = False
+
+    @step(where=lambda self: self.users() and not self.silent(), who=WHO, looker=WHO)
+    def freeze_and_thaw(self, who: int, looker: int) -> None:
+        """Leases and changes of others have to wait."""
+        actor = one_of(self.users(), who)
+        kept = self.freeze(actor)
+        self.page_tables_follow()
+        self.participants_agree()
+        other = one_of(self.users(), looker)
+        for call in [("mprotect", 0, 1, READ, 0.01), ("lease", 0, 1, False, 0.01)] if other is not actor else []:
+            with pytest.raises(pyshare.PropagationTimeout) as caught:
+                other.ask(*call)
+            assert caught.value.pids == [actor.pid]
+        actor.ask("thaw")
+        self.thawed(kept)
+
+    @step(where=lambda self: len(self.users()) > 1 and not self.silent(), who=WHO)
+    def kill_a_freezer(self, who: int) -> None:
+        """Whoever calls next finds exactly what was."""
+        actor = one_of(self.users(), who)
+        kept = self.freeze(actor)
+        self.bury(actor)
+        one_of(self.users(), who).ask("facts")
+        self.thawed(kept)
+
+    @step(where=lambda self: self.users() and not self.silent(), who=WHO, label=FREEZE_LABELS)
+    def kill_who_freezes(self, who: int, label: str) -> None:
+        """Dead in the middle of a step, it leaves nothing frozen."""
+        survivor = one_of(self.users(), who)
+        victim = survivor.ask("fork", f"{label}=kill")
+        victim.address = survivor.address
+        victim.tell("freeze")
+        if label in ("F4_thaw", "F5_clear"):
+            victim.hear()
+            victim.tell("thaw")
+        victim.wait()
+        self.generation = survivor.ask("facts")[0]
 
     # Using
 
