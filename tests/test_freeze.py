@@ -231,6 +231,7 @@ CALLS: dict[str, Callable[[Region], object]] = {
     "mprotect": lambda region: region.mprotect(0, PAGE, READ_WRITE, timeout=PATIENCE),
     "lease": lambda region: region.lease(6 * PAGE, PAGE, timeout=PATIENCE).release(),
     "window": lambda region: region.lease(6 * PAGE, PAGE, timeout=PATIENCE, window=True).release(),
+    "refused": lambda region: refused(lambda: region.lease(4 * PAGE, PAGE, timeout=PATIENCE)),  # NONE afterwards
     "frozen": lambda region: region.frozen(timeout=PATIENCE).release(),
 }
 calls = pytest.mark.parametrize("call", CALLS)
@@ -238,7 +239,7 @@ calls = pytest.mark.parametrize("call", CALLS)
 
 def waits(region: Region, call: str) -> bool:
     """Somebody sleeps until the freeze is over."""
-    if call in ("lease", "window"):  # on the freezer's closer
+    if call in ("lease", "window", "refused"):  # on the freezer's closer
         return any(word(region, CLOSERS + 64 + 24 * entry) & WAITING for entry in range(64))
     return bool(word(region, FREEZER) & WAITING)
 
