@@ -103,21 +103,10 @@ MAY_CALL = {
     "slot.c": {"getpid"},
     "snapshot.c": set(),
     "sys.c": DESCRIPTORS
+    | {"fallocate"}
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"}
-    | {
-        "bind",
-        "fallocate",
-        "geteuid",
-        "getrlimit",
-        "getsockname",
-        "ioctl",
-        "recvmsg",
-        "sendmsg",
-        "sendto",
-        "setsockopt",
-        "socket",
-    },
+    | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
 }
 
 
