@@ -77,7 +77,19 @@ class Freeze(NamedTuple):
     ends: bool = False
 
 
-Configuration = Protocol | Lease | Freeze
+class Snapshot(NamedTuple):
+    """What snapshot.pml is told, likewise."""
+
+    why: str
+    rounds: int = 1
+    stores: int = 1
+    leases: int = 1
+    crashes: int = 0
+    quick: bool = False
+    ends: bool = False
+
+
+Configuration = Protocol | Lease | Freeze | Snapshot
 
 
 def model(configuration: Configuration) -> Path:
@@ -139,6 +151,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "wait-all": Lease("two takers, two changes", changes=2, backstop=0),
     "wait-four": Lease("three takers, a change", takers=3, backstop=0),
     "lease-more": Lease("two deaths and a timeout", crashes=2, timeouts=1),
+    "moment": Snapshot("one moment, whoever stores", quick=True),
     "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
     "freeze": Freeze("a freezer, a change, a lease; a death, a failure", failures=1, quick=True),
     "freeze-two": Freeze("two freezers, a change; a death", freezers=2, takers=0, quick=True),
@@ -195,6 +208,8 @@ BROKEN = {
     "THAW_TWICE": Broken("freeze-two", "only one of those who find a freezer dead thaws"),
     "CHANGE_BLIND": Broken("freeze", "a change looks at `frozen` with the lock"),
     "CLOSER_FIRST": Broken("freeze", "a dead freezer's closer stays until somebody has thawed"),
+    "MOMENT_NOWAIT": Broken("moment", "nobody saves for a moment that has not come for all"),
+    "DIRTY_LOOK_FIRST": Broken("moment", "the word is ACTIVE before the snapshotter looks for dirty pages"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }

@@ -71,17 +71,10 @@ inline save(p, page) {
         atomic { saving++; counted[p]++ };
         if
         :: atomic { word == ACTIVE && serial == mine ->
-#ifdef SAVED_FIRST
-            state[page] = SAVED;
-#endif
-            skip };
+skip };
             copied = data[page];
             if
-#ifdef SAVE_UNCHECKED
-            :: false
-#else
             :: state[page] == SAVED
-#endif
             :: else ->
                 area[page] = copied;
 S6_save:        state[page] = SAVED
@@ -100,14 +93,8 @@ inline store_shared(p) {
     do
     :: atomic { open[p] -> stores++; data[0] = stores; break }
     :: !open[p] ->
-#ifdef DIRTY_LATE
         if
-        :: atomic { word == PREPARING && state[0] == UNSAVED -> open[p] = true }
-        :: else
-        fi;
-#endif
-        if
-        :: word == PREPARING ->
+        :: word == PREPARING && state[0] == UNSAVED ->
             dirty++;
             d_step { if :: state[0] == UNSAVED -> state[0] = DIRTY :: else fi } /* CAS */
         :: else
@@ -123,13 +110,8 @@ inline store_shared(p) {
 inline store_leased() {
     do
     ::
-#ifdef LEASE_LOOK_UNCOUNTED
+        leases++;
         right = closer && !LOST; /* who finds a closer's owner gone clears it */
-        leases++;
-#else
-        leases++;
-        right = closer && !LOST;
-#endif
         if
         :: !right -> break
         :: else -> leases--; (!closer || LOST)
@@ -187,9 +169,7 @@ proctype takes() {
         :: left > 0 ->
             left--;
             atomic { !lock -> lock = true };
-#ifndef REUSE
             (saving == counted[0] * (1 - alive[0]) + counted[1] * (1 - alive[1])); /* of the dead does not count */
-#endif
             d_step { state[0] = UNSAVED; state[1] = UNSAVED; area[0] = 0; area[1] = 0; told = false; dirty = 0 };
 S1_prepare: atomic { word = PREPARING; serial++ };
             generation++;
