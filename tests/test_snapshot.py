@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import select
 import signal
 import struct
 import threading
@@ -502,3 +503,31 @@ def test_who_has_a_lease_may_take_more(region: Region) -> None:
     thread.join()
     assert snaps[0].read(PAGE, 1) == b"\1"
     snaps[0].close()
+
+
+def test_nobody_stores_before_the_moment_has_come(engine: str, joined: Callable[..., Child]) -> None:
+    """Others may still store to pages that are not protected yet: what is stored now would come before that."""
+    with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
+
+        def snapshot(child: Child) -> None:
+            child.say()
+            child.hear()
+            with region.snapshot(timeout=30) as snap:
+                child.say(str(snap.read(5 * PAGE, 1)[0]))
+                child.hear()
+
+        def write(child: Child) -> None:
+            child.say()
+            child.hear()
+            region.buf[5 * PAGE] = 1
+            child.say("stored")
+
+        snapshotter, writer = joined(snapshot, point="S4_active=stop"), joined(write)
+        snapshotter.say()
+        snapshotter.wait_stopped()
+        writer.say()
+        assert not select.select([writer._receive], [], [], 0.5)[0]
+        snapshotter.resume()
+        assert writer.hear() == "stored"
+        assert snapshotter.hear() == "0"
+        snapshotter.say()
