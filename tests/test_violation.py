@@ -710,10 +710,10 @@ def test_strays_while_everything_changes(region: Region, joined: Callable[..., C
 
     def change(child: Child) -> None:
         child.say()
-        for _ in range(300):
+        for number in range(300):
             region.mprotect(OPEN * PAGE, 2 * PAGE, READ, timeout=None)
             with region.lease(OPEN * PAGE, PAGE, timeout=None) as lease:
-                lease.view[:] = bytes([round % 256]) * PAGE
+                lease.view[:] = bytes([number % 256]) * PAGE
             region.mprotect(OPEN * PAGE, 2 * PAGE, READ_WRITE, timeout=None)
         assert region.read(CLOSED * PAGE, 2 * PAGE) == OLD * 2 * PAGE
 
