@@ -27,7 +27,7 @@
 
 #define LONGEST 4096u /* pages of a run */
 #define MOST (4 * LONGEST)
-#define STRIDE 16u /* pages: accesses so far apart still count as one after the other */
+#define STRIDE 64u /* pages: accesses so far apart still count as one after the other */
 
 static bool overlap(const struct ps_quarantine *run, uint64_t first, uint64_t end) {
     return run->first < end && first < run->first + run->count;
