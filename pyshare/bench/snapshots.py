@@ -26,7 +26,7 @@ import psutil
 
 import pyshare
 from pyshare import _peers
-from pyshare.bench.measure import MIB, PAGE, Case, Crew, Key, Limit, Results, Tick, alarm, figures, repeat
+from pyshare.bench.measure import MIB, PAGE, PATIENCE, Case, Crew, Key, Limit, Results, Tick, alarm, figures, repeat
 from pyshare.bench.sections import Section, Sweep, count_label, size_label
 from pyshare.bench.teams import reopened
 
@@ -181,7 +181,7 @@ class Region(Team):
 
     def image(self) -> tuple[int, int, int, int]:
         start = time.perf_counter_ns()
-        self.snapshot = self.region.snapshot()
+        self.snapshot = self.region.snapshot(timeout=PATIENCE)
         taken = time.perf_counter_ns() - start
         first, again = self.pauses.probe()
         return first, again, taken, self.save(start, taken)
