@@ -41,14 +41,14 @@
 static void go_ahead(struct ps_region *region, uint64_t generation, int64_t deadline) {
     struct ps_shm_ring entry;
     if (ps_applied(region) + 1 != generation || !ps_change_read(region, generation, &entry) ||
-        entry.kind != PS_FOLLOW || (entry.prot != PS_FOLLOW_ALL && entry.prot != PS_FOLLOW_OPEN))
+        entry.kind != PS_FOLLOW || entry.prot == PS_FOLLOW_NOTHING)
         return;
     for (uint64_t first = 0, pages = region->shape.pages; first < pages; first += PIECE) {
         if (ps_pages_take(region, deadline))
             return;
         bool last = pages - first <= PIECE;
         bool usual = ps_applied(region) + 1 == generation && !region->failed && !region->fenced && !region->unsynced;
-        int rc = usual ? ps_snapshot_apply(region, first, last ? pages - first : PIECE) : -EAGAIN;
+        int rc = usual ? ps_snapshot_follow(region, entry.prot, first, last ? pages - first : PIECE) : -EAGAIN;
         if (last && !rc)
             region->ahead = generation;
         ps_pages_pass(region);
@@ -66,9 +66,9 @@ static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry)) /* overwritten meanwhile */
             return ps_engine_apply(region, 0, region->shape.pages);
-        int rc = region->ahead == generation ? 0
-                 : entry.kind == PS_FOLLOW   ? ps_snapshot_follow(region, (enum ps_follow)entry.prot)
-                                             : ps_engine_apply(region, entry.first, entry.count);
+        int rc = entry.kind != PS_FOLLOW       ? ps_engine_apply(region, entry.first, entry.count)
+                 : region->ahead != generation ? ps_snapshot_follow(region, entry.prot, 0, region->shape.pages)
+                                               : 0;
         if (rc)
             return rc;
     }

@@ -514,7 +514,7 @@ int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outco
 }
 
 /* Page tables of a large region take their time. */
-int ps_change_follow(struct ps_region *region, enum ps_follow how, int64_t deadline, struct ps_outcome *outcome) {
+int ps_change_follow(struct ps_region *region, uint32_t how, int64_t deadline, struct ps_outcome *outcome) {
     struct waiting waiting = patient(deadline, outcome);
     int64_t end = waiting.deadline + (int64_t)region->shape.pages * US;
     waiting.deadline = end < deadline ? end : deadline;

@@ -71,9 +71,10 @@ enum ps_kind {
 enum ps_follow {
     PS_FOLLOW_NOTHING = 8, /* the generation alone is wanted; nobody is waited for */
     PS_FOLLOW_ALL = 9,     /* every page: a snapshot begins */
-    PS_FOLLOW_DIRTY = 10,  /* pages that are DIRTY in a snapshot: its moment comes */
+    PS_FOLLOW_DIRTY = 10,  /* pages that have the state `how >> PS_FOLLOW_SHIFT` in a snapshot that begins */
     PS_FOLLOW_OPEN = 11,   /* every page, where it can be done, sooner or later: snapshots ended */
 };
+#define PS_FOLLOW_SHIFT 8
 #define PS_FOLLOWS 8u /* none of the bits of a protection: tells also what an UNDO is of */
 
 /* What happens at a forbidden access. */
@@ -105,26 +106,30 @@ enum ps_snapshot_state {
     PS_SNAPSHOT_PREPARING = 1, /* pages are being protected; stores make them PS_DIRTY */
     PS_SNAPSHOT_ACTIVE = 2,    /* its moment has come: who stores saves first */
     PS_SNAPSHOT_COMPLETE = 3,  /* it needs nothing of the region's data any more */
+    PS_SNAPSHOT_EMPTY = 4,     /* nobody has it, and its area and its states are holes */
+    PS_SNAPSHOT_AGAIN = 5,     /* PREPARING once more, what became dirty meanwhile; + 1 for each further round */
 };
+#define PS_SNAPSHOT_ROUNDS 4u /* of them */
 #define PS_SNAPSHOT_BITS 4
 #define PS_SNAPSHOT_MASK ((1u << PS_SNAPSHOT_BITS) - 1)
 
 /* A byte of PS_SEC_STATE.
- * W: whoever stores, by CAS 0 -> DIRTY, seq_cst, while PREPARING; whoever saves, to SAVED, release, after the copy;
- * never back, until the area is used again.  R: anybody, acquire: pairs with SAVED: the area has the page. Crash: not
- * SAVED: the page in the region is still the snapshot's. */
-enum ps_saved { PS_UNSAVED = 0, PS_DIRTY = 1, PS_SAVED = 2 };
+ * W: whoever stores, by CAS to the DIRTY of the round, seq_cst, while PREPARING; whoever saves, to SAVED, release,
+ * after the copy; never back, until the area is used again.  R: anybody, acquire: pairs with SAVED: the area has the
+ * page. Crash: not SAVED: the page in the region is still the snapshot's. */
+enum ps_saved { PS_UNSAVED = 0, PS_DIRTY = 1, PS_SAVED = 2, PS_DIRTY_AGAIN = 3 /* + 1 for each further round */ };
 
 /* A copy-on-write image of the data at one moment.  Page p of area k, behind the data in the memfd, is its page p where
  * the state says so; else the data's is. */
 struct ps_shm_snapshot {
-    /* W: snapshotter at S1 and S4, under the writer lock; who has all of it saved, by CAS ACTIVE -> COMPLETE; who finds
-     * that nobody holds its lock byte, or no memory to save a page, by CAS to FREE; all seq_cst.  R: anybody, acquire;
-     * who has made a page DIRTY, seq_cst after that.  Crash: PREPARING or ACTIVE without a holder of its byte: freed by
-     * the next. */
+    /* W: snapshotter at S1, S2 and S4, under the writer lock; who has all of it saved, by CAS ACTIVE -> COMPLETE; who
+     * finds that nobody holds its lock byte, or no memory to save a page, by CAS to FREE; all seq_cst.  R: anybody,
+     * acquire; who has made a page DIRTY, seq_cst after that.  Crash: PREPARING or ACTIVE without a holder of its byte:
+     * freed by the next. */
     _Atomic uint32_t word;
-    /* W: whoever makes a page DIRTY, + 1, seq_cst, before the state; 0 at S1.  R: snapshotter at S4, seq_cst after
-     * ACTIVE: 0: no page tables were opened.  Crash: too high: some follow for nothing. */
+    /* W: whoever makes a page DIRTY, + 1, seq_cst, before the state; 0 before each round.  R: snapshotter, seq_cst
+     * after the word that ends the round: 0: no page tables were opened in it.  Crash: too high: some follow for
+     * nothing. */
     _Atomic uint32_t dirty;
     /* W: snapshotter: 0 at S1; at S4, when all page tables follow, that of its moment, release.  R: anybody, acquire:
      * 0: the moment has not come, nobody stores yet.  Crash: as the word. */

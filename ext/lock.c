@@ -228,8 +228,10 @@ int ps_pages_take(struct ps_region *region, int64_t deadline) {
  * them taken again for as long as there are pieces. */
 void ps_pages_pass(struct ps_region *region) {
     ps_claim_release(region, region->slot);
-    if (!(atomic_exchange_explicit(&region->page_lock, 0, memory_order_release) & PRIVATE_WAITING))
+    if (!(atomic_exchange_explicit(&region->page_lock, 0, memory_order_release) & PRIVATE_WAITING)) {
+        ps_sys_yield(); /* rather here than with the lock, which a store may want meanwhile */
         return;
+    }
     ps_sys_wake(&region->page_lock, 1, FUTEX_BITSET_MATCH_ANY);
     for (int i = 0; i < PASS && !atomic_load_explicit(&region->page_lock, memory_order_relaxed); i++)
         ps_sys_pause();

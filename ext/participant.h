@@ -268,7 +268,7 @@ int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *block
 bool ps_freeze_notice(struct ps_region *region, int64_t patience);
 
 /* With the writer lock, and no record open: a generation at which page tables follow the map again as `how` says. */
-int ps_change_follow(struct ps_region *region, enum ps_follow how, int64_t deadline, struct ps_outcome *outcome);
+int ps_change_follow(struct ps_region *region, uint32_t how, int64_t deadline, struct ps_outcome *outcome);
 /* With the writer lock: finishes the record of a dead caller. */
 int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 
@@ -285,8 +285,7 @@ int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bo
 void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);
 uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open);
-int ps_snapshot_follow(struct ps_region *region, enum ps_follow how);
-int ps_snapshot_apply(struct ps_region *region, uint64_t first, uint64_t count);
+int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count);
 
 /* Written at `generation`, or before it.  relaxed: ordered by the held word, or the freeze. */
 static inline void ps_stamp(const struct ps_region *region, uint64_t page, uint64_t generation) {

@@ -121,6 +121,7 @@ static void forget_participation(struct ps_region *region) {
     region->source = 0;
     region->frozen_by = 0;
     region->window = region->shadow = false;
+    region->ahead = 0;
     region->failed = region->fenced = region->unsynced = false;
     region->epoch = region->slot = 0;
     region->tid = 0;

@@ -41,6 +41,7 @@
 #define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
 #define WORD 8u                 /* states in a 64-bit word */
 #define HOLE 4096u              /* states in a page of the memfd */
+#define FEW 16u                 /* pages that are closed in the pause rather than in a round before it */
 
 static struct ps_shm_snapshot *shared_of(const struct ps_region *region, uint32_t index) {
     return &ps_header(region)->snapshot[index];
@@ -64,6 +65,20 @@ static uint32_t word_of(const struct ps_region *region, uint32_t index) {
 
 static uint32_t state_of(uint32_t word) {
     return word & PS_SNAPSHOT_MASK;
+}
+
+static bool is_preparing(uint32_t word) {
+    return state_of(word) == PS_SNAPSHOT_PREPARING || state_of(word) >= PS_SNAPSHOT_AGAIN;
+}
+
+static bool is_over(uint32_t word) {
+    return !is_preparing(word) && state_of(word) != PS_SNAPSHOT_ACTIVE;
+}
+
+/* What a store makes of a page in this round of preparing. */
+static uint8_t dirty_of(uint32_t word) {
+    return state_of(word) == PS_SNAPSHOT_PREPARING ? PS_DIRTY
+                                                   : (uint8_t)(PS_DIRTY_AGAIN + state_of(word) - PS_SNAPSHOT_AGAIN);
 }
 
 /* Bits of snapshots that there are areas for. */
@@ -91,7 +106,7 @@ struct cared { /* snapshots that stores must care for, as one look found them */
     uint32_t count;
     struct {
         uint32_t index;
-        bool active;
+        uint8_t open; /* a page of this state, as one that is SAVED, may be stored to */
         const _Atomic uint8_t *states;
     } at[PS_SNAPSHOTS];
 };
@@ -100,11 +115,11 @@ struct cared { /* snapshots that stores must care for, as one look found them */
 static void look(const struct ps_region *region, struct cared *cared) {
     cared->count = 0;
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
-        uint32_t index = (uint32_t)__builtin_ctzll(mask), state = state_of(word_of(region, index));
-        if (state != PS_SNAPSHOT_PREPARING && state != PS_SNAPSHOT_ACTIVE)
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
+        if (is_over(word))
             continue;
         cared->at[cared->count].index = index;
-        cared->at[cared->count].active = state == PS_SNAPSHOT_ACTIVE;
+        cared->at[cared->count].open = is_preparing(word) ? dirty_of(word) : PS_SAVED;
         cared->at[cared->count++].states = states_of(region, index);
     }
 }
@@ -116,7 +131,7 @@ static uint8_t state_at(const _Atomic uint8_t *states, uint64_t page) {
 static bool is_open(const struct cared *cared, uint64_t page) {
     for (uint32_t i = 0; i < cared->count; i++) {
         uint8_t state = state_at(cared->at[i].states, page);
-        if (cared->at[i].active ? state != PS_SAVED : !state)
+        if (state != PS_SAVED && state != cared->at[i].open)
             return false;
     }
     return true;
@@ -158,9 +173,9 @@ uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t
 }
 
 /* The first page from `page` on that is not unsaved. */
-static uint64_t next_touched(struct ps_region *region, uint32_t index, uint64_t page) {
+static uint64_t next_touched(struct ps_region *region, uint32_t index, uint64_t page, uint64_t pages) {
     const _Atomic uint8_t *states = states_of(region, index);
-    uint64_t offset = states_offset(region, index), pages = region->shape.pages;
+    uint64_t offset = states_offset(region, index);
     while (page < pages) {
         if (page % HOLE == 0 && pages - page > HOLE)
             page = ps_region_skip_hole(region, offset + page, offset + pages) - offset;
@@ -175,14 +190,13 @@ static uint64_t next_touched(struct ps_region *region, uint32_t index, uint64_t 
     return pages;
 }
 
-/* Of one snapshot's moment: pages that were opened while it was prepared. */
-static int follow_dirty(struct ps_region *region, uint32_t index) {
+/* Pages that were opened in one round of preparing. */
+static int follow_dirty(struct ps_region *region, uint32_t index, uint8_t state, uint64_t first, uint64_t end) {
     const _Atomic uint8_t *states = states_of(region, index);
-    uint64_t pages = region->shape.pages;
     int rc = 0;
-    for (uint64_t page = 0; !rc && (page = next_touched(region, index, page)) < pages;) {
+    for (uint64_t page = first; !rc && (page = next_touched(region, index, page, end)) < end;) {
         uint64_t run = 0;
-        while (page + run < pages && state_at(states, page + run) == PS_DIRTY)
+        while (page + run < end && state_at(states, page + run) == state)
             run++;
         if (run)
             rc = ps_engine_apply(region, page, run);
@@ -193,7 +207,7 @@ static int follow_dirty(struct ps_region *region, uint32_t index) {
 
 /* Pages that not all may write are as closed as before; following them too would take their marks, which leases need.
  */
-int ps_snapshot_apply(struct ps_region *region, uint64_t first, uint64_t count) {
+static int follow_writable(struct ps_region *region, uint64_t first, uint64_t count) {
     int rc = 0;
     for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
         uint32_t prot;
@@ -205,21 +219,19 @@ int ps_snapshot_apply(struct ps_region *region, uint64_t first, uint64_t count) 
 }
 
 /* In the place of the map's: what a PS_FOLLOW asks of its own page tables. */
-int ps_snapshot_follow(struct ps_region *region, enum ps_follow how) {
+int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count) {
     if (how == PS_FOLLOW_NOTHING)
         return 0;
     if (how == PS_FOLLOW_OPEN) { /* less than all is no fault: who stores there mends it */
-        ps_snapshot_apply(region, 0, region->shape.pages);
+        follow_writable(region, first, count);
         return 0;
     }
-    if (how != PS_FOLLOW_DIRTY)
-        return ps_snapshot_apply(region, 0, region->shape.pages);
+    if (how == PS_FOLLOW_ALL)
+        return follow_writable(region, first, count);
     int rc = 0;
-    for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
-        uint32_t index = (uint32_t)__builtin_ctzll(mask);
-        if (state_of(word_of(region, index)) == PS_SNAPSHOT_ACTIVE)
-            rc = follow_dirty(region, index);
-    }
+    for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1)
+        rc = follow_dirty(region, (uint32_t)__builtin_ctzll(mask), (uint8_t)(how >> PS_FOLLOW_SHIFT), first,
+                          first + count);
     return rc;
 }
 
@@ -335,14 +347,14 @@ int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, b
 }
 
 /* ... and every PREPARING one knows. */
-static void dirty(struct ps_region *region, uint32_t index, uint64_t first, uint64_t count) {
+static void dirty(struct ps_region *region, uint32_t index, uint8_t state, uint64_t first, uint64_t count) {
     _Atomic uint8_t *states = states_of(region, index);
     for (uint64_t page = first; page < first + count; page++) {
         uint8_t seen = atomic_load_explicit(states + page, memory_order_relaxed);
-        if (seen != PS_UNSAVED)
+        if (seen == state || seen == PS_SAVED)
             continue;
         atomic_fetch_add_explicit(&shared_of(region, index)->dirty, 1, memory_order_seq_cst);
-        atomic_compare_exchange_strong_explicit(states + page, &seen, PS_DIRTY, memory_order_seq_cst,
+        atomic_compare_exchange_strong_explicit(states + page, &seen, state, memory_order_seq_cst,
                                                 memory_order_relaxed);
     }
 }
@@ -350,9 +362,9 @@ static void dirty(struct ps_region *region, uint32_t index, uint64_t first, uint
 /* Stores to these pages may pass, as far as snapshots are concerned. */
 int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked) {
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
-        uint32_t index = (uint32_t)__builtin_ctzll(mask);
-        if (state_of(word_of(region, index)) == PS_SNAPSHOT_PREPARING)
-            dirty(region, index, first, count);
+        uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
+        if (is_preparing(word))
+            dirty(region, index, dirty_of(word), first, count);
     }
     return ps_snapshot_keep(region, first, count, locked);
 }
@@ -386,8 +398,7 @@ int ps_snapshot_open(struct ps_region *region, uint64_t page) {
 void ps_snapshot_forsake(struct ps_region *region) {
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
-        if (state_of(word) == PS_SNAPSHOT_PREPARING ||
-            !atomic_load_explicit(&shared_of(region, index)->generation, memory_order_relaxed))
+        if (is_preparing(word) || !atomic_load_explicit(&shared_of(region, index)->generation, memory_order_relaxed))
             drop(region, index, word);
     }
 }
@@ -397,10 +408,9 @@ static bool sweep(struct ps_region *region) {
     uint64_t over = 0;
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
-        if (state_of(word) != PS_SNAPSHOT_FREE && state_of(word) != PS_SNAPSHOT_COMPLETE && unwanted(region, index))
+        if (!is_over(word) && unwanted(region, index))
             drop(region, index, word);
-        word = word_of(region, index);
-        if (state_of(word) == PS_SNAPSHOT_FREE || state_of(word) == PS_SNAPSHOT_COMPLETE)
+        if (is_over(word_of(region, index)))
             over |= UINT64_C(1) << index;
     }
     atomic_fetch_and_explicit(&ps_header(region)->snapshots, ~over, memory_order_seq_cst);
@@ -410,33 +420,6 @@ static bool sweep(struct ps_region *region) {
 static int empty(const struct ps_region *region, int fd, uint32_t index) {
     int rc = ps_sys_punch(fd, area_offset(region, index), region->shape.pages * PS_PAGE);
     return rc ? rc : ps_sys_punch(fd, states_offset(region, index), ps_state_stride(region->shape.pages));
-}
-
-/* Of those that nobody holds. */
-static void give_memory_back(struct ps_region *region) {
-    int fd = ps_query_fd(region);
-    for (uint32_t index = 0; index < region->shape.areas && fd >= 0; index++)
-        if (word_of(region, index) & ~PS_SNAPSHOT_MASK && unwanted(region, index)) {
-            drop(region, index, word_of(region, index));
-            empty(region, fd, index);
-        }
-}
-
-static void sweep_locked(struct ps_region *region) {
-    struct ps_outcome outcome;
-    if (ps_change_settle(region, ps_sys_now() + PATIENCE, &outcome))
-        return;
-    if (sweep(region))
-        ps_change_follow(region, PS_FOLLOW_OPEN, ps_sys_now() + PATIENCE, &outcome);
-    give_memory_back(region);
-}
-
-void ps_snapshot_sweep(struct ps_region *region) {
-    uint32_t blocker;
-    if (ps_lock(region, ps_sys_now() + PATIENCE, &blocker))
-        return; /* the next one does it */
-    sweep_locked(region);
-    ps_unlock(region);
 }
 
 /* Somebody who found a word of this area before may still write to it. */
@@ -451,6 +434,53 @@ static bool is_written(struct ps_region *region) {
     return false;
 }
 
+/* Holes, also where it was never used. */
+static bool is_empty(uint32_t word) {
+    return !word || state_of(word) == PS_SNAPSHOT_EMPTY;
+}
+
+/* Of those that nobody holds. */
+static void give_memory_back(struct ps_region *region) {
+    int fd = ps_query_fd(region);
+    for (uint32_t index = 0; index < region->shape.areas && fd >= 0; index++) {
+        uint32_t word = word_of(region, index), left = word & ~PS_SNAPSHOT_MASK; /* FREE */
+        if (is_empty(word) || !unwanted(region, index))
+            continue;
+        drop(region, index, word);
+        bool written = is_written(region); /* before it is emptied: nobody begins to write any more */
+        if (!empty(region, fd, index) && !written)
+            atomic_compare_exchange_strong_explicit(&shared_of(region, index)->word, &left, left | PS_SNAPSHOT_EMPTY,
+                                                    memory_order_seq_cst, memory_order_relaxed);
+    }
+}
+
+static bool any_writable(struct ps_region *region) {
+    for (uint64_t page = 0, run; page < region->shape.pages; page += run) {
+        uint32_t prot;
+        run = ps_run(region, page, region->shape.pages, &prot);
+        if (prot & PROT_WRITE)
+            return true;
+    }
+    return false;
+}
+
+static void sweep_locked(struct ps_region *region) {
+    struct ps_outcome outcome;
+    if (ps_change_settle(region, ps_sys_now() + PATIENCE, &outcome))
+        return;
+    if (sweep(region) && any_writable(region))
+        ps_change_follow(region, PS_FOLLOW_OPEN, ps_sys_now() + PATIENCE, &outcome);
+    give_memory_back(region);
+}
+
+void ps_snapshot_sweep(struct ps_region *region) {
+    uint32_t blocker;
+    if (ps_lock(region, ps_sys_now() + PATIENCE, &blocker))
+        return; /* the next one does it */
+    sweep_locked(region);
+    ps_unlock(region);
+}
+
 /* An area that nobody has, its byte taken through a description of our own; those that were never used first. */
 static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
     int fd = ps_query_fd(region);
@@ -462,23 +492,15 @@ static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
             bool unused = !(word_of(region, index) & ~PS_SNAPSHOT_MASK);
             if (unused == used || !unwanted(region, index))
                 continue;
-            drop(region, index, word_of(region, index));
-            if (used && is_written(region))
-                return -EAGAIN;
+            if (!is_empty(word_of(region, index))) {
+                drop(region, index, word_of(region, index));
+                if (is_written(region))
+                    return -EAGAIN;
+            }
             snapshot->index = index;
             return ps_sys_ofd_share(snapshot->fd, PS_SNAPSHOT_BYTE + index);
         }
     return PS_EAREAS;
-}
-
-static bool any_writable(struct ps_region *region) {
-    for (uint64_t page = 0, run; page < region->shape.pages; page += run) {
-        uint32_t prot;
-        run = ps_run(region, page, region->shape.pages, &prot);
-        if (prot & PROT_WRITE)
-            return true;
-    }
-    return false;
 }
 
 struct taking {
@@ -502,6 +524,27 @@ static int lock(struct taking *taking) {
     return early ? PS_ESIGNAL : PS_ETIMEOUT;
 }
 
+/* It begins a new round: page tables that were opened since the last one are closed again.  -EAGAIN: all beginnings
+ * were given up. */
+static int next_round(struct taking *taking, uint32_t state) {
+    struct ps_shm_snapshot *at = shared_of(taking->region, taking->snapshot->index);
+    uint32_t word = atomic_load_explicit(&at->word, memory_order_relaxed);
+    if ((word & ~PS_SNAPSHOT_MASK) != taking->snapshot->word || !is_preparing(word) ||
+        !atomic_compare_exchange_strong_explicit(&at->word, &word, taking->snapshot->word | state, memory_order_seq_cst,
+                                                 memory_order_relaxed))
+        return -EAGAIN;
+    if (state == PS_SNAPSHOT_ACTIVE)
+        PS_POINT(S4_active);
+    /* seq_cst, both: who opens a page in the former round counts before it looks at the word. */
+    if (!atomic_exchange_explicit(&at->dirty, 0, memory_order_seq_cst))
+        return 0;
+    int rc = ps_change_follow(taking->region, PS_FOLLOW_DIRTY | (uint32_t)dirty_of(word) << PS_FOLLOW_SHIFT,
+                              taking->deadline, taking->outcome);
+    if (!rc)
+        taking->snapshot->generation = taking->outcome->generation;
+    return rc;
+}
+
 static int start(struct taking *taking, bool *shared) {
     struct ps_region *region = taking->region;
     struct ps_snapshot *snapshot = taking->snapshot;
@@ -510,7 +553,7 @@ static int start(struct taking *taking, bool *shared) {
         return rc;
     sweep_locked(region);
     rc = find_area(region, snapshot);
-    if (!rc)
+    if (!rc && !is_empty(word_of(region, snapshot->index)))
         rc = empty(region, snapshot->fd, snapshot->index);
     if (rc)
         return rc;
@@ -527,6 +570,11 @@ static int start(struct taking *taking, bool *shared) {
     rc = ps_change_follow(region, *shared ? PS_FOLLOW_ALL : PS_FOLLOW_NOTHING, taking->deadline, taking->outcome);
     snapshot->generation = taking->outcome->generation;
     PS_POINT(S2_protect);
+    for (uint32_t round = 0; !rc && round < PS_SNAPSHOT_ROUNDS; round++) {
+        if (atomic_load_explicit(&at->dirty, memory_order_relaxed) <= FEW) /* a guess, of how long the pause would be */
+            break;
+        rc = next_round(taking, PS_SNAPSHOT_AGAIN + round);
+    }
     return rc;
 }
 
@@ -538,17 +586,9 @@ static int activate(struct taking *taking) {
     int rc = ps_change_settle(region, taking->deadline, taking->outcome);
     if (rc)
         return rc;
-    uint32_t preparing = snapshot->word | PS_SNAPSHOT_PREPARING;
-    if (!atomic_compare_exchange_strong_explicit(&at->word, &preparing, snapshot->word | PS_SNAPSHOT_ACTIVE,
-                                                 memory_order_seq_cst, memory_order_relaxed))
-        return -EAGAIN; /* another one's beginning failed, and all were given up */
-    PS_POINT(S4_active);
-    if (atomic_load_explicit(&at->dirty, memory_order_seq_cst)) {
-        rc = ps_change_follow(region, PS_FOLLOW_DIRTY, taking->deadline, taking->outcome);
-        if (rc)
-            return rc;
-        snapshot->generation = taking->outcome->generation;
-    }
+    rc = next_round(taking, PS_SNAPSHOT_ACTIVE);
+    if (rc)
+        return rc;
     atomic_store_explicit(&at->generation, snapshot->generation, memory_order_release);
     ps_sys_wake((_Atomic uint32_t *)(void *)&at->generation, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     PS_POINT(S5_open);

@@ -94,6 +94,10 @@ void ps_sys_pause(void) {
     ps_sys_wait((struct ps_watch){&nobody_wakes, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
 }
 
+void ps_sys_yield(void) {
+    sched_yield();
+}
+
 int ps_sys_gettid(void) {
     return (int)syscall(SYS_gettid);
 }

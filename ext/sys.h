@@ -27,7 +27,8 @@ struct ps_watch {
 
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
-void ps_sys_pause(void);        /* a tenth of a millisecond, for whoever waits for what nobody wakes for */
+void ps_sys_pause(void);
+void ps_sys_yield(void); /* a tenth of a millisecond, for whoever waits for what nobody wakes for */
 int ps_sys_gettid(void);
 bool ps_sys_thread_exists(int tid);      /* in this process */
 _Noreturn void ps_sys_exit_thread(void); /* this thread alone, at once */

@@ -105,7 +105,16 @@ MAY_CALL = {
     "sys.c": DESCRIPTORS
     | {"fallocate"}
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
-    | {"readlink", "sched_getaffinity", "sched_getscheduler", "sched_setscheduler", "setpriority", "stat", "syscall"}
+    | {
+        "readlink",
+        "sched_getaffinity",
+        "sched_getscheduler",
+        "sched_setscheduler",
+        "sched_yield",
+        "setpriority",
+        "stat",
+        "syscall",
+    }
     | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
 }
 
