@@ -60,6 +60,14 @@ cdef class Holding:
         if self.at.fd >= 0:
             ps_snapshot_close(&self.at)
 
+    cdef bint is_busy(self) noexcept:
+        return self.busy and self.forks == ps_forks()
+
+    cdef await_saver(self):
+        while self.is_busy():
+            with nogil:
+                ps_sys_pause()
+
     cdef bint save(self, uint64_t *page) except -1:
         """Some more pages; False: it is complete."""
         cdef int rc
@@ -237,6 +245,10 @@ cdef class Snapshot:
         """
         cdef Holding holding = self.held("finish")
         cdef uint64_t page = 0
+        while holding.is_busy():  # two would only be in each other's way
+            PyErr_CheckSignals()
+            with nogil:
+                ps_sys_pause()
         while holding.save(&page):
             PyErr_CheckSignals()
         self.sweep()
@@ -270,9 +282,7 @@ cdef class Snapshot:
         cdef Holding holding = self.holding
         self.holding = self.image = None
         holding.unwanted = True
-        while holding.busy and holding.forks == ps_forks():
-            with nogil:
-                ps_sys_pause()
+        holding.await_saver()
         holding = None
         self.sweep()
 

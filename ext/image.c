@@ -232,6 +232,7 @@ int ps_snapshot_save(struct ps_snapshot *snapshot, uint64_t *page, uint64_t coun
             complete(snapshot);
         else if ((rc = save_part(snapshot, first, *page)))
             return rc;
+        ps_sys_yield(); /* to whoever stores */
     }
 }
 

@@ -23,7 +23,6 @@
 
 #include "participant.h"
 
-#define PASS 50  /* looks, 0.1 ms each, whether who was woken has come */
 #define SPIN 200 /* looks at a claim before sleeping: as long as a change of a page takes */
 
 uint32_t ps_owner_word(const struct ps_region *region) {
@@ -224,17 +223,16 @@ int ps_pages_take(struct ps_region *region, int64_t deadline) {
     }
 }
 
-/* Between two pieces of a long change: whoever waits for them has them, if it comes soon.  Woken alone, it would find
- * them taken again for as long as there are pieces. */
+/* Between two pieces of a long change: whoever waits for them has them.  Woken alone, it would find them taken again
+ * for as long as there are pieces. */
 void ps_pages_pass(struct ps_region *region) {
     ps_claim_release(region, region->slot);
-    if (!(atomic_exchange_explicit(&region->page_lock, 0, memory_order_release) & PRIVATE_WAITING)) {
-        ps_sys_yield(); /* rather here than with the lock, which a store may want meanwhile */
-        return;
-    }
-    ps_sys_wake(&region->page_lock, 1, FUTEX_BITSET_MATCH_ANY);
-    for (int i = 0; i < PASS && !atomic_load_explicit(&region->page_lock, memory_order_relaxed); i++)
+    if (atomic_exchange_explicit(&region->page_lock, 0, memory_order_release) & PRIVATE_WAITING) {
+        ps_sys_wake(&region->page_lock, 1, FUTEX_BITSET_MATCH_ANY);
         ps_sys_pause();
+    } else {
+        ps_sys_yield(); /* rather here than with the lock, which a store may want meanwhile */
+    }
 }
 
 void ps_pages_give(struct ps_region *region) {
