@@ -21,17 +21,16 @@ struct ps_region;
 enum {
     PS_ECORRUPT =
         -5001, /* the control segment is not, or no longer, one of ours: ps_corrupt_field, or `field` of ps_attach */
-    PS_EFULL = -5002,     /* every slot is taken */
-    PS_ECLOSED = -5003,   /* closed, or a child made by a raw clone() */
-    PS_EREFUSED = -5004,  /* the protection forbids it: struct ps_refusal */
-    PS_ETIMEOUT = -5005,  /* struct ps_outcome tells who is silent */
-    PS_ESIGNAL = -5006,   /* a signal came, or may have come unseen; as after a timeout, but the caller may go on
-                             with ps_await, or (nothing published) with ps_change */
-    PS_EREGIONS = -5007,  /* this process has PS_REGIONS_MAX regions open */
-    PS_EDETACHED = -5008, /* could not (re)join in time; ps_outcome tells who holds the lock */
-    PS_ENESTED = -5009,   /* the calling thread holds it itself */
-    PS_EFROZEN = -5010,   /* the calling thread has the region frozen itself */
-    PS_EAREAS = -5011,    /* as many snapshots are alive as the region has areas for */
+    PS_EFULL = -5002,    /* every slot is taken */
+    PS_ECLOSED = -5003,  /* closed, or a child made by a raw clone() */
+    PS_EREFUSED = -5004, /* the protection forbids it: struct ps_refusal */
+    PS_ETIMEOUT = -5005, /* struct ps_outcome tells who is silent */
+    PS_ESIGNAL = -5006,  /* a signal came, or may have come unseen; as after a timeout, but the caller may go on
+                            with ps_await, or (nothing published) with ps_change */
+    PS_EREGIONS = -5007, /* this process has PS_REGIONS_MAX regions open */
+    PS_ENESTED = -5008,  /* the calling thread holds it itself */
+    PS_EFROZEN = -5009,  /* the calling thread has the region frozen itself */
+    PS_EAREAS = -5010,   /* as many snapshots are alive as the region has areas for */
 };
 
 #define PS_REGIONS_MAX 1024
@@ -113,7 +112,6 @@ const char *ps_corrupt_field(const struct ps_region *region);
 void *ps_address(const struct ps_region *region);
 uint64_t ps_size(const struct ps_region *region);
 uint64_t ps_generation(const struct ps_region *region);
-uint32_t ps_max_participants(const struct ps_region *region);
 const char *ps_name(const struct ps_region *region);
 enum ps_engine ps_engine(const struct ps_region *region); /* in use: PS_ENGINE_MPROTECT or PS_ENGINE_UFFD */
 int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */

@@ -461,10 +461,6 @@ uint64_t ps_generation(const struct ps_region *region) {
     return atomic_load_explicit(&ps_header(region)->generation, memory_order_acquire);
 }
 
-uint32_t ps_max_participants(const struct ps_region *region) {
-    return region->shape.slots;
-}
-
 const char *ps_name(const struct ps_region *region) {
     return region->shape.name;
 }

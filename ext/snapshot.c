@@ -100,6 +100,27 @@ static bool unwanted(struct ps_region *region, uint32_t index) {
     return fd >= 0 && ps_sys_ofd_free(fd, PS_SNAPSHOT_BYTE + index) == 1 && ps_cached_leads(fd, &region->memory);
 }
 
+/* -- The mapping that pages are copied through -------------------------------------------------------------------- */
+
+/* Under the page lock. */
+static int map_shadow(struct ps_region *region) {
+    int rc = region->shadow ? 0 : ps_region_map_shadow(region);
+    atomic_store_explicit(&region->shadow, !rc, memory_order_release);
+    return rc;
+}
+
+/* Where a beginning has not made it: for leases it is made by the first that needs it. */
+static int need_shadow(struct ps_region *region) {
+    if (atomic_load_explicit(&region->shadow, memory_order_acquire))
+        return 0;
+    int rc = ps_page_lock(region, ps_sys_now() + PATIENCE);
+    if (rc)
+        return rc;
+    rc = map_shadow(region);
+    ps_page_unlock(region);
+    return rc;
+}
+
 /* -- What page tables may be ----------------------------------------------------------------------------------- */
 
 struct cared { /* snapshots that stores must care for, as one look found them */
@@ -226,8 +247,10 @@ int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, u
         follow_writable(region, first, count);
         return 0;
     }
-    if (how == PS_FOLLOW_ALL)
-        return follow_writable(region, first, count);
+    if (how == PS_FOLLOW_ALL) { /* who cannot have the mapping says so now: a store could only die of it later */
+        int rc = map_shadow(region);
+        return rc ? rc : follow_writable(region, first, count);
+    }
     int rc = 0;
     for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1)
         rc = follow_dirty(region, (uint32_t)__builtin_ctzll(mask), (uint8_t)(how >> PS_FOLLOW_SHIFT), first,
@@ -236,20 +259,6 @@ int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, u
 }
 
 /* -- Saving ---------------------------------------------------------------------------------------------------- */
-
-/* The mapping that pages are copied through is made by the first that needs it. */
-static int map_shadow(struct ps_region *region) {
-    if (atomic_load_explicit(&region->shadow, memory_order_acquire))
-        return 0;
-    int rc = ps_page_lock(region, ps_sys_now() + PATIENCE);
-    if (rc)
-        return rc;
-    if (!region->shadow)
-        rc = ps_region_map_shadow(region);
-    atomic_store_explicit(&region->shadow, !rc, memory_order_release);
-    ps_page_unlock(region);
-    return rc;
-}
 
 /* -ENOMEM: there is no page for the copy. */
 static int save_page(struct ps_region *region, uint32_t index, uint64_t page) {
@@ -339,7 +348,7 @@ int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, b
         await_moment(region, index, word, locked);
         if (unwanted(region, index))
             drop(region, index, word);
-        rc = map_shadow(region);
+        rc = need_shadow(region);
         if (!rc)
             rc = keep_counted(region, index, word, first, count);
     }
@@ -566,8 +575,9 @@ static int start(struct taking *taking, bool *shared) {
     atomic_store_explicit(&at->word, snapshot->word | PS_SNAPSHOT_PREPARING, memory_order_seq_cst);
     atomic_fetch_or_explicit(&ps_header(region)->snapshots, UINT64_C(1) << snapshot->index, memory_order_seq_cst);
     PS_POINT(S1_prepare);
-    *shared = any_writable(region);
-    rc = ps_change_follow(region, *shared ? PS_FOLLOW_ALL : PS_FOLLOW_NOTHING, taking->deadline, taking->outcome);
+    bool writable = any_writable(region);
+    *shared = writable || ps_frozen(region); /* they may be again, at the thaw */
+    rc = ps_change_follow(region, writable ? PS_FOLLOW_ALL : PS_FOLLOW_NOTHING, taking->deadline, taking->outcome);
     snapshot->generation = taking->outcome->generation;
     PS_POINT(S2_protect);
     for (uint32_t round = 0; !rc && round < PS_SNAPSHOT_ROUNDS; round++) {

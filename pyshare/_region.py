@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
+import fcntl
 import mmap
 import os
 import socket
@@ -392,6 +394,8 @@ class Region(_core.Handle):
         """
         offset, length = self._check_target(offset, length)
         number = _core.integer(fd.fileno() if hasattr(fd, "fileno") else fd, "fd")
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:  # it would never become readable
+            raise OSError(errno.EBADF, f"readinto: descriptor {number} is not open for reading")
         return int(self._receive(number, offset, length, -1, None if os.get_blocking(number) else 0, timeout))
 
     def recv_into(

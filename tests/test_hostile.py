@@ -34,6 +34,8 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 SECTIONS, LOCK, GENERATION, SLOTS_USED = 288, 704, 768, 832
 ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24, 32))
 CLOSERS, CLOSER = 960, 1024
+SNAPSHOTS, FREEZER, THAWING, FROZEN, SNAPSHOT = 976, 2560, 2564, 2568, 2624  # a snapshot: word, dirty, generation
+LEASE_COUNT, SAVING = 192, 196  # in a slot
 ACK, ERROR, LIVE, STATUS, PID = 0, 16, 64, 68, 128  # in a slot
 SLOT_SIZE, RING_ENTRY, RING = 256, 64, 1024
 SLOTS_AT = PAGE  # the first section
@@ -179,6 +181,12 @@ def test_offsets(fd: int) -> None:
         assert os.fstat(fd).st_size == STAMP_AT + PAGE + (1 + AREAS) * PAGES * PAGE
 
 
+def look_at(snapshot: pyshare.Snapshot) -> None:
+    with snapshot:
+        snapshot.read(0, 2 * PAGE)
+        bytes(memoryview(snapshot)[:PAGE])
+
+
 def use(region: Region, timeout: float = SHORT) -> list[BaseException]:
     """Everything that the public interface does with a region; the errors."""
     errors: list[BaseException] = []
@@ -197,6 +205,9 @@ def use(region: Region, timeout: float = SHORT) -> list[BaseException]:
     attempt(lambda: region.lease(0, 2 * PAGE, timeout=timeout).release())
     attempt(lambda: region.lease(PAGE, PAGE, timeout=timeout, window=True).release())
     attempt(lambda: region.lock(3, timeout=timeout).release())
+    attempt(lambda: region.frozen(timeout=timeout).release())
+    attempt(lambda: look_at(region.snapshot(timeout=timeout)))
+    attempt(lambda: region.dirty(0))
     attempt(region.participants)
     attempt(region.protections)
     attempt(lambda: region.protection(3 * PAGE))
@@ -220,7 +231,7 @@ BLOWS = {
     "generation on": (GENERATION, [4, 5, 6 + RING, 1 << 31, (1 << 31) + 3, 1 << 32, 1 << 63, LAST - 1, LAST]),
     "attempt": (ATTEMPT, [0, 1, 4, 1 << 31, 1 << 63, LAST]),
     "complete": (COMPLETE, [0, 1, 4, 1 << 31, 1 << 63, LAST]),
-    "kind": (KIND, [1, 2, 0xFF, LAST]),
+    "kind": (KIND, [1, 2, 3, 0xFF, LAST]),
     "slots used": (SLOTS_USED, [0, SLOTS + 1, LAST]),
     "lock": (LOCK, [1, 2, WAITING, WAITING | 1 | 1 << 11, SLOTS + 1, 2047, 2046, 0xFFFFFFFF, 7 << 11 | 3]),
     "ack": (SLOTS_AT + ACK, [0, 1, WAITING, WAITING - 1, 0x40000003, 0xFFFFFFFF]),
@@ -233,11 +244,23 @@ BLOWS = {
     "pid": (SLOTS_AT + PID, [0, 1, 0x7FFFFFFF, 0xFFFFFFFF]),
     "lease": (LEASES_AT + 8, HELD),
     "user lock": (LOCKS_AT + 3 * 64, HELD),
+    "freezer": (FREEZER, OWNERS),
+    "thawing": (THAWING, OWNERS),
+    "frozen": (FROZEN, [1, 4, 1 << 31, LAST]),
+    "snapshots": (SNAPSHOTS, [1, 0xFF, 1 << 8, LAST]),
+    "snapshot": (SNAPSHOT, [*range(16), *(1 << 4 | state for state in range(16)), 0xFFFFFFF1, 0xFFFFFFF2]),
+    "dirty pages": (SNAPSHOT + 4, [1, 0xFFFFFFFF]),
+    "leases held": (SLOTS_AT + LEASE_COUNT, [1, 0xFFFFFFFF]),
+    "leases held by another": (SLOTS_AT + SLOT_SIZE + LEASE_COUNT, [1, 0xFFFFFFFF]),
+    "pages being saved": (SLOTS_AT + SLOT_SIZE + SAVING, [1, 0xFFFFFFFF]),
+    "states": (STATE_AT, [1, 2, 0x0302010004050607, LAST]),
+    "stamps": (STAMP_AT, [1, 1 << 63, LAST]),
+    "kept": (KEPT_AT, [7, LAST]),
     "closers": (CLOSERS, [1, 1 << 63, LAST]),
     "closer": (CLOSER, [1 << 11 | 1, 1 << 11 | 2, WAITING, WAITING | 2047, SLOTS + 1, 9 << 11 | 1, 0xFFFFFFFF]),
 }
-SMALL = {LOCK, SLOTS_USED, KIND, CLOSER} | {
-    SLOTS_AT + i * SLOT_SIZE + at for i in range(3) for at in (ACK, LIVE, STATUS, PID)
+SMALL = {LOCK, SLOTS_USED, KIND, CLOSER, FREEZER, THAWING, SNAPSHOT, SNAPSHOT + 4} | {
+    SLOTS_AT + i * SLOT_SIZE + at for i in range(3) for at in (ACK, LIVE, STATUS, PID, LEASE_COUNT, SAVING)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -126,6 +127,12 @@ def test_wrong_range(region: Region, pipe: tuple[int, int], offset: int, length:
 def test_wrong_descriptor(region: Region) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         region.readinto(1 << 20, 0, 1)
+
+
+def test_descriptor_that_cannot_be_read(region: Region, pipe: tuple[int, int]) -> None:
+    with pytest.raises(OSError, match="not open for reading") as caught:
+        region.readinto(pipe[1], 0, 1)
+    assert caught.value.errno == errno.EBADF
 
 
 # -- Into pages that may not be written --------------------------------------------------------------------------------

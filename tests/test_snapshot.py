@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Child, until
+from kernel import Mappings
 
 import pyshare
 from pyshare import READ, READ_WRITE, Region, Snapshot
@@ -193,6 +195,30 @@ def test_grants_everything_back(region: Region) -> None:
     if before[0][2] == READ:
         region.mprotect(0, region.size, READ)
     assert region.protections() == before
+
+
+def test_taken_in_a_freeze(engine: str) -> None:
+    """Pages that become writable again at the thaw are saved by themselves, so that system calls can store to them."""
+    with pyshare.create(size=PAGES * PAGE, engine=engine) as region, open("/dev/zero", "rb", buffering=0) as zero:
+        fill(region, b"text")
+        with region.frozen():
+            snap = region.snapshot()
+        until(lambda: snap.complete)
+        page = memoryview(region)[4 * PAGE : 5 * PAGE]
+        until(lambda: passes(lambda: zero.readinto(page)))
+        assert snap.read(0, snap.size) == image(b"text")
+        page.release()
+        snap.close()
+
+
+def passes(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return False
+    return True
 
 
 def test_own_lease_is_in_the_way(region: Region) -> None:
@@ -453,6 +479,37 @@ def test_saver_dies(region: Region, joined: Callable[..., Child]) -> None:
         fill(region, b"more")
         assert snap.read(0, snap.size) == image(b"text")
     unhurt(region, region.protections())
+
+
+def test_who_may_have_no_more_mappings_stores_all_the_same(
+    fork: Callable[..., Child], joined: Callable[..., Child]
+) -> None:
+    """A page that cannot be opened alone is opened with those around it, which are saved as well."""
+    with pyshare.create(size=PAGES * PAGE, engine="mprotect") as region:
+        fill(region, b"text")
+
+        def take(_: Child) -> None:
+            with region.snapshot() as snap:  # its saver stops this process
+                snap.finish()
+                assert snap.read(0, snap.size) == image(b"text")
+
+        def write(child: Child) -> None:
+            mappings = Mappings()
+            child.say()
+            child.hear()
+            mappings.fill()
+            for page in (5, 20, 40):
+                region.buf[page * PAGE] = 1
+            child.say("stored")
+            child.hear()
+
+        writer, taker = joined(write), fork(take, point="S6_save=stop")
+        assert os.WIFSTOPPED(os.waitpid(taker.pid, os.WUNTRACED)[1])
+        writer.say()
+        assert writer.hear() == "stored"
+        taker.resume()
+        assert taker.wait() == 0
+        assert [region.read(page * PAGE, 1) for page in (5, 20, 40)] == [b"\1"] * 3
 
 
 def test_silent_participant(region: Region, joined: Callable[..., Child]) -> None:
