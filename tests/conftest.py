@@ -27,12 +27,17 @@ PATIENCE = 60.0  # seconds after which a test gives up on something that should 
 
 
 def pytest_configure() -> None:
-    """A /dev/shm of our own, where that is permitted: names of other programs, or of another run, do not disturb."""
+    """A /dev/shm of our own, where that is permitted: names of other programs, or of another run, do not disturb.
+
+    And Ctrl-C interrupts, whoever started us.
+    """
     libc = ctypes.CDLL(None)
     new_mounts, private = 0x20000, 0x44000  # CLONE_NEWNS; MS_PRIVATE | MS_REC
     if os.geteuid() == 0 and libc.unshare(new_mounts) == 0:
         libc.mount(b"none", b"/", None, private, None)
         libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
