@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 #define PS_MAGIC 0x0065726168737970u /* "pyshare\0", little endian */
-#define PS_VERSION 3u
+#define PS_VERSION 4u
 
 #define PS_NAME_MAX 200   /* characters of a region's name */
 #define PS_SLOTS_MAX 2047 /* slot + 1 fits 11 bits of an owner word */
@@ -85,6 +85,10 @@ enum ps_policy { PS_DIE = 0, PS_RAISE = 1, PS_WAIT = 2 };
 #define PS_CAN_RWP 0x2u  /* ... including no-access (Linux 7.2) */
 
 #define PS_SLOT_FENCED 0x1u /* its whole mapping is no-access until it re-syncs */
+
+/* What each participant does with its mappings of the data. */
+#define PS_REGION_THP 0x1u  /* asks for transparent huge pages */
+#define PS_REGION_LOCK 0x2u /* locks them into memory */
 
 enum ps_section_kind {
     PS_SEC_END = 0,
@@ -151,7 +155,10 @@ struct ps_shm_snapshot {
 
 struct ps_shm_lock {
     _Atomic uint64_t held; /* W: as a held word.  R: as a held word */
-    uint64_t pad[7];       /* W: nobody.  R: nobody */
+    /* W: the holder, relaxed, when it has taken the word; CLOCK_MONOTONIC_COARSE ns.  R: for information, with `held`
+     * the same before and after.  Crash: an earlier holder's. */
+    _Atomic uint64_t since;
+    uint64_t pad[6]; /* W: nobody.  R: nobody */
 };
 
 /* A change that is going to take place, or does: nobody takes a lease on its pages. */
@@ -274,28 +281,36 @@ struct ps_shm_slot {
      * lies in its area.  R: snapshotter at S1, seq_cst: not 0: somebody may still write to an area that was in use.
      * Crash: too high; ignored once the owner is dead. */
     _Atomic uint32_t saving;
-    uint32_t pad4[14]; /* W: nobody.  R: nobody */
+    /* W: owner's threads, relaxed, on their way to sleep until `waits_for` (an owner word) has given something up or
+     * acknowledged; 0 when they go on.  Of several threads the last.  R: for information.  Crash: as it was. */
+    _Atomic uint32_t waits_for;
+    _Atomic uint32_t takes;       /* W: owner's threads, relaxed: leases taken, modulo 2^32.  R: for information */
+    _Atomic uint64_t waits_since; /* W: before `waits_for`; CLOCK_MONOTONIC_COARSE ns.  R: for information */
+    /* W: owner's thread that takes the first of its leases, relaxed; CLOCK_MONOTONIC_COARSE ns.  R: for information:
+     * since when it has held some lease without a break. */
+    _Atomic uint64_t leased_since;
+    uint32_t pad4[8]; /* W: nobody.  R: nobody */
 };
 
 struct ps_shm_header {
     /* Lines 0 to 10: written by the creator, immutable afterwards.  Read once, at attach, into private
      * memory (struct ps_shape); a later change of them by anybody has no effect on who is attached. */
-    uint64_t magic;             /* W: creator, last.  R: at attach: PS_MAGIC */
-    uint32_t version;           /* W: creator.  R: at attach: PS_VERSION */
-    uint32_t page_size;         /* W: creator.  R: at attach: the machine's page size */
-    uint64_t control_size;      /* W: creator.  R: at attach; bytes before the data, whole pages */
-    uint64_t size;              /* W: creator.  R: at attach; bytes asked for */
-    uint64_t pages;             /* W: creator.  R: at attach; data pages, size rounded up */
-    uint32_t slots;             /* W: creator.  R: at attach; 1 to PS_SLOTS_MAX */
-    uint32_t initial;           /* W: creator.  R: at attach; the protection that a zero map byte means */
-    uint64_t nonce[2];          /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
-    uint64_t created;           /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
-    uint32_t creator;           /* W: creator.  R: at attach; its pid, the author of generation 0 */
-    uint32_t policy;            /* W: creator.  R: at attach; enum ps_policy, each participant's at first */
-    char name[PS_NAME_MAX + 8]; /* W: creator.  R: at attach; NUL terminated, may be "" */
+    uint64_t magic;        /* W: creator, last.  R: at attach: PS_MAGIC */
+    uint32_t version;      /* W: creator.  R: at attach: PS_VERSION */
+    uint32_t page_size;    /* W: creator.  R: at attach: bytes; the unit of protection, of leases, and of this file */
+    uint64_t control_size; /* W: creator.  R: at attach; bytes before the data, whole pages */
+    uint64_t size;         /* W: creator.  R: at attach; bytes asked for */
+    uint64_t pages;        /* W: creator.  R: at attach; data pages of PS_PAGE bytes, of whole units */
+    uint32_t slots;        /* W: creator.  R: at attach; 1 to PS_SLOTS_MAX */
+    uint32_t initial;      /* W: creator.  R: at attach; the protection that a zero map byte means */
+    uint64_t nonce[2];     /* W: creator.  R: at attach, and by name look-ups; random, tells regions apart */
+    uint64_t created;      /* W: creator.  R: at attach; CLOCK_BOOTTIME ns, the time of generation 0 */
+    uint32_t creator;      /* W: creator.  R: at attach; its pid, the author of generation 0 */
+    uint32_t policy;       /* W: creator.  R: at attach; enum ps_policy, each participant's at first */
+    char name[PS_NAME_MAX + 8];                 /* W: creator.  R: at attach; NUL terminated, may be "" */
     struct ps_shm_section section[PS_SECTIONS]; /* W: creator.  R: at attach; ends at PS_SEC_END */
     uint32_t areas; /* W: creator.  R: at attach; snapshot areas behind the data, at most PS_SNAPSHOTS */
-    uint32_t pad0;  /* W: nobody.  R: nobody */
+    uint32_t flags; /* W: creator.  R: at attach; PS_REGION_* */
 
     /* Line 11: the writer lock. */
     /* W: by CAS 0 -> owner word, owner word -> owner word + WAITING, dead owner's word -> own word; released by
