@@ -30,6 +30,7 @@ cdef extern from "core.h" nogil:
         PS_SEC_KEPT
         PS_SEC_STATE
         PS_SNAPSHOT_MASK
+        PS_CLOSERS
         PS_RING
         PS_SET
         PS_UNDO
@@ -57,6 +58,19 @@ cdef extern from "core.h" nogil:
         bint live
         bint alive
         bint here
+        uint32_t leases
+        uint32_t waits_for
+        uint64_t leased_since
+        uint64_t waits_since
+    struct ps_seen_lock:
+        uint32_t index
+        uint32_t owner
+        uint64_t since
+    struct ps_seen_closer:
+        uint32_t owner
+        bint drain
+        uint64_t first
+        uint64_t count
     int ps_observe(ps_region *seen, int fd, const char **field)
     void ps_observe_end(ps_region *seen)
     int ps_observe_wait(const ps_region *seen, uint64_t generation, int64_t deadline)
@@ -67,6 +81,10 @@ cdef extern from "core.h" nogil:
     uint32_t ps_observe_freezer(const ps_region *seen, uint64_t *frozen)
     uint32_t ps_observe_snapshot(const ps_region *seen, uint32_t area, uint64_t *generation)
     bint ps_observe_protected(const ps_region *seen)
+    uint64_t ps_observe_takes(const ps_region *seen)
+    uint32_t ps_observe_writer(const ps_region *seen)
+    bint ps_observe_lock(ps_region *seen, uint32_t start, ps_seen_lock *out)
+    bint ps_observe_closer(const ps_region *seen, uint32_t index, ps_seen_closer *out)
     int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, flag *marked)
 
 RING = PS_RING
@@ -145,7 +163,8 @@ cdef class Observer:
     # -- Who takes part --
 
     def slots(self):
-        """[(owner word, pid, start time, applied, address of the data, live, alive, here, by uffd, fenced)]"""
+        """[(owner word, pid, start time, applied, address of the data, live, alive, here, by uffd, fenced,
+        leases, since, waits for, since)]; 0: nobody; since by CLOCK_MONOTONIC, ns"""
         cdef ps_seen_slot one
         cdef uint32_t index = 0
         cdef int rc = 0
@@ -154,8 +173,39 @@ cdef class Observer:
             rc = ps_observe_slot(self.seen(), index, &one)
             if rc > 0:
                 found.append((one.owner, one.pid, one.start, one.applied, one.data, bool(one.live), bool(one.alive),
-                              bool(one.here), bool(one.capabilities & PS_CAN_UFFD), bool(one.flags & PS_SLOT_FENCED)))
+                              bool(one.here), bool(one.capabilities & PS_CAN_UFFD), bool(one.flags & PS_SLOT_FENCED),
+                              one.leases, one.leased_since, one.waits_for, one.waits_since))
             index += 1
+        return found
+
+    # -- Who holds what --
+
+    def takes(self):
+        """Leases ever taken."""
+        return ps_observe_takes(self.seen())
+
+    def writer(self):
+        """Owner word of who has the writer lock; 0: nobody."""
+        return ps_observe_writer(self.seen())
+
+    def locks(self):
+        """[(index, owner word, since)] of the user locks that are held; since by CLOCK_MONOTONIC, ns, 0: unknown."""
+        cdef ps_seen_lock one
+        cdef uint32_t index = 0
+        found = []
+        while ps_observe_lock(self.seen(), index, &one):
+            found.append((one.index, one.owner, one.since))
+            index = one.index + 1
+        return found
+
+    def closers(self):
+        """[(owner word, first page, pages, of a snapshot)] of what waits for leases, or keeps them away."""
+        cdef ps_seen_closer one
+        cdef uint32_t index
+        found = []
+        for index in range(PS_CLOSERS):
+            if ps_observe_closer(self.seen(), index, &one):
+                found.append((one.owner, one.first, one.count, bool(one.drain)))
         return found
 
     # -- Pages: runs of (first page, pages, value), ascending, that cover the region --

@@ -274,7 +274,8 @@ static struct waiting patient(int64_t deadline, struct ps_outcome *outcome) {
 }
 
 /* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
-static void sleep_on(struct ps_shm_slot *slot, uint32_t ack, int64_t now, struct waiting *waiting) {
+static void sleep_on(struct ps_region *region, uint32_t index, uint32_t ack, int64_t now, struct waiting *waiting) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
     uint32_t live = atomic_load_explicit(&slot->live, memory_order_acquire);
     int64_t backstop = now + (live & FUTEX_OWNER_DIED ? PS_BACKSTOP / 8 : PS_BACKSTOP);
     if (!(ack & PS_ACK_WAITING)) {
@@ -283,9 +284,11 @@ static void sleep_on(struct ps_shm_slot *slot, uint32_t ack, int64_t now, struct
             return;
         ack |= PS_ACK_WAITING;
     }
+    ps_waits_for(region, ps_owner_of(index, atomic_load_explicit(&slot->status, memory_order_relaxed)));
     if (ps_sys_wait_two((struct ps_watch){&slot->ack, ack}, (struct ps_watch){&slot->live, live},
                         backstop < waiting->deadline ? backstop : waiting->deadline) == -EINTR)
         note_signal(waiting);
+    ps_waits_no_more(region);
 }
 
 /* Its page tables follow the generation, or it has no rights at all. */
@@ -326,7 +329,7 @@ static bool await_slot(struct ps_region *region, uint32_t index, struct waiting 
             return true;
         if (now >= waiting->deadline)
             return false;
-        sleep_on(slot, ack, now, waiting);
+        sleep_on(region, index, ack, now, waiting);
     }
 }
 
@@ -345,7 +348,7 @@ int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, st
     struct waiting waiting = patient(deadline, outcome);
     waiting.generation = outcome->generation = generation;
     waiting.committed = true;
-    return await_all(region, &waiting);
+    return ps_waited(await_all(region, &waiting));
 }
 
 /* After every acknowledgement: 0, or the errno of one that could not apply this generation. */
@@ -577,12 +580,12 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
         return PS_EFROZEN;
     int rc = ps_lease_close(region, wanted.first, wanted.count, deadline, outcome, &closer);
     if (rc)
-        return rc;
+        return ps_waited(rc);
     do
         rc = closed_change(region, &wanted, deadline, outcome);
     while (rc == -EAGAIN && !(rc = ps_freeze_wait(region, deadline, outcome)));
     ps_lease_open(region, closer);
-    return rc;
+    return ps_waited(rc);
 }
 
 /* -- Freezing -------------------------------------------------------------------------------------------------- */

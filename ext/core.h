@@ -230,10 +230,21 @@ struct ps_seen_slot {
     uint32_t pid, capabilities, flags;
     uint64_t start; /* of the process: clock ticks, 0 unknown */
     uint64_t applied;
-    uint64_t data; /* where it says to have the data: to be checked */
-    bool live;     /* it has joined */
-    bool alive;    /* its memory is still there */
-    bool here;     /* its pid is one of our pid namespace */
+    uint64_t data;                      /* where it says to have the data: to be checked */
+    bool live;                          /* it has joined */
+    bool alive;                         /* its memory is still there */
+    bool here;                          /* its pid is one of our pid namespace */
+    uint32_t leases, waits_for;         /* how many it has; whom one of its threads waits for, 0: nobody */
+    uint64_t leased_since, waits_since; /* CLOCK_MONOTONIC_COARSE ns, where the former are not 0 */
+};
+struct ps_seen_lock { /* a user lock that somebody has */
+    uint32_t index, owner;
+    uint64_t since; /* CLOCK_MONOTONIC_COARSE ns; 0 unknown */
+};
+struct ps_seen_closer { /* a change, a freeze or a snapshot that keeps leases from its pages */
+    uint32_t owner;
+    bool drain; /* a snapshot */
+    uint64_t first, count;
 };
 int ps_observe(struct ps_region *seen, int fd, const char **field);
 void ps_observe_end(struct ps_region *seen);
@@ -246,6 +257,10 @@ uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint
 uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen);
 uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64_t *generation);
 bool ps_observe_protected(const struct ps_region *seen);
+uint64_t ps_observe_takes(const struct ps_region *seen);  /* leases ever taken */
+uint32_t ps_observe_writer(const struct ps_region *seen); /* owner word: who has the writer lock; 0: nobody */
+bool ps_observe_lock(struct ps_region *seen, uint32_t from, struct ps_seen_lock *out); /* the next one; false: none */
+bool ps_observe_closer(const struct ps_region *seen, uint32_t index, struct ps_seen_closer *out); /* of PS_CLOSERS */
 int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked);
 
 /* Names: the entry's format is names.c's; the directory is _names.py's. */

@@ -232,8 +232,8 @@ static void put_number(struct text *text, uint64_t number) {
     put(text, at);
 }
 
-static void put_age(struct text *text, uint64_t then) {
-    uint64_t now = ps_sys_boottime(), ms = now > then ? (now - then) / PS_MS : 0;
+static void put_age(struct text *text, uint64_t then, uint64_t now) {
+    uint64_t ms = now > then ? (now - then) / PS_MS : 0;
     put_number(text, ms < 10000 ? ms : ms / 1000);
     put(text, ms < 10000 ? " ms ago" : " s ago");
 }
@@ -260,7 +260,7 @@ static void put_since(struct text *text, struct ps_author author) {
     put(text, author.generation ? " by pid " : ") by pid ");
     put_number(text, author.pid);
     put(text, ", ");
-    put_age(text, author.time);
+    put_age(text, author.time, ps_sys_boottime());
 }
 
 static void put_lease(struct text *text, const struct ps_region *region, uint64_t page) {
@@ -269,7 +269,7 @@ static void put_lease(struct text *text, const struct ps_region *region, uint64_
         put(text, "; this process's lease on it is by window, at another address");
     } else if (here) {
         put(text, "; this process's lease on the page ended ");
-        put_age(text, (here >> 1) * PS_MS);
+        put_age(text, (here >> 1) * PS_MS, ps_sys_coarse());
     }
 }
 

@@ -167,14 +167,14 @@ int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *out
         return PS_EFROZEN;
     int rc = take_word(region, deadline, outcome);
     if (rc)
-        return rc;
+        return ps_waited(rc);
     atomic_store_explicit(&region->frozen_by, ps_process_tid(), memory_order_relaxed);
     rc = freeze(region, deadline, outcome);
     if (rc && !(rc == PS_ESIGNAL && outcome->generation)) {
         atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed);
         clear(region);
     }
-    return rc;
+    return ps_waited(rc);
 }
 
 /* PS_ESIGNAL: the writer lock could not be had yet, and the freeze goes on. */
@@ -186,6 +186,7 @@ int ps_thaw(struct ps_region *region) {
     int rc = ps_change_thaw(region, ps_sys_now() + PATIENCE, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL)
         return PS_ESIGNAL;
+    ps_waited(0);
     atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed); /* before the next thread of ours has it */
     clear(region);
     ps_lease_open(region, closer);

@@ -284,7 +284,8 @@ struct ps_shm_slot {
     /* W: owner's threads, relaxed, on their way to sleep until `waits_for` (an owner word) has given something up or
      * acknowledged; 0 when they go on.  Of several threads the last.  R: for information.  Crash: as it was. */
     _Atomic uint32_t waits_for;
-    _Atomic uint32_t takes;       /* W: owner's threads, relaxed: leases taken, modulo 2^32.  R: for information */
+    /* W: owner's threads, relaxed: + 1 for each lease taken, whoever had this slot: modulo 2^32.  R: for information */
+    _Atomic uint32_t takes;
     _Atomic uint64_t waits_since; /* W: before `waits_for`; CLOCK_MONOTONIC_COARSE ns.  R: for information */
     /* W: owner's thread that takes the first of its leases, relaxed; CLOCK_MONOTONIC_COARSE ns.  R: for information:
      * since when it has held some lease without a break. */

@@ -83,8 +83,8 @@ static _Atomic uint64_t *lease_word(const struct ps_region *region, uint64_t pag
     return (_Atomic uint64_t *)ps_section(region, PS_SEC_LEASE) + page;
 }
 
-static _Atomic uint64_t *lock_word(const struct ps_region *region, uint32_t index) {
-    return &((struct ps_shm_lock *)ps_section(region, PS_SEC_LOCK))[index].held;
+static struct ps_shm_lock *user_lock(const struct ps_region *region, uint32_t index) {
+    return (struct ps_shm_lock *)ps_section(region, PS_SEC_LOCK) + index;
 }
 
 static _Atomic uint32_t *low_half(_Atomic uint64_t *word) {
@@ -444,7 +444,8 @@ static _Atomic uint32_t *own_leases(const struct ps_region *region) {
 }
 
 static void count_lease(struct ps_region *region) {
-    atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst);
+    if (!atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst))
+        atomic_store_explicit(&ps_slot(region, region->slot)->leased_since, ps_sys_coarse(), memory_order_relaxed);
 }
 
 static void uncount_lease(struct ps_region *region) {
@@ -459,7 +460,7 @@ static void uncount_lease(struct ps_region *region) {
 static int drain_slot(struct wait *wait, uint32_t index) {
     struct ps_shm_slot *slot = ps_slot(wait->region, index);
     uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire), leases;
-    uint32_t owner = status >> PS_STATE_BITS << PS_OWNER_SLOT_BITS | (index + 1);
+    uint32_t owner = ps_owner_of(index, status);
     while (ps_state_of(status) == PS_LIVE && (leases = atomic_load_explicit(&slot->leases, memory_order_seq_cst))) {
         if (gone(wait, owner))
             return 0;
@@ -636,10 +637,11 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
             give_pages(region, lease->first, lease->first + lease->count);
             uncount_lease(region);
         } else {
+            atomic_fetch_add_explicit(&ps_slot(region, region->slot)->takes, 1, memory_order_relaxed);
             remember(region, lease->first);
         }
     }
-    return rc ? tell(&wait, rc, lease_word(region, lease->first), lease->count, outcome) : 0;
+    return ps_waited(rc ? tell(&wait, rc, lease_word(region, lease->first), lease->count, outcome) : 0);
 }
 
 int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_t deadline) {
@@ -652,7 +654,7 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
         close_pages(region, lease);
         PS_POINT(H3_close);
     }
-    uint64_t ended = ps_sys_boottime() / PS_MS << 1, generation = ps_generation(region);
+    uint64_t ended = ps_sys_coarse() / PS_MS << 1, generation = ps_generation(region);
     for (uint64_t page = lease->first; page < lease->first + lease->count; page++) {
         ps_stamp(region, page, generation);
         atomic_store_explicit(&region->here[page], ended, memory_order_release);
@@ -673,18 +675,19 @@ int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline
     struct wait wait = begin_wait(region, deadline);
     uint64_t here = region->shape.pages + index;
     uint32_t dead;
-    int rc = take_word(&wait, lock_word(region, index), here, &dead);
+    int rc = take_word(&wait, &user_lock(region, index)->held, here, &dead);
     if (rc)
-        return tell(&wait, rc, lock_word(region, index), 1, outcome);
+        return ps_waited(tell(&wait, rc, &user_lock(region, index)->held, 1, outcome));
+    atomic_store_explicit(&user_lock(region, index)->since, ps_sys_coarse(), memory_order_relaxed);
     atomic_store_explicit(&region->here[here], (uint64_t)ps_process_tid() << 2 | PS_HERE_HELD, memory_order_release);
     *abandoned = dead != 0;
     PS_POINT(H1_take);
-    return 0;
+    return ps_waited(0);
 }
 
 void ps_user_lock_give(struct ps_region *region, uint32_t index) {
     if (!ps_process_known())
         return;
     atomic_store_explicit(&region->here[region->shape.pages + index], 0, memory_order_release);
-    give(region, lock_word(region, index), 0);
+    give(region, &user_lock(region, index)->held, 0);
 }

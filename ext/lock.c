@@ -1,7 +1,7 @@
 /* lock.c - words owned by (slot, epoch), and two that are private.
  *
  * Lives here: the writer lock and its take-over from the dead; the claim on
- * a participant's page tables; the locks of one process.
+ * a participant's page tables; the locks of one process; what is told of waits.
  *
  * The writer lock word (see PS_OWNER_*) and its transitions:
  *   0              -> me               CAS, acquire; with WAITING if we have slept: others may sleep still
@@ -57,6 +57,31 @@ bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
     return state == PS_FREE || state == PS_DEAD || ps_slot_dead(region, slot, status);
 }
 
+/* -- Who waits for whom: told to those who look (observe.c) ---------------------------------------------------- */
+
+/* Around each sleep.  `since` is that of the first of them: one wait has many, and takes more than one call where
+ * signals are served in between. */
+void ps_waits_for(struct ps_region *region, uint32_t owner) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    struct ps_patience *mine = ps_process_patience();
+    owner &= ~PS_OWNER_WAITING;
+    if (mine->owner != owner)
+        *mine = (struct ps_patience){owner, ps_sys_coarse()};
+    atomic_store_explicit(&slot->waits_since, mine->since, memory_order_relaxed);
+    atomic_store_explicit(&slot->waits_for, owner, memory_order_relaxed);
+}
+
+void ps_waits_no_more(struct ps_region *region) {
+    atomic_store_explicit(&ps_slot(region, region->slot)->waits_for, 0, memory_order_relaxed);
+}
+
+/* The result of a call that may have waited. PS_ESIGNAL: another call goes on with it. */
+int ps_waited(int rc) {
+    if (rc != PS_ESIGNAL)
+        ps_process_patience()->owner = 0;
+    return rc;
+}
+
 /* Sleeps until the watched word changes or the owner's agent dies; 0: look again. */
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
     struct ps_shm_slot *slot = ps_slot(region, owner_slot(owner));
@@ -66,7 +91,9 @@ int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owne
         return -ETIMEDOUT;
     bool marked = live.value & FUTEX_OWNER_DIED; /* nobody will wake us again: death comes any moment */
     int64_t backstop = now + (marked ? PS_BACKSTOP / 8 : PS_BACKSTOP);
+    ps_waits_for(region, owner);
     int rc = ps_sys_wait_two(watch, live, backstop < deadline ? backstop : deadline);
+    ps_waits_no_more(region);
     return rc == -EINTR ? PS_ESIGNAL : 0;
 }
 

@@ -95,7 +95,7 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
         return 0;
     uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
     *out = (struct ps_seen_slot){
-        .owner = (status >> PS_STATE_BITS & PS_EPOCH_MASK) << PS_OWNER_SLOT_BITS | (index + 1),
+        .owner = ps_owner_of(index, status),
         .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
         .start = atomic_load_explicit(&slot->start, memory_order_relaxed),
         .capabilities = atomic_load_explicit(&slot->capabilities, memory_order_relaxed),
@@ -105,8 +105,59 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
         .live = state == PS_LIVE,
         .alive = ps_sys_ofd_free(ps_query_fd(seen), index) == 0,
         .here = pidns && pidns == ps_sys_pid_namespace(),
+        .leases = atomic_load_explicit(&slot->leases, memory_order_relaxed),
+        .leased_since = atomic_load_explicit(&slot->leased_since, memory_order_relaxed),
+        .waits_for = atomic_load_explicit(&slot->waits_for, memory_order_relaxed),
+        .waits_since = atomic_load_explicit(&slot->waits_since, memory_order_relaxed),
     };
     return 1;
+}
+
+/* -- Who holds what, and who waits ---------------------------------------------------------------------------- */
+
+uint64_t ps_observe_takes(const struct ps_region *seen) {
+    uint64_t takes = 0;
+    for (uint32_t index = 0, used = ps_slots_used(seen); index < used; index++)
+        takes += atomic_load_explicit(&ps_slot(seen, index)->takes, memory_order_relaxed);
+    return takes;
+}
+
+uint32_t ps_observe_writer(const struct ps_region *seen) {
+    return atomic_load_explicit(&ps_header(seen)->lock, memory_order_acquire) & ~PS_OWNER_WAITING;
+}
+
+bool ps_observe_lock(struct ps_region *seen, uint32_t from, struct ps_seen_lock *out) {
+    uint64_t begin = seen->shape.offset[PS_SEC_LOCK], width = sizeof(struct ps_shm_lock);
+    for (uint32_t index = from; index < PS_LOCKS; index++) {
+        if (index == from || (begin + index * width) % PS_PAGE < width) {
+            uint64_t data = ps_region_skip_hole(seen, begin + index * width, begin + PS_LOCKS * width);
+            index = (uint32_t)((data - begin) / width);
+            if (index >= PS_LOCKS)
+                return false;
+        }
+        const struct ps_shm_lock *lock = (struct ps_shm_lock *)ps_section(seen, PS_SEC_LOCK) + index;
+        uint64_t held = atomic_load_explicit(&lock->held, memory_order_acquire) & HOLDER_MASK;
+        if (!held)
+            continue;
+        uint64_t since = atomic_load_explicit(&lock->since, memory_order_relaxed);
+        atomic_thread_fence(memory_order_acquire); /* the second look comes after it */
+        bool same = (atomic_load_explicit(&lock->held, memory_order_relaxed) & HOLDER_MASK) == held;
+        *out = (struct ps_seen_lock){index, (uint32_t)held, same ? since : 0};
+        return true;
+    }
+    return false;
+}
+
+bool ps_observe_closer(const struct ps_region *seen, uint32_t index, struct ps_seen_closer *out) {
+    const struct ps_shm_header *header = ps_header(seen);
+    const struct ps_shm_closer *closer = &header->closer[index];
+    *out = (struct ps_seen_closer){
+        .owner = atomic_load_explicit(&closer->owner, memory_order_acquire) & ~PS_OWNER_WAITING,
+        .drain = atomic_load_explicit(&closer->drain, memory_order_relaxed),
+        .first = atomic_load_explicit(&closer->first, memory_order_relaxed),
+        .count = atomic_load_explicit(&closer->count, memory_order_relaxed),
+    };
+    return out->owner && atomic_load_explicit(&header->closers, memory_order_acquire) >> index & 1;
 }
 
 /* -- Layers of the map ---------------------------------------------------------------------------------------- */

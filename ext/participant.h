@@ -29,7 +29,8 @@
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
 /* A word of `here`: while it is held thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD, and in the high half the dead
- * owner's word that ours took the place of, or 0; after that the time of the end, CLOCK_BOOTTIME ms << 1; 0: unknown.
+ * owner's word that ours took the place of, or 0; after that the time of the end, CLOCK_MONOTONIC_COARSE ms << 1; 0:
+ * unknown.
  */
 #define PS_HERE_HELD 1u
 #define PS_HERE_IN_PLACE 2u /* so that the page is writable at its public address */
@@ -225,6 +226,9 @@ static inline uint32_t ps_slot_bit(uint32_t slot) {
 static inline bool ps_acknowledged(uint32_t ack, uint64_t generation) {
     return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
 }
+static inline uint32_t ps_owner_of(uint32_t slot, uint32_t status) {
+    return (status >> PS_STATE_BITS & PS_EPOCH_MASK) << PS_OWNER_SLOT_BITS | (slot + 1);
+}
 static inline enum ps_state ps_state_of(uint32_t status) {
     return (enum ps_state)(status & PS_STATE_MASK);
 }
@@ -237,6 +241,9 @@ uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
 bool ps_owner_known(const struct ps_region *region, uint32_t owner);
 bool ps_owner_gone(struct ps_region *region, uint32_t owner);
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
+void ps_waits_for(struct ps_region *region, uint32_t owner);
+void ps_waits_no_more(struct ps_region *region);
+int ps_waited(int rc);
 int ps_claim_own(struct ps_region *region, int64_t deadline);
 bool ps_claim_other(struct ps_region *region, uint32_t slot, uint32_t epoch);
 void ps_claim_void(struct ps_region *region);
@@ -410,6 +417,13 @@ struct ps_taken {
     uint64_t page;
 };
 struct ps_taken *ps_process_taken(void);
+
+/* Whom the calling thread waits for, across the calls that this takes (lock.c). */
+struct ps_patience {
+    uint32_t owner; /* 0: nobody */
+    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
+};
+struct ps_patience *ps_process_patience(void);
 
 /* A word of `here`, by page or pages + lock; does the calling thread hold that? */
 static inline uint64_t ps_here(const struct ps_region *region, uint64_t index) {

@@ -32,6 +32,7 @@ static _Thread_local struct ps_violation violation;
 static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
 static _Thread_local struct ps_taken taken[PS_TAKEN];
+static _Thread_local struct ps_patience patience;
 static _Thread_local const struct ps_region *agent_of;
 static _Atomic uint32_t borrow_lock;      /* lock.c */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
@@ -61,6 +62,10 @@ const struct ps_hooks *ps_process_hooks(void) {
 
 struct ps_taken *ps_process_taken(void) {
     return taken;
+}
+
+struct ps_patience *ps_process_patience(void) {
+    return &patience;
 }
 
 struct ps_region *ps_process_next(struct ps_region *region) {

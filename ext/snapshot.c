@@ -647,7 +647,7 @@ int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outco
         if (rc == -EAGAIN)
             ps_sys_pause();
     } while (rc == -EAGAIN && ps_sys_now() < deadline);
-    return rc;
+    return ps_waited(rc);
 }
 
 /* -- What was written, and writing it ------------------------------------------------------------------------------ */

@@ -89,6 +89,10 @@ uint64_t ps_sys_boottime(void) {
     return clock_ns(CLOCK_BOOTTIME);
 }
 
+uint64_t ps_sys_coarse(void) {
+    return clock_ns(CLOCK_MONOTONIC_COARSE);
+}
+
 void ps_sys_pause(void) {
     _Atomic uint32_t nobody_wakes = 0;
     ps_sys_wait((struct ps_watch){&nobody_wakes, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);

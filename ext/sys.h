@@ -27,6 +27,7 @@ struct ps_watch {
 
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
+uint64_t ps_sys_coarse(void);   /* CLOCK_MONOTONIC_COARSE, ns: some milliseconds late, and a third of the price */
 void ps_sys_pause(void);
 void ps_sys_yield(void); /* a tenth of a millisecond, for whoever waits for what nobody wakes for */
 int ps_sys_gettid(void);

@@ -44,6 +44,10 @@ class Slot(NamedTuple):
     here: bool  # its pid is one of our pid namespace
     uffd: bool
     fenced: bool
+    leases: int  # that it has
+    leased_since: int  # ... some of them, without a break: CLOCK_MONOTONIC ns
+    waits_for: int  # whom one of its threads sleeps for, as `owner`; 0: nobody
+    waits_since: int  # CLOCK_MONOTONIC ns
 
     def process(self) -> psutil.Process | None:
         """Its process; None where that is gone, or cannot be seen from here."""
