@@ -62,6 +62,7 @@ cdef extern from "core.h" nogil:
         uint32_t waits_for
         uint64_t leased_since
         uint64_t waits_since
+        uint32_t takes
     struct ps_seen_lock:
         uint32_t index
         uint32_t owner
@@ -164,7 +165,7 @@ cdef class Observer:
 
     def slots(self):
         """[(owner word, pid, start time, applied, address of the data, live, alive, here, by uffd, fenced,
-        leases, since, waits for, since)]; 0: nobody; since by CLOCK_MONOTONIC, ns"""
+        leases, since, waits for, since, takes)]; 0: nobody; since by CLOCK_MONOTONIC, ns"""
         cdef ps_seen_slot one
         cdef uint32_t index = 0
         cdef int rc = 0
@@ -174,7 +175,7 @@ cdef class Observer:
             if rc > 0:
                 found.append((one.owner, one.pid, one.start, one.applied, one.data, bool(one.live), bool(one.alive),
                               bool(one.here), bool(one.capabilities & PS_CAN_UFFD), bool(one.flags & PS_SLOT_FENCED),
-                              one.leases, one.leased_since, one.waits_for, one.waits_since))
+                              one.leases, one.leased_since, one.waits_for, one.waits_since, one.takes))
             index += 1
         return found
 

@@ -236,6 +236,7 @@ struct ps_seen_slot {
     bool here;                          /* its pid is one of our pid namespace */
     uint32_t leases, waits_for;         /* how many it has; whom one of its threads waits for, 0: nobody */
     uint64_t leased_since, waits_since; /* CLOCK_MONOTONIC_COARSE ns, where the former are not 0 */
+    uint32_t takes;                     /* leases taken, by whoever had the slot */
 };
 struct ps_seen_lock { /* a user lock that somebody has */
     uint32_t index, owner;

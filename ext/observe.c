@@ -109,6 +109,7 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
         .leased_since = atomic_load_explicit(&slot->leased_since, memory_order_relaxed),
         .waits_for = atomic_load_explicit(&slot->waits_for, memory_order_relaxed),
         .waits_since = atomic_load_explicit(&slot->waits_since, memory_order_relaxed),
+        .takes = atomic_load_explicit(&slot->takes, memory_order_relaxed),
     };
     return 1;
 }
@@ -157,6 +158,8 @@ bool ps_observe_closer(const struct ps_region *seen, uint32_t index, struct ps_s
         .first = atomic_load_explicit(&closer->first, memory_order_relaxed),
         .count = atomic_load_explicit(&closer->count, memory_order_relaxed),
     };
+    if (out->first >= seen->shape.pages || out->count > seen->shape.pages - out->first)
+        out->first = out->count = 0;
     return out->owner && atomic_load_explicit(&header->closers, memory_order_acquire) >> index & 1;
 }
 
