@@ -126,15 +126,22 @@ def _opened(entry: str) -> Iterator[int]:
         os.close(fd)
 
 
+class Stale(RegionNotFound):
+    """The name is there, and nobody holds it."""
+
+
 @contextlib.contextmanager
-def live(name: str) -> Iterator[int]:
-    """An entry that somebody holds, pinned against removal; RegionNotFound, PermissionError."""
+def live(name: str, *, keep: bool = False) -> Iterator[int]:
+    """An entry that somebody holds, pinned against removal; RegionNotFound, PermissionError.
+
+    A stale one is removed; with `keep` it stays where it is, and the error is Stale.
+    """
     entry = _PREFIX + name
-    missing = RegionNotFound(f"no region is called {name!r}: never made, unlinked, or its last holder is gone")
+    missing = f"no region is called {name!r}: never made, unlinked, or its last holder is gone"
     try:
         fd = _open(entry)
     except FileNotFoundError:
-        raise missing from None
+        raise RegionNotFound(missing) from None
     except PermissionError:
         raise PermissionError(
             errno.EACCES, f"the region {name!r} belongs to somebody else, whose mode keeps you out; ask for its "
@@ -147,20 +154,22 @@ def live(name: str) -> Iterator[int]:
                 f"the name {name!r} was made by user {os.fstat(fd).st_uid}, not by you or root; if that is meant, ask "
                 "for its descriptor to be passed over a Unix socket",
             )
+        if keep and _lock(fd, fcntl.LOCK_EX):
+            raise Stale(f"the name {name!r} is stale: its last holder is gone; unlink removes it")
         try:
             # Stale, or just being cleared away by somebody who holds LOCK_EX.
-            gone = _clear_stale(fd, entry) or not _lock(fd, fcntl.LOCK_SH)
+            gone = (not keep and _clear_stale(fd, entry)) or not _lock(fd, fcntl.LOCK_SH)
         except PermissionError:  # stale, but root's
             gone = True
         if gone:
-            raise missing
+            raise RegionNotFound(missing)
         yield fd
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def found(name: str, deadline: int) -> Iterator[tuple[int, int]]:
+def found(name: str, deadline: int, *, keep: bool = False) -> Iterator[tuple[int, int]]:
     """(descriptor of the region, from any of its holders; the live entry); RegionNotFound, PermissionError.
 
     A forked child that has not joined yet, and a holder that is just leaving, have the entry without a row in it: it
@@ -168,7 +177,7 @@ def found(name: str, deadline: int) -> Iterator[tuple[int, int]]:
     """
     deadline = min(deadline, time.monotonic_ns() + _JOINING)
     while True:
-        with live(name) as entry:
+        with live(name, keep=keep) as entry:
             fd = _core.name_find(entry)
             if fd >= 0:
                 try:
@@ -183,6 +192,20 @@ def found(name: str, deadline: int) -> Iterator[tuple[int, int]]:
                     "pid namespace, or not dumpable); ask for its descriptor to be passed over a Unix socket",
                 )
         time.sleep(_SHORT)
+
+
+def entries() -> list[str]:
+    """Every name that there is, sorted: live or stale, and whoever made it. Nothing is removed."""
+    found = (entry.removeprefix(_PREFIX) for entry in os.listdir(_DIRECTORY) if entry.startswith(_PREFIX))
+    return sorted(name for name in found if len(name) <= _core.NAME_MAX and _NAME.fullmatch(name))
+
+
+def owner(name: str) -> int | None:
+    """The user whose name it is; None: there is no such name."""
+    try:
+        return os.stat(_path(_PREFIX + name), follow_symlinks=False).st_uid
+    except FileNotFoundError:
+        return None
 
 
 class NewEntry:
@@ -251,14 +274,14 @@ class NewEntry:
 
 
 @contextlib.contextmanager
-def of_region(name: str | None, handle_fd: int) -> Iterator[int]:
+def of_region(name: str | None, handle_fd: int, *, keep: bool = False) -> Iterator[int]:
     """The live entry that leads to this very region, to become a holder of it; -1 where there is none."""
     if name is None:
         yield -1
         return
     with contextlib.ExitStack() as stack:
         try:
-            fd = stack.enter_context(live(name))
+            fd = stack.enter_context(live(name, keep=keep))
             same = _core.name_leads_to(fd, handle_fd)
         except (RegionNotFound, PermissionError):
             same, fd = False, -1

@@ -1,8 +1,8 @@
-"""A region as somebody sees it who does not take part in it: what ``trace`` and ``map`` have in common.
+"""A region as somebody sees it who does not take part in it: what the commands that look have in common.
 
 Lives here: the way from a name to an observer, who its participants are, and
-the words and colours in which both commands speak.
-Not here: what is in a control segment (ext/observe.c), page tables (map.py).
+the words, colours and tables in which these commands speak.
+Not here: what is in a control segment (ext/observe.c), page tables (map.py), how everybody is (_status.py).
 Invariant: a look changes nothing, and nobody waits for who looks.
 """
 
@@ -12,11 +12,13 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import psutil
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pyshare import _core, _names
 from pyshare._errors import ShareError
@@ -48,6 +50,7 @@ class Slot(NamedTuple):
     leased_since: int  # ... some of them, without a break: CLOCK_MONOTONIC ns
     waits_for: int  # whom one of its threads sleeps for, as `owner`; 0: nobody
     waits_since: int  # CLOCK_MONOTONIC ns
+    takes: int  # leases taken, by whoever had this slot
 
     def process(self) -> psutil.Process | None:
         """Its process; None where that is gone, or cannot be seen from here."""
@@ -66,7 +69,7 @@ class Slot(NamedTuple):
         with contextlib.suppress(psutil.Error):
             if process is not None:
                 return printable(" ".join(process.cmdline()) or f"[{process.name()}]")
-        return "(gone)"
+        return "(not in /proc)" if self.alive else "(gone)"
 
 
 def slots(observer: _core.Observer) -> list[Slot]:
@@ -116,18 +119,36 @@ def size(number: int) -> str:
     return f"{number} bytes"
 
 
+def duration(seconds: float | None) -> str:
+    """In three digits and a unit, for people."""
+    if seconds is None:
+        return "?"
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """So many of them."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def title(observer: _core.Observer, taking_part: int, generation: int) -> str:
     """What is looked at, in a line."""
-    pages = observer.pages()
     return (
-        f"region {observer.name()!r}: {pages:,} page{'s' * (pages != 1)}, {size(observer.size())}; "
-        f"{taking_part} participant{'s' * (taking_part != 1)}; change {generation}"
+        f"region {observer.name()!r}: {counted(observer.pages(), 'page')}, {size(observer.size())}; "
+        f"{counted(taking_part, 'participant')}; change {generation}"
     )
 
 
-def observe(name: str) -> tuple[_core.Observer, int]:
-    """An observer, and a descriptor of the same memory, read-only; ShareError, OSError, ValueError as ``attach``."""
-    with _names.found(_names.check(name), time.monotonic_ns() + 1_000_000_000) as (fd, _):
+def observe(name: str, patience: float = 1.0) -> tuple[_core.Observer, int]:
+    """An observer, and a descriptor of the same memory, read-only; ShareError, OSError, ValueError as ``attach``.
+
+    A stale name stays where it is.
+    """
+    deadline = time.monotonic_ns() + int(patience * 1e9)
+    with _names.found(_names.check(name), deadline, keep=True) as (fd, _):
         return _core.Observer(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -165,9 +186,27 @@ class Listened(Console):
         raise
 
 
+def console() -> Listened:
+    """For tables: where it is no terminal, nothing is cut off."""
+    listened = Listened(highlight=False)
+    if not listened.is_terminal and "COLUMNS" not in os.environ:
+        listened.width = 1000
+    return listened
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Columns whose heading begins with '>' are of numbers."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in columns:
+        grid.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left")
+    for row in rows:
+        grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return grid
+
+
 def ended(observer: _core.Observer, name: str, fd: int) -> bool:
     """Nobody takes part any more, nor is a forked child about to."""
     if any(slot.alive for slot in slots(observer)):
         return False
-    with _names.of_region(name, fd) as entry:
+    with _names.of_region(name, fd, keep=True) as entry:
         return entry < 0

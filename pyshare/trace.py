@@ -164,16 +164,6 @@ def follow(name: str, observer: _core.Observer, fd: int, trace: Trace, deadline:
 # -- Told ------------------------------------------------------------------------------------------
 
 
-def duration(seconds: float | None) -> str:
-    """In three digits and a unit."""
-    if seconds is None:
-        return "?"
-    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
-        if seconds * factor < 999.5:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
 WHAT = {"undone": "undone", "thawed": "thawed", "follow": "(snapshot)"}
 HEAD = "change  began            offset    length  protection     took  by      slowest"
 
@@ -187,7 +177,8 @@ def line(change: Change) -> Text:
     text.append(what, style="bold red" if change.kind == "undone" else style)
     text.append(" refused", style="bold red") if change.kind == "refused" else text.append(" " * (11 - len(what)))
     text.append(
-        f" {duration(change.seconds):>7}" if change.over else f" {'open':>7}", style="" if change.over else "yellow"
+        f" {_observer.duration(change.seconds):>7}" if change.over else f" {'open':>7}",
+        style="" if change.over else "yellow",
     )
     return text.append(f"  {change.pid:<7} {change.slowest or '-':<7} {change.command}")
 
