@@ -30,6 +30,7 @@ from pyshare.bench.sections import Section
 
 NAME = "bench"
 MOST = 256  # participants
+STDOUT = "-"
 SECTIONS = ("change", "lease", "lock", "snapshot", "sparse", "memory", "demo")
 
 
@@ -65,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quick", action="store_true", help="fewer cases and rounds: seconds, not minutes")
     option("--participants", metavar="N,...", type=counts, help="how many, beside the caller")
     option("--rounds", metavar="N", type=positive, help="how often everything is measured")
-    option("--json", metavar="FILE", help="write every figure, and the machine, to FILE")
+    option(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const=STDOUT,
+        help="write every figure, and the machine, to FILE; without one print them, and the tables on stderr",
+    )
     option("--plot", metavar="FILE.png", help="draw the medians of the changes (needs matplotlib)")
 
 
@@ -129,10 +136,12 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    if arguments.json in SECTIONS:  # a section that follows --json is one
+        arguments.sections, arguments.json = [*arguments.sections, arguments.json], STDOUT
     # We fork while the agent runs, on purpose; the children touch nothing that it may hold.
     warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
     asked = chosen(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=arguments.json == STDOUT)
     about = machine()
     title = "pyshare {pyshare} on {cpu}, {cpus} CPUs, Linux {kernel}, Python {python}".format_map(about)
     try:
@@ -150,7 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"Not measured, for want of it: {reason}")
         console.print(title)
         if arguments.json:
-            Path(arguments.json).write_text(json.dumps(report(about, results, found), indent=1) + "\n")
+            text = json.dumps(report(about, results, found), indent=1) + "\n"
+            sys.stdout.write(text) if arguments.json == STDOUT else Path(arguments.json).write_text(text)
         if arguments.plot:
             shown = [sweep for section in asked if section.name == "change" for sweep in section.sweeps]
             plot(arguments.plot, title, shown, results)
