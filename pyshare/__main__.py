@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 import pyshare
-from pyshare import bench, doctor, trace
+from pyshare import _unlink, bench, doctor, ls, metrics, show, top, trace
 from pyshare import map as map_
 
-COMMANDS = (bench, doctor, map_, trace)
+COMMANDS = (ls, show, top, _unlink, map_, trace, metrics, doctor, bench)
 
 
 def parser() -> argparse.ArgumentParser:
