@@ -536,28 +536,31 @@ def test_unlink_of_another_users_name_is_refused(fork: Fork) -> None:
 
 
 def test_top_tells_rates(region: Region, joined: Joined) -> None:
-    """Of a region, and of each participant: those of who works are not 0, those of who does not are."""
+    """Of a region, and of each participant: what was done between two looks."""
 
     def work(child: Child) -> None:
         child.say()
-        while True:
+        child.hear()
+        for _ in range(10):
             region.mprotect(0, PAGE, READ_WRITE)
-            region.mprotect(0, PAGE, READ)
             region.lease(PAGE, PAGE).release()
+            region.lease(PAGE, PAGE).release()
+        idle(child)
 
     lazy, busy = joined(), joined(work)
-    lines = run("top", "--json", "--count", "2", "--interval", "0.1")[1].splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        (row,) = (one for one in json.loads(line)["regions"] if one["name"] == NAME)
-        assert row["changes_per_second"] > 10
-        assert row["leases_per_second"] > 5
-        assert row["slowest"] is None or row["slowest"]["pid"] in (lazy.pid, busy.pid, os.getpid())
-    (line,) = run("top", NAME, "--json", "--count", "1", "--interval", "0.1")[1].splitlines()
-    look = json.loads(line)
-    assert row_of(look, busy.pid)["leases_per_second"] > 5
-    assert row_of(look, lazy.pid)["leases_per_second"] == 0
-    assert 0.1 <= look["seconds"] < PATIENCE
+    all_, one = top.Regions(), top.Participants(NAME, _core.Observer(region.fileno()), region.fileno())
+    all_.look(), one.look()
+    busy.say()
+    assert busy.hear() == "ok"
+    regions, people = all_.look(), one.look()
+    (row,) = (row for row in regions["regions"] if row["name"] == NAME)
+    assert round(row["changes_per_second"] * regions["seconds"]) == 10
+    assert round(row["leases_per_second"] * regions["seconds"]) == 20
+    assert people
+    assert round(row_of(people, busy.pid)["leases_per_second"] * people["seconds"]) == 20
+    assert row_of(people, lazy.pid)["leases_per_second"] == 0
+    lines = run("top", NAME, "--json", "--count", "2", "--interval", "0.05")[1].splitlines()
+    assert [json.loads(line)["seconds"] >= 0.05 for line in lines] == [True, True]
 
 
 @pytest.mark.parametrize("region", ["mprotect"], indirect=True)
