@@ -106,6 +106,7 @@ class Region(_core.Handle):
 
     _name: str | None = None
     _size: int = 0
+    _is_let_go = False
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
@@ -200,10 +201,18 @@ class Region(_core.Handle):
             if error is None:
                 raise
 
+    def _let_go(self) -> None:
+        """It is closed when this returns or, where arrays and views use the memory, with the last of them."""
+        try:
+            self.close()
+        except BufferError:
+            self._is_let_go = True
+
     def __del__(self) -> None:
         if not self._is_forsaken():
             return
-        warnings.warn(f"unclosed region {self!r}", ResourceWarning, source=self, stacklevel=2)
+        if not self._is_let_go:
+            warnings.warn(f"unclosed region {self!r}", ResourceWarning, source=self, stacklevel=2)
         with contextlib.suppress(BufferError):
             self.close()
 
