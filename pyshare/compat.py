@@ -175,7 +175,7 @@ _STEP = 8  # rooms are multiples
 def _packed(value: object) -> tuple[int, int, bytes]:
     """(room, type, bytes) of an item; KeyError: it is none of those that can be stored.
 
-    The room is the standard library's, so that what fitted there fits here, but enough where letters take several bytes.
+    The room is the standard library's, so that what fitted there fits here, but enough where letters are several bytes.
     """
     if isinstance(value, (str, bytes)):
         kind, data = (_STR, value.encode()) if isinstance(value, str) else (_BYTES, value)
