@@ -20,10 +20,9 @@ DOCUMENTED = set(re.findall(r"^\| `(test_\w+)`", (TESTS.parent / "docs" / "compa
     not importlib.util.find_spec("test._test_multiprocessing"), reason="this Python has no test package"
 )
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_cases_of_cpython(method: str) -> None:
-    done = subprocess.run(
-        [sys.executable, TESTS / "stdlib_cases.py", method], capture_output=True, text=True, timeout=2 * PATIENCE
-    )
+def test_cases_of_cpython(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, TESTS / "stdlib_cases.py", method]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     results: dict[str, str | None] = json.loads(done.stdout)
     failed = {name: why for name, why in results.items() if why is not None}
