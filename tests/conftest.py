@@ -9,12 +9,9 @@ import contextlib
 import ctypes
 import faulthandler
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,8 +19,10 @@ import psutil
 import pytest
 
 import pyshare
+from pyshare import testing
+from pyshare.testing import PATIENCE, until
 
-PATIENCE = 60.0  # seconds after which a test gives up on something that should have happened long ago
+__all__ = ["PATIENCE", "Child", "idle", "until"]  # for the tests
 
 
 def pytest_configure() -> None:
@@ -50,92 +49,16 @@ def stress(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--stress"))
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Yields the processor until it is true; fails when that never comes."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never comes true"
-        os.sched_yield()
-
-
-class Child:
-    """A forked process that runs a function; ended and reaped with the test."""
+class Child(testing.Child):
+    """One that may be told to do something at a point of the core (ext/point.h)."""
 
     def __init__(self, body: Callable[[Child], object], *, point: str | None = None) -> None:
-        to_child, self._send = os.pipe()
-        self._receive, to_parent = os.pipe()
         if point is not None:
             os.environ["PYSHARE_POINT"] = point
         try:
-            self.pid = os.fork()
+            super().__init__(body)  # type: ignore[arg-type]
         finally:
             os.environ.pop("PYSHARE_POINT", None)
-        if self.pid == 0:
-            self._become(body, to_child, to_parent)
-        os.close(to_child)
-        os.close(to_parent)
-        self.status: int | None = None
-
-    def _become(self, body: Callable[[Child], object], to_child: int, to_parent: int) -> None:
-        code = 1
-        try:
-            os.close(self._send)
-            os.close(self._receive)
-            self._send, self._receive = to_parent, to_child
-            body(self)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-    # Both sides speak bytes; each message is one line.
-
-    def say(self, word: str = "ok") -> None:
-        os.write(self._send, word.encode() + b"\n")
-
-    def hear(self) -> str:
-        """The next line from the other side; fails when that side is gone."""
-        line = b""
-        while not line.endswith(b"\n"):
-            assert select.select([self._receive], [], [], PATIENCE)[0], "the other side is silent"
-            byte = os.read(self._receive, 1)
-            assert byte, f"the other side is gone, after {line!r}"
-            line += byte
-        return line[:-1].decode()
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
-
-    def stop(self) -> None:
-        self.kill(signal.SIGSTOP)
-        self.wait_stopped()
-
-    def wait_stopped(self) -> None:
-        _, status = os.waitpid(self.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), f"not stopped but ended: {status}"
-
-    def resume(self) -> None:
-        self.kill(signal.SIGCONT)
-
-    def wait(self) -> int:
-        """The exit code; negative: the signal that ended it."""
-        if self.status is None:
-            pidfd = os.pidfd_open(self.pid)
-            ended = select.select([pidfd], [], [], PATIENCE)[0]
-            os.close(pidfd)
-            assert ended, f"process {self.pid} does not end"
-            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.status
-
-    def end(self) -> None:
-        if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.kill(signal.SIGCONT)
-                self.kill()
-            self.wait()
-        os.close(self._send)
-        os.close(self._receive)
 
 
 @pytest.fixture
