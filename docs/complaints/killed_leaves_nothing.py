@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 
 from chosen import IN_CHILD, SharedMemory, command
 
@@ -21,7 +20,8 @@ child.communicate()
 try:
     block = SharedMemory(name)
 except FileNotFoundError:
-    sys.exit(print("nothing is left"))
-print(f"{block.size} bytes are left")
-block.close()
-block.unlink()
+    print("nothing is left")
+else:
+    print(f"{block.size} bytes are left")
+    block.close()
+    block.unlink()
