@@ -96,7 +96,7 @@ class SharedMemory(shared_memory.SharedMemory):
             if persist:
                 _holder.keep(region)
         except BaseException:
-            if create:
+            if create:  # even if a keeper runs: we were interrupted when it was ready, and it ends
                 _unlink_if_there(self._name)
             region.close()
             raise
