@@ -223,7 +223,7 @@ cdef extern from *:
     Py_ssize_t users_of_view(object view)
     Py_ssize_t Py_REFCNT(PyObject *object)
     void Py_XDECREF(PyObject *object)
-    bint Py_IsFinalizing()
+    bint Py_IsFinalizing() nogil
     object capsule_of(ps_region *region)
 
 include "_violation.pxi"
@@ -368,15 +368,15 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
 @cython.final
 @cython.no_gc_clear  # __dealloc__ needs the handle; the cycle with .buf is broken at the handle's end
 cdef class Memory:
-    """What buffers of a Handle name as their object: as long as it lives, somebody uses the memory.
+    """What buffers of a Mapped name as their object: as long as it lives, somebody uses the memory.
 
     A buffer has a reference to it, and so has an array that numpy makes over a memoryview: it lets go of the buffer
     and keeps the buffer's object (PyArray_BufferConverter).
     """
 
-    cdef Handle handle
+    cdef Mapped handle
 
-    def __cinit__(self, Handle handle not None):
+    def __cinit__(self, Mapped handle not None):
         self.handle = handle
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
@@ -387,37 +387,23 @@ cdef class Memory:
             self.handle.memory = NULL
 
 
-cdef class Handle:
-    """One participation of this process in one region; the base of Region."""
+cdef class Mapped:
+    """A region that this process has mapped; what a participant and an observer have in common: its buffers."""
 
-    cdef ps_region *region
-    cdef ps_region *left     # closed: the address range stays reserved until we die
+    cdef ps_region *region   # NULL: closed
     cdef PyObject *memory    # the Memory, borrowed, while there is one
     cdef Py_ssize_t calls    # threads inside the core
-    cdef Py_ssize_t holds    # leases and locks held
-    cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
     cdef uint32_t forks      # ps_forks() when they were counted: a child has none of its parent's
+    cdef bint readonly
     cdef object view         # the cached memoryview of .buf
     cdef object __weakref__
 
     cdef enter(self, str doing):
-        """Before the core is called: a participant, and not closed under our feet."""
-        cdef ps_outcome outcome
-        cdef int rc
+        """Before the core is called: not closed under our feet."""
         if self.region is NULL:
             raise_code(PS_ECLOSED, doing)
-        if violation_of_thread().count or ps_quarantined(self.region):
-            with nogil:
-                ps_quarantine_leave()
         self.count()
         self.calls += 1
-        with nogil:
-            rc = ps_ready(self.region, &outcome)
-        if rc:
-            self.leave()
-            if rc == PS_ETIMEOUT:
-                raise_timeout(&outcome, f"{doing}: rejoining after fork")
-            raise_code(rc, doing, self.corrupt_field())
 
     cdef leave(self):
         self.count()
@@ -425,12 +411,8 @@ cdef class Handle:
 
     cdef void count(self) noexcept:
         if self.forks != ps_forks():
-            self.calls = self.holds = self.sweeps = 0
+            self.calls = 0
             self.forks = ps_forks()
-
-    cdef corrupt_field(self):
-        cdef const char *field = ps_corrupt_field(self.region)
-        return None if field is NULL else field.decode()
 
     # -- Buffer protocol --
 
@@ -441,16 +423,12 @@ cdef class Handle:
         finally:
             self.leave()
 
-    cdef fill_lease(self, Py_buffer *buffer, int flags, Lease lease):
-        cdef void *at = ps_window(self.region) if lease.pages.window else ps_address(self.region)
-        self.fill_with(buffer, flags, <char *>at + lease.pages.first * PS_PAGE_SIZE, lease.length)
-
     cdef fill_with(self, Py_buffer *buffer, int flags, void *at, uint64_t length):
         if self.memory is NULL:
             made = Memory.__new__(Memory, self)
             if self.memory is NULL:  # still: a finaliser may have run
                 self.memory = <PyObject *>made
-        PyBuffer_FillInfo(buffer, <object>self.memory, at, <Py_ssize_t>length, 0, flags)
+        PyBuffer_FillInfo(buffer, <object>self.memory, at, <Py_ssize_t>length, self.readonly, flags)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         hold_arrays()
@@ -459,26 +437,113 @@ cdef class Handle:
     def __releasebuffer__(self, Py_buffer *buffer):
         """Never called, since buffers are the Memory's; but without it numpy.frombuffer would keep us and no buffer."""
 
+    def _view(self):
+        if self.view is None or not users_of_view(self.view):  # released by the program
+            self.view = memoryview(self)
+        return self.view
+
     # -- Life --
 
-    def _exported(self):
-        """Is anybody but the cached view using the memory, or a thread inside a call, or something held?"""
+    cdef bint is_used(self):
+        """Is anybody but the cached view using the memory, or a thread inside a call?"""
         self.count()
         cdef Py_ssize_t cached = 0 if self.view is None else users_of_view(self.view)
         cdef Py_ssize_t users = 0 if self.memory is NULL else Py_REFCNT(self.memory)
-        return self.calls > 0 or self.holds > 0 or cached > 1 or users > (cached > 0)
+        return self.calls > 0 or cached > 1 or users > (cached > 0)
+
+    cdef let_go(self):
+        """Of the cached view, before the memory goes."""
+        if self.view is not None:
+            self.view.release()
+            self.view = None
+
+    # -- What it is --
+
+    def _is_open(self):
+        return self.region is not NULL
+
+    def _facts(self):
+        """(name, size, address, generation), of an open region."""
+        self.enter("region")
+        try:
+            return (ps_name(self.region).decode() or None, ps_size(self.region),
+                    <size_t>ps_address(self.region), ps_generation(self.region))
+        finally:
+            self.leave()
+
+    def _fileno(self):
+        cdef int fd
+        self.enter("fileno")
+        fd = ps_fd(self.region)
+        self.leave()
+        if fd < 0:
+            raise_code(fd, "fileno")
+        return fd
+
+    # Each in its own way:
+
+    def _participants(self):
+        """[(pid, tid, applied, alive, engine, fenced)] of the live slots."""
+        raise NotImplementedError
+
+    def _protection(self, uint64_t page):
+        raise NotImplementedError
+
+    def _runs(self, uint64_t pages):
+        """[(first page, pages, protection)]"""
+        raise NotImplementedError
+
+    def _read(self, uint64_t offset, uint64_t length):
+        raise NotImplementedError
+
+
+cdef class Handle(Mapped):
+    """One participation of this process in one region; the base of Region."""
+
+    cdef ps_region *left     # closed: the address range stays reserved until we die
+    cdef Py_ssize_t holds    # leases and locks held
+    cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
+
+    cdef enter(self, str doing):
+        """A participant, too."""
+        cdef ps_outcome outcome
+        cdef int rc
+        Mapped.enter(self, doing)
+        if violation_of_thread().count or ps_quarantined(self.region):
+            with nogil:
+                ps_quarantine_leave()
+        with nogil:
+            rc = ps_ready(self.region, &outcome)
+        if rc:
+            self.leave()
+            if rc == PS_ETIMEOUT:
+                raise_timeout(&outcome, f"{doing}: rejoining after fork")
+            raise_code(rc, doing, self.corrupt_field())
+
+    cdef void count(self) noexcept:
+        if self.forks != ps_forks():
+            self.holds = self.sweeps = 0
+            Mapped.count(self)
+
+    cdef corrupt_field(self):
+        cdef const char *field = ps_corrupt_field(self.region)
+        return None if field is NULL else field.decode()
+
+    cdef fill_lease(self, Py_buffer *buffer, int flags, Lease lease):
+        cdef void *at = ps_window(self.region) if lease.pages.window else ps_address(self.region)
+        self.fill_with(buffer, flags, <char *>at + lease.pages.first * PS_PAGE_SIZE, lease.length)
+
+    # -- Life --
 
     def _close(self):
-        if self._exported():
+        if self.is_used() or self.holds > 0:
             raise BufferError(
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
                 "or another thread is using it; release them first")
         while self.sweeps:
             with nogil:
                 ps_sys_pause()
-        if self.view is not None:
-            self.view.release()
-            self.view = None
+        self.let_go()
         self.left, self.region = self.region, NULL
         if not ps_close_begin(self.left):
             with nogil:
@@ -498,26 +563,9 @@ cdef class Handle:
 
     # -- What it is --
 
-    def _is_open(self):
-        return self.region is not NULL
-
     def _is_forsaken(self):
         """Open, though nobody can close it any more; asked when the object goes."""
         return self.region is not NULL and not Py_IsFinalizing()
-
-    def _view(self):
-        if self.view is None or not users_of_view(self.view):  # released by the program
-            self.view = memoryview(self)
-        return self.view
-
-    def _facts(self):
-        """(name, size, address, generation), of an open region."""
-        self.enter("region")
-        try:
-            return (ps_name(self.region).decode() or None, ps_size(self.region),
-                    <size_t>ps_address(self.region), ps_generation(self.region))
-        finally:
-            self.leave()
 
     def _engine(self):
         self.enter("engine")
@@ -525,15 +573,6 @@ cdef class Handle:
             return "uffd" if engine_of(self.region) == PS_ENGINE_UFFD else "mprotect"
         finally:
             self.leave()
-
-    def _fileno(self):
-        cdef int fd
-        self.enter("fileno")
-        fd = ps_fd(self.region)
-        self.leave()
-        if fd < 0:
-            raise_code(fd, "fileno")
-        return fd
 
     def _participants(self):
         """[(pid, tid, applied, alive, engine, fenced)] of the live slots."""
@@ -1224,17 +1263,21 @@ cdef class Frozen(Held):
 
 
 # numpy.ndarray(buffer=region) would keep the region itself and no buffer, so that close() could not know of the array.
-# Whoever asks ndarray for a region's memory gets the same by a memoryview.
+# Whoever asks ndarray for memory of ours gets the same by a memoryview.
 
 cdef newfunc ndarray_new = NULL
+
+
+cdef bint keeps_itself(thing):
+    return isinstance(thing, Mapped)
 
 
 cdef object held_ndarray_new(type cls, PyObject *arguments, PyObject *keywords):
     """ndarray.__new__(cls, shape, dtype, buffer, ...)"""
     held = <tuple>arguments
-    if len(held) > 2 and isinstance(held[2], Handle):
+    if len(held) > 2 and keeps_itself(held[2]):
         held = (*held[:2], memoryview(held[2]), *held[3:])
-    if keywords is NULL or not isinstance((<dict>keywords).get("buffer"), Handle):
+    if keywords is NULL or not keeps_itself((<dict>keywords).get("buffer")):
         return ndarray_new(cls, <PyObject *>held, keywords)
     named = {**<dict>keywords, "buffer": memoryview((<dict>keywords)["buffer"])}
     return ndarray_new(cls, <PyObject *>held, <PyObject *>named)

@@ -1,8 +1,10 @@
 """_observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/observe.c).
 
-Lives here: Observer, which `pyshare trace` and `pyshare map` stand on.  It gives what is in the control segment as
-plain tuples, at the moment of each look; what that means is theirs.
+Lives here: Observed, the base of those who attach read-only; and Observer, which `pyshare trace` and `pyshare map`
+stand on.  That gives what is in the control segment as plain tuples, at the moment of each look; what it means is theirs.
 """
+
+import fcntl
 
 cdef extern from *:
     """
@@ -26,6 +28,7 @@ cdef extern from "participant.h":
 
 cdef extern from "core.h" nogil:
     enum:
+        PS_SEC_CUR
         PS_SEC_LEASE
         PS_SEC_KEPT
         PS_SEC_STATE
@@ -50,6 +53,7 @@ cdef extern from "core.h" nogil:
     struct ps_seen_slot:
         uint32_t owner
         uint32_t pid
+        uint32_t tid
         uint32_t capabilities
         uint32_t flags
         uint64_t start
@@ -73,12 +77,15 @@ cdef extern from "core.h" nogil:
         uint64_t first
         uint64_t count
     int ps_observe(ps_region *seen, int fd, const char **field)
+    void ps_observe_shut(ps_region *seen)
     void ps_observe_end(ps_region *seen)
+    int ps_observe_read(ps_region *seen, uint64_t offset, void *to, uint64_t length)
     int ps_observe_wait(const ps_region *seen, uint64_t generation, int64_t deadline)
     bint ps_observe_change(const ps_region *seen, uint64_t generation, ps_seen_change *out)
     bint ps_observe_open(const ps_region *seen, uint64_t *first, uint64_t *count)
     int ps_observe_slot(ps_region *seen, uint32_t index, ps_seen_slot *out)
     uint64_t ps_observe_run(ps_region *seen, layer_t layer, uint32_t area, uint64_t first, uint64_t *value)
+    uint32_t ps_observe_protection(ps_region *seen, uint64_t page)
     uint32_t ps_observe_freezer(const ps_region *seen, uint64_t *frozen)
     uint32_t ps_observe_snapshot(const ps_region *seen, uint32_t area, uint64_t *generation)
     bint ps_observe_protected(const ps_region *seen)
@@ -93,31 +100,131 @@ KINDS = {PS_SET: "set", PS_UNDO: "undone", PS_THAW: "thawed", PS_FOLLOW: "follow
 SNAPSHOT_STATES = ("free", "preparing", "active", "complete")
 
 
-@cython.final
-cdef class Observer:
-    """A region's control segment, read-only: no slot, no lock, nobody waits for it.
+def read_only(int fd):
+    """A descriptor of the same file that is read-only for good, and closed by exec; PermissionError, OSError."""
+    try:
+        return os.open(f"/proc/thread-self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:  # another user's, or there is no /proc: what is read-only already will do
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        if error.errno != errno.EACCES:
+            raise
+        raise PermissionError(
+            errno.EACCES, f"the mode of the region behind descriptor {fd} keeps you from opening it to read; ask for a "
+            "descriptor made by its readonly_fd()") from None
 
-    ``fd`` is a descriptor of the region; a read-only description of it is opened, and goes with the object.
-    """
+
+cdef raise_blind(str doing):
+    raise OSError(errno.EBADF, f"{doing}: the program has closed the observer's descriptor; attach again")
+
+
+cdef class Observed(Mapped):
+    """A region's memory, read-only: no slot, no lock, nobody waits for it.  A forked child has it as its parent does."""
 
     cdef observer_t observer
-    cdef bint open
 
-    def __cinit__(self, int fd):
+    cdef open(self, int fd):
+        """Of a descriptor of the region; a read-only description of it is opened, and goes with the object."""
         cdef const char *field = NULL
-        cdef int own = os.open(f"/proc/thread-self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        cdef int own = read_only(fd)
         cdef int rc = ps_observe(self.seen(), own, &field)
         if rc:
             os.close(own)
             raise_code(rc, "observe", None if field is NULL else field.decode())
-        self.open = True
+        self.region = self.seen()
+        self.readonly = True
+        hold_arrays()
 
     cdef ps_region *seen(self) noexcept nogil:
         return <ps_region *>&self.observer
 
+    def _close(self):
+        if self.is_used():
+            raise BufferError(
+                "cannot close: memoryviews or arrays of the region exist, or another thread is using it; release them "
+                "first")
+        self.let_go()
+        self.region = NULL
+        ps_observe_shut(self.seen())
+
     def __dealloc__(self):
-        if self.open:
+        # As a Handle's; where `open` failed nothing is left.
+        if self.readonly and not Py_IsFinalizing():
             ps_observe_end(self.seen())
+
+    def _participants(self):
+        cdef ps_seen_slot one
+        cdef uint32_t index = 0
+        cdef int rc
+        found = []
+        self.enter("participants")
+        try:
+            if ps_fd(self.region) < 0:  # nobody's death could be seen
+                raise_blind("participants")
+            while True:
+                rc = ps_observe_slot(self.region, index, &one)
+                if rc < 0:
+                    return found
+                if rc and one.live:
+                    found.append((one.pid, one.tid, one.applied, bool(one.alive),
+                                  "uffd" if one.capabilities & PS_CAN_UFFD else "mprotect",
+                                  bool(one.flags & PS_SLOT_FENCED)))
+                index += 1
+        finally:
+            self.leave()
+
+    def _protection(self, uint64_t page):
+        self.enter("protection")
+        try:
+            return ps_observe_protection(self.region, page)
+        finally:
+            self.leave()
+
+    def _runs(self, uint64_t pages):
+        self.enter("protections")
+        try:
+            return self.layer(PS_SEC_CUR, 0)
+        finally:
+            self.leave()
+
+    def _read(self, uint64_t offset, uint64_t length):
+        cdef int rc
+        cdef char *to
+        self.enter("read")
+        try:
+            data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>length)
+            to = PyBytes_AS_STRING(data)
+            with nogil:
+                rc = ps_observe_read(self.region, offset, to, length)
+            if rc == -errno.EBADF:
+                raise_blind("read")
+            if rc:
+                raise_code(rc, "read")
+            return data
+        finally:
+            self.leave()
+
+    cdef list layer(self, int kind, uint32_t area):
+        """Runs (first page, pages, value), ascending, that cover the region."""
+        cdef uint64_t page = 0, run, value
+        found = []
+        while page < self.observer.shape.pages:
+            with nogil:
+                run = ps_observe_run(self.seen(), <layer_t>kind, area, page, &value)
+            if found and found[-1][2] == value:
+                found[-1] = (found[-1][0], found[-1][1] + run, value)
+            else:
+                found.append((page, run, value))
+            page += run
+        return found
+
+
+@cython.final
+cdef class Observer(Observed):
+    """The same, made from a descriptor, with what is in its control segment."""
+
+    def __cinit__(self, int fd):
+        self.open(fd)
 
     # -- What it is --
 
@@ -213,25 +320,7 @@ cdef class Observer:
 
     def protections(self):
         """Of the map."""
-        cdef uint64_t page = 0, run
-        cdef uint32_t prot
-        found = []
-        while page < self.observer.shape.pages:
-            with nogil:
-                run = ps_run(self.seen(), page, self.observer.shape.pages, &prot)
-            found.append((page, run, prot))
-            page += run
-        return found
-
-    cdef list layer(self, int kind, uint32_t area):
-        cdef uint64_t page = 0, run, value
-        found = []
-        while page < self.observer.shape.pages:
-            with nogil:
-                run = ps_observe_run(self.seen(), <layer_t>kind, area, page, &value)
-            found.append((page, run, value))
-            page += run
-        return found
+        return self.layer(PS_SEC_CUR, 0)
 
     def leases(self):
         """Owner words; 0: nobody's."""
@@ -269,6 +358,13 @@ cdef class Observer:
     def protected(self):
         """Page tables may be stricter than the map, for snapshots that are alive or were until a moment ago."""
         return bool(ps_observe_protected(self.seen()))
+
+
+def observe(cls, int fd):
+    """An observer: an instance of `cls`, which derives from Observed."""
+    cdef Observed observer = cls.__new__(cls)
+    observer.open(fd)
+    return observer
 
 
 def marks(int pagemap, uint64_t page, uint64_t pages):

@@ -219,7 +219,7 @@ struct ps_calls {
 };
 
 /* Looking without taking part (observe.c).  The handle is the caller's memory, zero at first, and no participant's:
- * beside what follows only ps_generation, ps_size, ps_name and ps_run may be called with it. */
+ * beside what follows only ps_generation, ps_size, ps_name, ps_address and ps_fd may be called with it. */
 struct ps_seen_change {
     uint64_t first, count; /* pages */
     uint64_t time, done;   /* CLOCK_BOOTTIME ns; done 0: not over, or undone */
@@ -227,7 +227,7 @@ struct ps_seen_change {
 };
 struct ps_seen_slot {
     uint32_t owner; /* as held words and the freezer's have it */
-    uint32_t pid, capabilities, flags;
+    uint32_t pid, tid, capabilities, flags;
     uint64_t start; /* of the process: clock ticks, 0 unknown */
     uint64_t applied;
     uint64_t data;                      /* where it says to have the data: to be checked */
@@ -248,13 +248,16 @@ struct ps_seen_closer { /* a change, a freeze or a snapshot that keeps leases fr
     uint64_t first, count;
 };
 int ps_observe(struct ps_region *seen, int fd, const char **field);
-void ps_observe_end(struct ps_region *seen);
+void ps_observe_shut(struct ps_region *seen); /* the address range stays reserved ... */
+void ps_observe_end(struct ps_region *seen);  /* ... until here */
+int ps_observe_read(struct ps_region *seen, uint64_t offset, void *to, uint64_t length);
 int ps_observe_wait(const struct ps_region *seen, uint64_t generation, int64_t deadline);
 bool ps_observe_change(const struct ps_region *seen, uint64_t generation, struct ps_seen_change *out);
 bool ps_observe_open(const struct ps_region *seen, uint64_t *first, uint64_t *count);
 int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot *out);
 uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint32_t area, uint64_t first,
                         uint64_t *value);
+uint32_t ps_observe_protection(struct ps_region *seen, uint64_t page);
 uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen);
 uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64_t *generation);
 bool ps_observe_protected(const struct ps_region *seen);

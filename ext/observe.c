@@ -1,18 +1,21 @@
 /* observe.c - looking at a region without taking part in it.
  *
- * Lives here: what `pyshare trace` and `pyshare map` read of a control
- * segment, and of another process's page tables.
+ * Lives here: mapping a region to read it, for those who attach read-only, and
+ * what `pyshare trace` and `pyshare map` read of a control segment, and of
+ * another process's page tables.
  * Invariants
- *  1. The control segment is mapped read-only, through a description that was
- *     opened read-only: nothing here can change a region.  So there is no slot,
+ *  1. Everything is mapped read-only, through a description that was opened
+ *     read-only, so the kernel refuses to make it writable (mmap(2): EACCES of
+ *     MAP_SHARED): nothing here can change a region.  So there is no slot,
  *     no lock, no claim, and nobody waits for an observer; what it finds may be
  *     half of a change, and whoever asks looks again.
  *  2. A handle of an observer is no participant's: it is in no table, its
- *     address range holds the control segment alone, and of the core only what
- *     reads may be called with it.
+ *     address range holds the control segment and the data alone, no page of
+ *     which follows the map, and of the core only what reads may be called with
+ *     it.  A forked child has it as its parent does.
  *  3. What is read is checked as it is everywhere: the header by
  *     ps_region_validate, indices against the shape.
- *  4. Holes of the memfd are not read: that would fill them.
+ *  4. Holes of the memfd are not read through a mapping: that would fill them.
  * Runs in: caller.
  */
 #define _GNU_SOURCE
@@ -28,25 +31,57 @@
 #define PAGEMAP_ENTRY 8u                 /* bytes */
 #define HOLDER_MASK UINT64_C(0x7fffffff) /* of a held word: its owner word, without WAITING */
 
+static int map_at(void *at, uint64_t length, int fd, uint64_t offset) {
+    return mmap(at, length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)offset) == MAP_FAILED ||
+                   madvise(at, length, MADV_DONTDUMP)
+               ? -errno
+               : 0;
+}
+
 /* `fd` is read-only, and belongs to the observer from now on; not after an error. */
 int ps_observe(struct ps_region *seen, int fd, const char **field) {
     int rc = ps_region_validate(fd, &seen->shape, field);
     if (!rc)
         rc = ps_cached_identify(&seen->memory, PS_MEMORY, fd);
+    if (!rc)
+        rc = ps_process_start(); /* forks are counted from now on */
+    if (!rc)
+        rc = ps_region_place(seen);
     if (rc)
         return rc;
-    void *at = mmap(NULL, seen->shape.control_size, PROT_READ, MAP_SHARED, fd, 0);
-    if (at == MAP_FAILED)
-        return -errno;
-    seen->memory.fd = fd;
     seen->own = seen->own_entry = seen->own_userfault = -1;
-    atomic_store_explicit(&seen->base, (uintptr_t)at, memory_order_relaxed);
-    return 0;
+    rc = map_at(ps_header(seen), seen->shape.control_size, fd, 0);
+    if (!rc)
+        rc = map_at(ps_address(seen), seen->shape.pages * PS_PAGE, fd, seen->shape.control_size);
+    if (rc)
+        ps_observe_end(seen);
+    else
+        seen->memory.fd = fd;
+    return rc;
+}
+
+/* Nothing can be read any more, and no other mapping comes where something could. */
+void ps_observe_shut(struct ps_region *seen) {
+    ps_region_reserve(seen);
+    ps_cached_forget(seen, &seen->memory);
 }
 
 void ps_observe_end(struct ps_region *seen) {
-    munmap(ps_header(seen), seen->shape.control_size);
+    munmap(ps_header(seen), seen->span);
     ps_cached_forget(seen, &seen->memory);
+}
+
+/* By a system call, which fills no hole, and cannot fault.  -EBADF: the program has closed the descriptor, or another
+ * file came under its number meanwhile. */
+int ps_observe_read(struct ps_region *seen, uint64_t offset, void *to, uint64_t length) {
+    int fd = ps_query_fd(seen);
+    for (uint64_t done = 0; fd >= 0 && done < length;) {
+        ssize_t got = pread(fd, (char *)to + done, length - done, (off_t)(seen->shape.control_size + offset + done));
+        if (got <= 0) /* 0: not this file, which cannot shrink */
+            return got < 0 ? -errno : -EBADF;
+        done += (uint64_t)got;
+    }
+    return ps_cached_leads(fd, &seen->memory) ? 0 : -EBADF;
 }
 
 /* Until the generation is another one; callers that change page tables from outside wake nobody. */
@@ -97,6 +132,7 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
     *out = (struct ps_seen_slot){
         .owner = ps_owner_of(index, status),
         .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
+        .tid = atomic_load_explicit(&slot->tid, memory_order_relaxed),
         .start = atomic_load_explicit(&slot->start, memory_order_relaxed),
         .capabilities = atomic_load_explicit(&slot->capabilities, memory_order_relaxed),
         .flags = atomic_load_explicit(&slot->flags, memory_order_relaxed),
@@ -202,6 +238,12 @@ uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint
     if (layer != PS_SEC_STATE)
         *value = (*value ^ seen->shape.initial) & 7;
     return run;
+}
+
+uint32_t ps_observe_protection(struct ps_region *seen, uint64_t page) {
+    uint64_t value;
+    run_of(seen, seen->shape.offset[PS_SEC_CUR], 1, UINT8_MAX, page, page + 1, &value);
+    return (uint32_t)(value ^ seen->shape.initial) & 7;
 }
 
 uint32_t ps_observe_freezer(const struct ps_region *seen, uint64_t *frozen) {

@@ -16,8 +16,10 @@ from pyshare._errors import (
     ShareError,
 )
 from pyshare._image import Image
+from pyshare._mapped import Participant, Prot
 from pyshare._names import names, unlink
-from pyshare._region import Participant, Prot, Region, attach, create
+from pyshare._readonly import Observer
+from pyshare._region import Region, attach, create
 
 NONE, READ, WRITE, READ_WRITE, EXEC = Prot.NONE, Prot.READ, Prot.WRITE, Prot.READ_WRITE, Prot.EXEC
 
@@ -35,6 +37,7 @@ __all__ = [
     "Image",
     "Lease",
     "Lock",
+    "Observer",
     "Participant",
     "ParticipantLimit",
     "PropagationTimeout",

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from pyshare import _core, _names
 from pyshare._errors import ShareError
-from pyshare._region import Prot
+from pyshare._mapped import Prot
 
 PAGE = _core.PAGE_SIZE
 COLOURS = {  # of a protection: for text, and for a picture

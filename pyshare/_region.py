@@ -1,48 +1,32 @@
 """Regions: what a program does with them.
 
-Lives here: Prot, Participant, Region, create, attach, the default timeout, and
-the checks of arguments.  Not here: names (_names.py), errors (_errors.py), the
-protocol and the memory (_core, which is ext/).
+Lives here: Region, create, attach, and the checks of arguments.  Not here: what
+an observer has in common with a Region (_mapped.py), observers (_readonly.py),
+names (_names.py), errors (_errors.py), the protocol and the memory (_core,
+which is ext/).
 Invariant: a wrong argument raises before anything is changed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import errno
 import fcntl
-import mmap
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from multiprocessing import reduction
-from types import TracebackType
-from typing import Any, SupportsIndex
-
-import psutil
+from typing import Any, Literal, SupportsIndex, overload
 
 from pyshare import _core, _image, _names
 from pyshare._core import DEFAULT, Snapshot
-from pyshare._errors import RegionClosed, RegionExists
+from pyshare._errors import RegionExists
 from pyshare._image import Image
+from pyshare._mapped import Mapped, Prot
+from pyshare._readonly import Observer, observe
 
 Timeout = float | _core._Default | None
-
-
-class Prot(enum.IntFlag):
-    """Protections, equal to ``mmap.PROT_*``; plain ints are taken wherever one is expected.
-
-    On x86-64 a page that is WRITE alone can be read as well (mprotect(2)).
-    """
-
-    NONE = 0
-    READ = mmap.PROT_READ
-    WRITE = mmap.PROT_WRITE
-    READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-    EXEC = mmap.PROT_EXEC
 
 
 def _check_engine(engine: str) -> int:
@@ -59,40 +43,7 @@ def _check_policy(policy: str) -> int:
     return number
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Participant:
-    """A process that has a region mapped, as of the moment it was looked at.
-
-    Attributes:
-        pid: its process, as that process sees itself (in its own pid namespace).
-        applied: the last generation that its page tables follow.
-        alive: False once it is known to be gone; its slot is free for the next one.
-        engine: "uffd" where other participants change its page tables from outside (userfaultfd(2)), "mprotect" where
-            it changes them itself when it is woken.
-        fenced: True while its whole mapping is no-access, because it could not apply a change.
-        tid: the thread id of its agent.
-    """
-
-    pid: int
-    applied: int
-    alive: bool
-    engine: str
-    fenced: bool
-    tid: int
-
-    def process(self) -> psutil.Process | None:
-        """Its process, for its command line, status, memory; None where it cannot be seen from here.
-
-        That is when it is gone, or in another pid namespace, where its numbers mean somebody else.
-        """
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            if any(thread.id == self.tid for thread in process.threads()):
-                return process
-        return None
-
-
-class Region(_core.Handle):
+class Region(Mapped, _core.Handle):
     """Memory that this process shares with others, whose protection changes in all of them at once.
 
     Made by :func:`pyshare.create` and :func:`pyshare.attach` only.  A context manager; exports a writable buffer of
@@ -104,8 +55,6 @@ class Region(_core.Handle):
     that is killed leaves nothing behind that others wait for.
     """
 
-    _name: str | None = None
-    _size: int = 0
     _is_let_go = False
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
@@ -114,54 +63,35 @@ class Region(_core.Handle):
     # -- What it is ------------------------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str | None:
-        """The name it was created with, or None. It stays when the name is unlinked or moved."""
-        return self._name
-
-    @property
-    def size(self) -> int:
-        """Bytes, exactly as asked for."""
-        return self._size
-
-    def __len__(self) -> int:
-        return self._size
-
-    @property
-    def page_size(self) -> int:
-        """Bytes of a page: the unit of protection."""
-        return int(_core.PAGE_SIZE)
-
-    @property
-    def address(self) -> int:
-        """Where the data begins in this process; the same in a forked child."""
-        return int(self._facts()[2])
-
-    @property
-    def generation(self) -> int:
-        """The latest change of protection: 0 after creation."""
-        return int(self._facts()[3])
+    def readonly(self) -> bool:
+        """False: this process takes part. An :class:`Observer` says True."""
+        return False
 
     @property
     def engine(self) -> str:
         """How this process's mapping is changed: "uffd" (page-table entries, from outside too) or "mprotect" (VMAs)."""
         return str(self._engine())
 
-    @property
-    def closed(self) -> bool:
-        """True once ``close`` has succeeded in this process."""
-        return not self._is_open()
-
-    @property
-    def buf(self) -> memoryview:
-        """One memoryview of the data, the same at each look; ``close`` releases it."""
-        return self._view()
-
     def fileno(self) -> int:
         """A descriptor that is the whole region: pass it on, and whoever gets it can attach.
 
         It belongs to the region and goes with ``close``; if the program closes it, the next call gives another.
         """
-        return int(self._fileno())
+        return self._fileno()
+
+    def readonly_fd(self) -> int:
+        """A new descriptor that is read-only for good: pass it on, and whoever gets it can observe the region.
+
+        It is the caller's, to be closed, and closed by exec unless it is passed on (``pass_fds``, SCM_RIGHTS). What is
+        mapped through it can never be made writable (mmap(2)); :func:`pyshare.attach` with ``readonly=True`` takes it.
+        A process whose user may write to the memory (``mode`` of ``create``; its owner may) can open it anew, for
+        writing, through /proc: against the same user it is a protection from mistakes, not from malice.
+
+        Raises:
+            RegionClosed.
+            OSError: what the kernel refuses: EMFILE.
+        """
+        return _core.read_only(self._fileno())
 
     def __repr__(self) -> str:
         what = f"{self._name!r}, {self._size} bytes" if self._name else f"{self._size} bytes"
@@ -186,20 +116,6 @@ class Region(_core.Handle):
         self._close()
         if self._name is not None:
             _names.clear(self._name)
-
-    def __enter__(self) -> Region:
-        if self.closed:
-            raise RegionClosed("the region is closed in this process; attach it again by its name or a descriptor")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if error is None:
-                raise
 
     def _let_go(self) -> None:
         """It is closed when this returns or, where arrays and views use the memory, with the last of them."""
@@ -239,21 +155,6 @@ class Region(_core.Handle):
         """
         return self._change(offset, length, prot, timeout, self._size)
 
-    def protection(self, offset: int) -> Prot:
-        """The protection of the page that holds this byte, as it was asked for."""
-        offset = _core.integer(offset, "offset")
-        if not 0 <= offset < self._size:
-            raise ValueError(f"offset must be in 0 to {self._size - 1}, not {offset}")
-        return Prot(self._protection(offset // self.page_size))
-
-    def protections(self) -> list[tuple[int, int, Prot]]:
-        """Runs of (offset, length, protection), ascending, that cover the region; bytes."""
-        page, pages = self.page_size, -(-self._size // self.page_size)
-        return [
-            (first * page, min(count * page, self._size - first * page), Prot(prot))
-            for first, count, prot in self._runs(pages)
-        ]
-
     def on_violation(self, policy: str | None = None) -> str:
         """What happens in this process at a forbidden access, from now on where a policy is given.
 
@@ -273,13 +174,6 @@ class Region(_core.Handle):
         number = -1 if policy is None else _check_policy(policy)
         in_force = self._policy(number)
         return next(word for word, value in _core.POLICIES.items() if value == in_force)
-
-    def participants(self) -> list[Participant]:
-        """Who has the region mapped now; dead ones that nobody has noticed yet have ``alive`` False."""
-        return [
-            Participant(pid=pid, applied=applied, alive=alive, engine=engine, fenced=fenced, tid=tid)
-            for pid, tid, applied, alive, engine, fenced in self._participants()
-        ]
 
     # -- Snapshots -------------------------------------------------------------------------------------------------
 
@@ -356,20 +250,6 @@ class Region(_core.Handle):
             _core.put_pages(self, offset + at, memoryview(wanted)[at : at + size])
 
     # -- Data ------------------------------------------------------------------------------------------------------
-
-    def read(self, offset: int, length: int) -> bytes:
-        """A copy of ``length`` bytes from ``offset`` on, which need not be aligned. Never crashes.
-
-        Raises:
-            ProtectionError: a page of the range may not be read.
-            ValueError: a range outside the region.
-        """
-        offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise ValueError(
-                f"the range of {length} bytes at offset {offset} is not inside the region's {self._size} bytes"
-            )
-        return bytes(self._read(offset, length))
 
     def write(self, offset: int, data: Any) -> None:
         """The bytes of ``data`` (any C-contiguous buffer) are at ``offset``, which need not be aligned. Never crashes.
@@ -534,17 +414,47 @@ def _lead(name_or_fd: str | SupportsIndex, deadline: int) -> Iterator[tuple[int,
         yield fd, entry
 
 
-def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Timeout = DEFAULT) -> Region:
-    """A region that exists, in which this process participates now.
+def _check_writable(fd: int) -> None:
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise PermissionError(
+            errno.EACCES,
+            f"descriptor {fd} is read-only, which is enough to observe the region (readonly=True), not to take part; "
+            "ask for its fileno()",
+        )
+
+
+@overload
+def attach(
+    name_or_fd: str | SupportsIndex,
+    *,
+    engine: str = "auto",
+    timeout: Timeout = DEFAULT,
+    readonly: Literal[False] = False,
+) -> Region: ...
+@overload
+def attach(
+    name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Timeout = DEFAULT, readonly: Literal[True]
+) -> Observer: ...
+@overload
+def attach(
+    name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Timeout = DEFAULT, readonly: bool
+) -> Region | Observer: ...
+def attach(
+    name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Timeout = DEFAULT, readonly: bool = False
+) -> Region | Observer:
+    """A region that exists, in which this process participates now; or, read-only, an :class:`Observer` of it.
 
     Args:
         name_or_fd: a name, or a descriptor, which is duplicated: the caller's own stays open and stays the caller's.
-        engine: "uffd", "mprotect", or "auto": "uffd" where the kernel allows it, else "mprotect".
-        timeout: seconds to wait for a change that is under way; None for ever.
+        engine: "uffd", "mprotect", or "auto": "uffd" where the kernel allows it, else "mprotect". An observer has none.
+        timeout: seconds to wait for a change that is under way; None for ever. An observer waits for none.
+        readonly: only look: by a mapping that the kernel never lets become writable. Any descriptor of the region will
+            do, :meth:`Region.readonly_fd` too.
 
     Raises:
         RegionNotFound: nothing has this name (at once).
-        PermissionError: it belongs to another user, or nobody who holds it can be reached; pass the descriptor.
+        PermissionError: it belongs to another user, or nobody who holds it can be reached; pass the descriptor. Or the
+            descriptor is read-only, and ``readonly`` was not said.
         CorruptRegion: the descriptor is no region, or a damaged one.
         ParticipantLimit: every slot is taken.
         PropagationTimeout: the lock was held for the whole timeout.
@@ -553,4 +463,7 @@ def attach(name_or_fd: str | SupportsIndex, *, engine: str = "auto", timeout: Ti
     wanted = _check_engine(engine)
     deadline = _core.deadline_of(timeout)
     with _lead(name_or_fd, deadline) as (fd, entry):
+        if readonly:
+            return observe(fd)
+        _check_writable(fd)
         return _join(fd, entry, wanted, deadline)

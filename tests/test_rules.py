@@ -94,7 +94,7 @@ MAY_CALL = {
     "lease.c": set(),
     "lock.c": set(),
     "names.c": DESCRIPTORS,
-    "observe.c": {"mmap", "munmap", "pread"},
+    "observe.c": {"madvise", "mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
     "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
     "quarantine.c": set(),
@@ -244,12 +244,13 @@ def test_package_uses_no_ctypes() -> None:
 SIGNATURES = {
     "create": "(name=None, *, size, mode=384, prot=3, max_participants=1024, engine='auto', replace=False, "
     "on_violation='die')",
-    "attach": "(name_or_fd, *, engine='auto', timeout=DEFAULT)",
+    "attach": "(name_or_fd, *, engine='auto', timeout=DEFAULT, readonly=False)",
     "unlink": "(name)",
     "names": "()",
     "set_default_timeout": "(seconds)",
     "Region.close": "(self)",
     "Region.fileno": "(self)",
+    "Region.readonly_fd": "(self)",
     "Region.mprotect": "(self, offset, length, prot, *, timeout=DEFAULT)",
     "Region.protection": "(self, offset)",
     "Region.protections": "(self)",
@@ -277,7 +278,7 @@ SIGNATURES = {
     "Snapshot.finish": "(self)",
     "Snapshot.close": "(self)",
 }
-PROPERTIES = ["name", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
+PROPERTIES = ["name", "readonly", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
 ERRORS = {
     "ShareError": (Exception, []),
     "ProtectionError": (

@@ -1,0 +1,176 @@
+"""A region as this process has it mapped, whether it takes part or only looks.
+
+Lives here: Prot, Participant, and Mapped, which Region (_region.py) and Observer
+(_readonly.py) have in common: what can be asked and read.  Not here: what
+changes anything.
+Invariant: a wrong argument raises before anything is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import mmap
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from pyshare import _core
+from pyshare._errors import RegionClosed
+
+
+class Prot(enum.IntFlag):
+    """Protections, equal to ``mmap.PROT_*``; plain ints are taken wherever one is expected.
+
+    On x86-64 a page that is WRITE alone can be read as well (mprotect(2)).
+    """
+
+    NONE = 0
+    READ = mmap.PROT_READ
+    WRITE = mmap.PROT_WRITE
+    READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+    EXEC = mmap.PROT_EXEC
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Participant:
+    """A process that has a region mapped, as of the moment it was looked at.
+
+    Attributes:
+        pid: its process, as that process sees itself (in its own pid namespace).
+        applied: the last generation that its page tables follow.
+        alive: False once it is known to be gone; its slot is free for the next one.
+        engine: "uffd" where other participants change its page tables from outside (userfaultfd(2)), "mprotect" where
+            it changes them itself when it is woken.
+        fenced: True while its whole mapping is no-access, because it could not apply a change.
+        tid: the thread id of its agent.
+    """
+
+    pid: int
+    applied: int
+    alive: bool
+    engine: str
+    fenced: bool
+    tid: int
+
+    def process(self) -> psutil.Process | None:
+        """Its process, for its command line, status, memory; None where it cannot be seen from here.
+
+        That is when it is gone, or in another pid namespace, where its numbers mean somebody else.
+        """
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if any(thread.id == self.tid for thread in process.threads()):
+                return process
+        return None
+
+
+class Mapped(_core.Mapped):
+    """What a participant and an observer have in common."""
+
+    _name: str | None = None
+    _size: int = 0
+
+    # -- What it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str | None:
+        """The name it was created with, or None. It stays when the name is unlinked or moved."""
+        return self._name
+
+    @property
+    def size(self) -> int:
+        """Bytes, exactly as asked for."""
+        return self._size
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page: the unit of protection."""
+        return int(_core.PAGE_SIZE)
+
+    @property
+    def address(self) -> int:
+        """Where the data begins in this process; the same in a forked child."""
+        return self._facts()[2]
+
+    @property
+    def generation(self) -> int:
+        """The latest change of protection: 0 after creation."""
+        return self._facts()[3]
+
+    @property
+    def closed(self) -> bool:
+        """True once ``close`` has succeeded in this process."""
+        return not self._is_open()
+
+    @property
+    def buf(self) -> memoryview:
+        """One memoryview of the data, the same at each look; ``close`` releases it."""
+        return self._view()
+
+    def protection(self, offset: int) -> Prot:
+        """The protection of the page that holds this byte, as it was asked for."""
+        offset = _core.integer(offset, "offset")
+        if not 0 <= offset < self._size:
+            raise ValueError(f"offset must be in 0 to {self._size - 1}, not {offset}")
+        return Prot(self._protection(offset // self.page_size))
+
+    def protections(self) -> list[tuple[int, int, Prot]]:
+        """Runs of (offset, length, protection), ascending, that cover the region; bytes."""
+        page, pages = self.page_size, -(-self._size // self.page_size)
+        return [
+            (first * page, min(count * page, self._size - first * page), Prot(prot))
+            for first, count, prot in self._runs(pages)
+        ]
+
+    def participants(self) -> list[Participant]:
+        """Who has the region mapped now; dead ones that nobody has noticed yet have ``alive`` False.
+
+        Observers are in no list, since the kernel keeps none of who has a file mapped read-only.
+        """
+        return [
+            Participant(pid=pid, applied=applied, alive=alive, engine=engine, fenced=fenced, tid=tid)
+            for pid, tid, applied, alive, engine, fenced in self._participants()
+        ]
+
+    # -- Life ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The memory is not mapped in this process any more."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        if self.closed:
+            raise RegionClosed("the region is closed in this process; attach it again by its name or a descriptor")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if error is None:
+                raise
+
+    # -- Data ------------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes from ``offset`` on, which need not be aligned. Never crashes.
+
+        Raises:
+            ProtectionError: a page of the range may not be read by participants; an observer reads each.
+            ValueError: a range outside the region.
+            RegionClosed.
+        """
+        offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise ValueError(
+                f"the range of {length} bytes at offset {offset} is not inside the region's {self._size} bytes"
+            )
+        return self._read(offset, length)
