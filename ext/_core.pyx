@@ -23,7 +23,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.errno cimport EAGAIN, EOPNOTSUPP, errno as libc_errno
-from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 
 import enum
 import errno
@@ -227,6 +227,7 @@ cdef extern from *:
     object capsule_of(ps_region *region)
 
 include "_violation.pxi"
+include "_dlpack.pxi"
 
 PAGE_SIZE = 4096
 POLICIES = {"die": PS_DIE, "raise": PS_RAISE, "wait": PS_WAIT}
@@ -441,6 +442,37 @@ cdef class Mapped:
         if self.view is None or not users_of_view(self.view):  # released by the program
             self.view = memoryview(self)
         return self.view
+
+    def __dlpack_device__(self):
+        """(1, 0): the memory of the CPU."""
+        return ON_CPU, 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """The bytes as a DLPack capsule: a tensor of uint8 without a copy, for ``from_dlpack`` of numpy, torch and others.
+
+        The memory of a region is writable for whoever takes it, as its buffers are; an observer's is marked read-only.
+        It counts as a use of the memory (:meth:`close`) until the tensor goes.
+
+        Args:
+            stream: None; this memory has none.
+            max_version: what the taker understands; from (1, 0) on a tensor can say that it is read-only.
+            dl_device: None or (1, 0).
+            copy: True for one, which is the taker's own.
+
+        Raises:
+            BufferError: another device; or the memory is read-only, and the taker could not know.
+            ProtectionError: of a copy: a page may not be read.
+            ValueError: a stream.
+            RegionClosed.
+        """
+        if stream is not None:
+            raise ValueError(f"__dlpack__: stream must be None, not {stream!r}: this memory is the CPU's")
+        if dl_device is not None and tuple(dl_device) != (ON_CPU, 0):
+            raise BufferError(f"__dlpack__: the memory is on device {(ON_CPU, 0)}, and cannot be had on {dl_device!r}")
+        versioned = max_version is not None and max_version[0] >= 1
+        if copy:
+            return tensor_of(bytearray(self._read(0, self._facts()[1])), versioned, IS_COPIED)
+        return tensor_of(self, versioned, 0)
 
     # -- Life --
 
@@ -1269,7 +1301,7 @@ cdef newfunc ndarray_new = NULL
 
 
 cdef bint keeps_itself(thing):
-    return isinstance(thing, Mapped)
+    return isinstance(thing, (Mapped, Lease, Snapshot))
 
 
 cdef object held_ndarray_new(type cls, PyObject *arguments, PyObject *keywords):

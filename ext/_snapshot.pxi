@@ -11,8 +11,6 @@ import _thread
 import weakref
 from multiprocessing import reduction
 
-from libc.stdint cimport uint8_t
-
 from pyshare import _image
 
 cdef extern from "core.h" nogil:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, SupportsIndex, TypeVar, final
 
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer, CapsuleType, disjoint_base
 
 PAGE_SIZE: Final[int]
 MAX_PARTICIPANTS: Final[int]
@@ -32,6 +32,15 @@ _O = TypeVar("_O", bound=Observed)
 class Mapped:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def _view(self) -> memoryview: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[enum.Enum, int] | tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> CapsuleType: ...
     def _is_open(self) -> bool: ...
     def _facts(self) -> tuple[str | None, int, int, int]: ...
     def _fileno(self) -> int: ...

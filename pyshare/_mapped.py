@@ -11,14 +11,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import importlib
+import math
 import mmap
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import psutil
 
 from pyshare import _core
 from pyshare._errors import RegionClosed
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class Prot(enum.IntFlag):
@@ -174,3 +180,55 @@ class Mapped(_core.Mapped):
                 f"the range of {length} bytes at offset {offset} is not inside the region's {self._size} bytes"
             )
         return self._read(offset, length)
+
+    def numpy(
+        self, dtype: npt.DTypeLike, shape: SupportsIndex | Sequence[SupportsIndex] | None = None, offset: int = 0
+    ) -> npt.NDArray[Any]:
+        """An array over the memory from ``offset`` on, in bytes, which need not be aligned; nothing is copied.
+
+        Writable, whatever the protection of the pages: an access that it forbids is a violation. An observer's is
+        read-only for good. The memory stays as long as the array, or a view of it: ``close`` raises BufferError then.
+
+        Args:
+            shape: None for as many items, in one dimension, as there is room for.
+
+        Raises:
+            ValueError: the array is not inside the region; a dtype of Python objects, or without a size.
+            TypeError: what numpy takes for no dtype.
+            ImportError: numpy is not installed.
+            RegionClosed.
+        """
+        np = _numpy()
+        kind, offset = np.dtype(dtype), _core.integer(offset, "offset")
+        if kind.hasobject or not kind.itemsize:
+            raise ValueError(
+                f"dtype must have a size, and no Python objects in it, which other processes have not: {kind}"
+            )
+        if not 0 <= offset <= self._size:
+            raise ValueError(f"offset must be in 0 to {self._size}, not {offset}")
+        lengths = _lengths(shape, (self._size - offset) // kind.itemsize)
+        if (needed := math.prod(lengths) * kind.itemsize) > self._size - offset:
+            raise ValueError(
+                f"an array of {kind} and shape {lengths} has {needed} bytes; from offset {offset} on the region has "
+                f"{self._size - offset}"
+            )
+        array: npt.NDArray[Any] = np.ndarray(lengths, kind, memoryview(self), offset)
+        return array
+
+
+def _numpy() -> Any:
+    try:
+        return importlib.import_module("numpy")
+    except ImportError as error:
+        raise ImportError("arrays need numpy, which is not installed: pip install numpy", name="numpy") from error
+
+
+def _lengths(shape: SupportsIndex | Sequence[SupportsIndex] | None, room: int) -> tuple[int, ...]:
+    """Of an array's dimensions."""
+    if shape is None:
+        return (room,)
+    given = shape if isinstance(shape, Sequence) else (shape,)
+    lengths = tuple(_core.integer(length, "shape") for length in given)
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"shape must be numbers that are 0 or more, not {shape!r}")
+    return lengths

@@ -251,6 +251,7 @@ SIGNATURES = {
     "Region.close": "(self)",
     "Region.fileno": "(self)",
     "Region.readonly_fd": "(self)",
+    "Region.numpy": "(self, dtype, shape=None, offset=0)",
     "Region.mprotect": "(self, offset, length, prot, *, timeout=DEFAULT)",
     "Region.protection": "(self, offset)",
     "Region.protections": "(self)",
