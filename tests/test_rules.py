@@ -346,9 +346,10 @@ def public() -> Iterator[tuple[str, Any]]:
         thing = getattr(pyshare, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
             yield name, thing
-    for name, thing in vars(pyshare.Region).items():
-        if not name.startswith("_") and (inspect.isfunction(thing) or isinstance(thing, property)):
-            yield f"Region.{name}", thing
+    for cls in (pyshare.Region, pyshare.Observer):
+        for name, thing in inspect.getmembers_static(cls):
+            if not name.startswith("_") and (inspect.isfunction(thing) or isinstance(thing, property)):
+                yield f"{cls.__name__}.{name}", thing
 
 
 @pytest.mark.parametrize(("name", "thing"), list(public()))
