@@ -18,12 +18,13 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Child, idle
+from conftest import PATIENCE, Child, idle
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, Observer, Region
@@ -410,6 +411,27 @@ def test_close_refuses_while_the_memory_is_used(observer: Observer, export: Call
     del used
     observer.close()
     assert observer.closed
+
+
+def test_close_takes_nothing_from_a_thread_that_reads(region: Region, observer: Observer) -> None:
+    region.write(0, b"\x07" * SIZE)
+    wrong: list[bytes] = []
+    reading = threading.Event()
+
+    def read() -> None:
+        with contextlib.suppress(pyshare.RegionClosed):
+            for _ in range(300):
+                reading.set()
+                wrong.extend({observer.read(0, SIZE)} - {b"\x07" * SIZE})
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert reading.wait(PATIENCE)
+    while not observer.closed:
+        with contextlib.suppress(BufferError):
+            observer.close()
+    thread.join(PATIENCE)
+    assert (thread.is_alive(), wrong) == (False, [])
 
 
 @pytest.mark.parametrize("export", [EXPORTS["numpy"], EXPORTS["frombuffer"], EXPORTS["ndarray"]])
