@@ -119,6 +119,21 @@ class Mapped(_core.Mapped):
         """One memoryview of the data, the same at each look; ``close`` releases it."""
         return self._view()
 
+    def readonly_fd(self) -> int:
+        """A new descriptor that is read-only for good: pass it on, and whoever gets it can observe the region.
+
+        It is the caller's, to be closed, and closed by exec unless it is passed on (``pass_fds``, SCM_RIGHTS). What is
+        mapped through it can never be made writable (mmap(2)); :func:`pyshare.attach` with ``readonly=True`` takes it.
+        A process whose user may write to the memory (``mode`` of ``create``; its owner may) can open it anew, for
+        writing, through /proc: against the same user it is a protection from mistakes, not from malice. Another user's
+        cannot change a byte; it can lock bytes of the file (fcntl(2)), and keep others waiting by that.
+
+        Raises:
+            RegionClosed.
+            OSError: what the kernel refuses: EMFILE.
+        """
+        return _core.read_only(self._fileno())
+
     def protection(self, offset: int) -> Prot:
         """The protection of the page that holds this byte, as it was asked for."""
         offset = _core.integer(offset, "offset")

@@ -79,20 +79,6 @@ class Region(Mapped, _core.Handle):
         """
         return self._fileno()
 
-    def readonly_fd(self) -> int:
-        """A new descriptor that is read-only for good: pass it on, and whoever gets it can observe the region.
-
-        It is the caller's, to be closed, and closed by exec unless it is passed on (``pass_fds``, SCM_RIGHTS). What is
-        mapped through it can never be made writable (mmap(2)); :func:`pyshare.attach` with ``readonly=True`` takes it.
-        A process whose user may write to the memory (``mode`` of ``create``; its owner may) can open it anew, for
-        writing, through /proc: against the same user it is a protection from mistakes, not from malice.
-
-        Raises:
-            RegionClosed.
-            OSError: what the kernel refuses: EMFILE.
-        """
-        return _core.read_only(self._fileno())
-
     def __repr__(self) -> str:
         what = f"{self._name!r}, {self._size} bytes" if self._name else f"{self._size} bytes"
         if self.closed:
