@@ -92,6 +92,7 @@ static void map_copy(struct ps_region *region, enum ps_section_kind to, enum ps_
 
 /* C4 of a change that is no undo. */
 static void map_set(struct ps_region *region, enum ps_kind kind, uint64_t first, uint64_t count, uint32_t prot) {
+    atomic_thread_fence(memory_order_release); /* pairs with fault.c: who sees the map of a change sees its C3 */
     if (kind == PS_THAW)
         map_copy(region, PS_SEC_CUR, PS_SEC_KEPT, first, count);
     else
@@ -180,6 +181,13 @@ bool ps_change_open(const struct ps_region *region) {
     struct ps_shm_record *record = &ps_header(region)->record;
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
     return atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
+}
+
+/* Open, and the map may still be put back: at U3 it has been. */
+bool ps_change_undecided(const struct ps_region *region) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    return ps_generation(region) <= attempt && atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
 }
 
 /* Has the open change of the record, if there is one, set this page already? */

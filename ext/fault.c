@@ -30,7 +30,7 @@
 #include "participant.h"
 
 #define ALTERNATE_STACK (64u * 1024u)
-#define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for the end of an open change, or of an install */
+#define PATIENCE (1000 * PS_MS) /* a fault waits at most so long for a change, at one generation, or for an install */
 #define FAULTS 100000           /* of one copy: a page whose protection changes all the time is refused at last */
 #define MARKS 100               /* ... of them SIGBUS, whose other meaning is that no memory is left */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
@@ -132,16 +132,17 @@ static int mend(struct ps_region *region, uint64_t page) {
     return rc;
 }
 
-static bool pending(const struct ps_region *region) {
-    return ps_change_open(region) || ps_applied(region) < ps_generation(region);
+/* Our page tables do not follow the map yet. */
+static bool late(const struct ps_region *region) {
+    return ps_applied(region) < ps_generation(region);
 }
 
 /* A copy that faults must fault into our handler, not into a faulthandler that was enabled on top of it.  Page tables
  * refuse what the map has just allowed while they are late, or cannot follow; whoever takes rights away from now on
  * installs it first. */
 static void expect_fault(const struct ps_region *region) {
-    atomic_thread_fence(memory_order_acquire); /* pairs with C3: who saw the map of a change sees it open */
-    if (pending(region) || region->failed || region->fenced)
+    atomic_thread_fence(memory_order_acquire); /* pairs with C4: who saw the map of a change sees it open */
+    if (ps_change_open(region) || late(region) || region->failed || region->fenced)
         ps_fault_install();
 }
 
@@ -411,18 +412,46 @@ static bool only_follows(struct ps_region *region) {
     return true;
 }
 
+/* A sleep until our page tables follow another generation; a change may be over without that, so not a long one. */
+static void nap(struct ps_region *region) {
+    _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
+    ps_sys_wait((struct ps_watch){ack, atomic_load_explicit(ack, memory_order_relaxed)}, FUTEX_BITSET_MATCH_ANY,
+                ps_sys_now() + PS_MS);
+}
+
+/* Does the map forbid the access, and not just a change that may be undone?  A look at the page counts where afterwards
+ * no change is undecided, and the generation is what it was before: whatever change the byte is of has been published
+ * by then, and put back before that if it was undone.  Where changes follow one another PATIENCE begins anew, as it
+ * does at a new fault; at one generation not for ever, should the caller have died: then the look has to do. */
+static bool forbids(struct ps_region *region, uint64_t page, bool store) {
+    uint64_t generation = ps_generation(region);
+    for (int64_t end = ps_sys_now() + PATIENCE;;) {
+        uint32_t prot = ps_protection(region, page);
+        atomic_thread_fence(memory_order_acquire); /* pairs with C4: who saw the map of a change sees its attempt */
+        bool undecided = ps_change_undecided(region);
+        uint64_t next = ps_generation(region);
+        if (next != generation) {
+            generation = next;
+            end = ps_sys_now() + PATIENCE;
+        } else if (!undecided || ps_sys_now() >= end) {
+            return !allows(prot, store);
+        } else {
+            nap(region);
+        }
+    }
+}
+
 /* The fault met a change under way: wait for its outcome.  True if the access is allowed then, and the
  * instruction may run again; at one generation not for ever, should our page tables never follow the map. */
 static bool outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
     struct ps_faults *faults = ps_process_faults();
-    int64_t end = ps_sys_now() + PATIENCE;
-    struct ps_shm_slot *slot = ps_slot(region, region->slot);
     bool copied = store && allows(ps_protection(region, page), true) && !region->fenced &&
                   (ps_snapshots(region) || only_follows(region)) && !ps_snapshot_open(region, page);
-    while (!copied && pending(region) && ps_sys_now() < end)
-        ps_sys_wait((struct ps_watch){&slot->ack, atomic_load_explicit(&slot->ack, memory_order_relaxed)},
-                    FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
-    if (!allows(ps_protection(region, page), store) || region->fenced)
+    if (!copied && forbids(region, page, store))
+        return false;
+    for (int64_t end = ps_sys_now() + PATIENCE; !copied && late(region) && ps_sys_now() < end;)
+        nap(region);
+    if (region->fenced)
         return false;
     /* A handler jumped out of an earlier violation here (ps_engine_refuse); or a snapshot that is over left it closed.
      */

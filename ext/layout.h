@@ -184,11 +184,12 @@ struct ps_shm_section {
  * Open means complete < attempt.  `attempt` is stored last when a change
  * begins, so whoever sees it open (acquire) sees its arguments (release). */
 struct ps_shm_record {
-    /* W: caller at C3, release.  R: caller, acquire (pairs with C3 of a dead caller); agents and
-     * fault handlers, acquire, as a hint.  Crash: names a change whose arguments are whole. */
+    /* W: caller at C3, release, and a release fence before C4.  R: caller, acquire (pairs with C3 of a dead caller);
+     * agents, acquire, as a hint; fault handlers, acquire, after an acquire fence behind a look at the map (pairs with
+     * C4: whoever saw the map of a change sees its attempt).  Crash: names a change whose arguments are whole. */
     _Atomic uint64_t attempt;
-    /* W: caller at C7 (:= attempt) or U5 (:= attempt + 1), seq_cst.  R: caller, acquire; an agent that
-     * failed, seq_cst after its acknowledgement (pairs with C7 of a caller that gave up on it).
+    /* W: caller at C7 (:= attempt) or U5 (:= attempt + 1), seq_cst.  R: caller and fault handlers, acquire; an agent
+     * that failed, seq_cst after its acknowledgement (pairs with C7 of a caller that gave up on it).
      * Crash: below attempt, so the next caller re-executes. */
     _Atomic uint64_t complete;
     /* W: caller at C2 (relaxed, published by C3) and U1 (release).  R: caller, acquire.
@@ -319,8 +320,8 @@ struct ps_shm_header {
     _Alignas(PS_LINE) _Atomic uint32_t lock;
 
     /* Line 12: the generation; its low half is the futex word on which agents sleep. */
-    /* W: caller at C5 and U3, seq_cst.  R: agents, acquire (pairs with C5: the map and the ring entry
-     * are visible).  Crash: at, or one below, attempt. */
+    /* W: caller at C5 and U3, seq_cst.  R: agents and fault handlers, acquire (pairs with C5 and U3: the map and the
+     * ring entry are visible).  Crash: at, or one below, attempt; of an UNDO one above it. */
     _Alignas(PS_LINE) _Atomic uint64_t generation;
 
     /* Line 13: how many slots were ever claimed; bounds every scan of the table. */

@@ -260,6 +260,7 @@ void ps_pages_pass(struct ps_region *region);
 bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
 bool ps_change_open(const struct ps_region *region);
+bool ps_change_undecided(const struct ps_region *region);
 
 int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 bool ps_frozen(const struct ps_region *region);
