@@ -441,18 +441,24 @@ static bool forbids(struct ps_region *region, uint64_t page, bool store) {
     }
 }
 
-/* The fault met a change under way: wait for its outcome.  True if the access is allowed then, and the
- * instruction may run again; at one generation not for ever, should our page tables never follow the map. */
-static bool outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
+enum verdict {
+    AGAIN,     /* the access is allowed: the instruction may run again */
+    FORBIDDEN, /* by the map */
+    STUCK,     /* it is allowed, and cannot be made */
+};
+
+/* The fault met a change under way: wait for its outcome.  At one generation the instruction runs again not for ever,
+ * should our page tables never follow the map. */
+static enum verdict outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
     struct ps_faults *faults = ps_process_faults();
     bool copied = store && allows(ps_protection(region, page), true) && !region->fenced &&
                   (ps_snapshots(region) || only_follows(region)) && !ps_snapshot_open(region, page);
     if (!copied && forbids(region, page, store))
-        return false;
+        return FORBIDDEN;
     for (int64_t end = ps_sys_now() + PATIENCE; !copied && late(region) && ps_sys_now() < end;)
         nap(region);
     if (region->fenced)
-        return false;
+        return STUCK;
     /* A handler jumped out of an earlier violation here (ps_engine_refuse); or a snapshot that is over left it closed.
      */
     if (region->unsynced || (store && !copied))
@@ -461,7 +467,7 @@ static bool outlive_change(struct ps_region *region, uint64_t page, bool store, 
     if (retry != faults->retried)
         faults->retries = 0;
     faults->retried = retry;
-    return faults->retries++ < REPEATS;
+    return faults->retries++ < REPEATS ? AGAIN : STUCK;
 }
 
 /* -- Policies -------------------------------------------------------------------------------------------------- */
@@ -650,12 +656,15 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     bool store = registers[REG_ERR] & (1 << 1);
     bool data = region && ps_running(region) && at < region->shape.pages * PS_PAGE;
     bool mark = data && signal == SIGBUS && region->uffd && store;
-    if (data && by_kernel && (mark || signal == SIGSEGV) &&
-        (outlive_change(region, at / PS_PAGE, store, fault) || ps_freeze_notice(region, PATIENCE))) {
-        errno = saved;
-        return;
+    enum verdict verdict = mark && !allows(ps_protection(region, at / PS_PAGE), store) ? FORBIDDEN : STUCK;
+    if (data && by_kernel && (mark || signal == SIGSEGV)) {
+        verdict = outlive_change(region, at / PS_PAGE, store, fault);
+        if (verdict == AGAIN || ps_freeze_notice(region, PATIENCE)) {
+            errno = saved;
+            return;
+        }
     }
-    bool forbidden = signal == SIGSEGV || (mark && !allows(ps_protection(region, at / PS_PAGE), store));
+    bool forbidden = signal == SIGSEGV || verdict == FORBIDDEN;
     bool executes = registers[REG_ERR] & (1 << 4);
     if (data && by_kernel && forbidden && !executes && by_policy(region, at, store) == GO) {
         errno = saved;
