@@ -105,7 +105,7 @@ def test_any_name_of_a_block_will_do(name: str) -> None:
 
 
 @settings(database=None)
-@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=40))
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=16))
 def test_different_blocks_are_different_regions(name: str) -> None:
     """What was written for a byte can be read back, so that no two names become one."""
     found = _region_name(name)
