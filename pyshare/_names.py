@@ -303,10 +303,15 @@ def unlink(name: str) -> None:
         ValueError: it is no name.
     """
     with live(check(name)) as fd:
-        try:
-            _remove(fd, _PREFIX + name)
-        except PermissionError:
-            raise PermissionError(errno.EACCES, f"only its owner may unlink the name {name!r}") from None
+        remove(fd, name)
+
+
+def remove(fd: int, name: str) -> None:
+    """The name, if it means this live entry; PermissionError."""
+    try:
+        _remove(fd, _PREFIX + name)
+    except PermissionError:
+        raise PermissionError(errno.EACCES, f"only its owner may unlink the name {name!r}") from None
 
 
 def names() -> list[str]:

@@ -79,33 +79,30 @@ class SharedMemory(shared_memory.SharedMemory):
     _buf: Any = None  # a memoryview; None after close
     _mode = 0o600
     _name: str
-    _outlived = False  # when we closed it, its name still led to it
+    _entry: int | None = None  # once closed: what the name then led to, if that was this block (_entry_of)
 
     def __init__(
         self, name: str | None = None, create: bool = False, size: int = 0, *, track: bool = True, persist: bool = False
     ) -> None:
         if not size >= 0:
             raise ValueError(f"'size' must be a positive integer, not {size!r}")
-        if create and size == 0:
-            raise ValueError("'size' must be a positive number different from zero")
-        if name is None and not create:
-            raise ValueError("'name' can only be None if create=True")
         self._track = track
-        region = self._create(name, size) if create else self._attach(name)
-        try:
-            if persist:
-                _holder.keep(region)
-        except BaseException:
-            if create:  # even if a keeper runs: we were interrupted when it was ready, and it ends
-                _unlink_if_there(self._name)
-            region.close()
-            raise
-        self._region, self._size = region, region.size
-        self._buf = memoryview(region)
+        if create:
+            if size == 0:
+                raise ValueError("'size' must be a positive number different from zero")
+            region = self._create(name, size)
+        elif name is None:
+            raise ValueError("'name' can only be None if create=True")
+        else:
+            self._name = "/" + name  # as the standard library has it
+            region = attach(_region_name(self._name))
+        self._region, self._size, self._buf = region, region.size, memoryview(region)
+        if persist:
+            self._keep(create)
 
     def _create(self, name: str | None, size: int) -> Region:
         while True:
-            # The standard library prepends a slash to what it is given, and to nothing that it has made up.
+            # What is made up has its slash already.
             self._name = shared_memory._make_filename() if name is None else "/" + name  # type: ignore[attr-defined]
             try:
                 return create(_region_name(self._name), size=size, mode=self._mode)
@@ -113,10 +110,16 @@ class SharedMemory(shared_memory.SharedMemory):
                 if name is not None:
                     raise
 
-    def _attach(self, name: str | None) -> Region:
-        assert name is not None
-        self._name = "/" + name
-        return attach(_region_name(self._name))
+    def _keep(self, created: bool) -> None:
+        assert self._region
+        try:
+            _holder.keep(self._region)
+        except BaseException:
+            if created:  # even if there is a keeper, which came when we were interrupted: it ends then
+                with contextlib.suppress(FileNotFoundError):
+                    self.unlink()
+            self.close()
+            raise
 
     @property
     def region(self) -> Region | None:
@@ -129,39 +132,39 @@ class SharedMemory(shared_memory.SharedMemory):
         buf, self._buf = self._buf, None
         if region is None:
             return
-        self._outlived = _is_named(region)
+        self._entry = _entry_of(region)
         with contextlib.suppress(BufferError):
             buf.release()
         region._let_go()
 
     def unlink(self) -> None:
-        """Nobody finds the block by its name any more; whoever has it keeps it.
+        """Nobody finds the block by its name any more; whoever has it keeps it. Another block of this name stays.
 
         Raises:
-            FileNotFoundError: there is none of this name. Not if it went with this very object's ``close``.
+            FileNotFoundError: it has no name any more. Not if that went with its last holder after our ``close``.
             PermissionError: it belongs to another user.
         """
-        outlived, self._outlived = self._outlived, False
-        try:
-            _names.unlink(_region_name(self._name))
-        except RegionNotFound:
-            if not outlived:
-                raise
+        name = _region_name(self._name)
+        if self._region is not None:
+            entry = _entry_of(self._region)
+        else:
+            entry, self._entry = self._entry, None
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name)
+        with contextlib.suppress(RegionNotFound), _names.live(name) as fd:
+            if os.fstat(fd).st_ino == entry:
+                _names.remove(fd, name)
 
     def __del__(self) -> None:
         if self._region is not None and self._region._is_forsaken():
             self.close()
 
 
-def _is_named(region: Region) -> bool:
-    with contextlib.suppress(ShareError, OSError), _names.of_region(region.name, region.fileno()) as entry:
-        return entry >= 0
-    return False  # a forked child that could not join, or the names' directory is out of reach
-
-
-def _unlink_if_there(name: str) -> None:
-    with contextlib.suppress(RegionNotFound):
-        _names.unlink(_region_name(name))
+def _entry_of(region: Region) -> int | None:
+    """The inode number of its name's entry, by which it is told from another region of this name."""
+    with contextlib.suppress(ShareError, OSError), _names.of_region(region.name, region.fileno()) as fd:
+        return os.fstat(fd).st_ino if fd >= 0 else None
+    return None  # a forked child that could not join, or the names' directory is out of reach
 
 
 _TYPES: dict[type, int] = {int: 0, float: 1, bool: 2, type(None): 3, str: 4, bytes: 5}

@@ -148,6 +148,21 @@ def test_unlink_leaves_it_to_who_has_it() -> None:
         other.unlink()
 
 
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
+def test_another_block_of_the_name_stays(closed: bool) -> None:
+    block = SharedMemory("test_compat", create=True, size=1)
+    if closed:
+        block.close()
+    else:
+        block.unlink()
+    other = SharedMemory("test_compat", create=True, size=1)
+    with contextlib.nullcontext() if closed else pytest.raises(FileNotFoundError):
+        block.unlink()
+    SharedMemory("test_compat").close()
+    other.close()
+    block.close()
+
+
 def test_a_dropped_object_is_quiet() -> None:
     SharedMemory("test_compat", create=True, size=1)  # warnings are errors here
     with pytest.raises(FileNotFoundError):
