@@ -98,7 +98,7 @@ class SharedMemory(shared_memory.SharedMemory):
             region = attach(_region_name(self._name))
         self._region, self._size, self._buf = region, region.size, memoryview(region)
         if persist:
-            self._keep(create)
+            self._keep(region, create)
 
     def _create(self, name: str | None, size: int) -> Region:
         while True:
@@ -110,10 +110,9 @@ class SharedMemory(shared_memory.SharedMemory):
                 if name is not None:
                     raise
 
-    def _keep(self, created: bool) -> None:
-        assert self._region
+    def _keep(self, region: Region, created: bool) -> None:
         try:
-            _holder.keep(self._region)
+            _holder.keep(region)
         except BaseException:
             if created:  # even if there is a keeper, which came when we were interrupted: it ends then
                 with contextlib.suppress(FileNotFoundError):

@@ -369,6 +369,7 @@ def kept(fork: Callable[..., Child]) -> Iterator[Kept]:
     yield kept
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(kept.pidfd, signal.SIGKILL)
+    assert kept.has_ended()
     os.close(kept.pidfd)
 
 
