@@ -10,6 +10,7 @@ import gc
 import inspect
 import os
 import pickle
+import re
 import select
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 
 import pyshare
 from pyshare import _holder
+from pyshare.__main__ import main
 from pyshare.compat import ShareableList, SharedMemory, SharedMemoryManager, _region_name
 
 # -- As there --------------------------------------------------------------------------------------------------------
@@ -395,6 +397,14 @@ def test_its_keeper_ends(kept: Kept, how: str) -> None:
     ENDS[how](kept)
     assert kept.has_ended()
     assert not os.path.exists("/dev/shm/pyshare.test_compat")
+
+
+def test_the_command_line_shows_it_and_ends_its_keeper(kept: Kept, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls"]) == 0
+    assert re.search(rf"^test_compat .* kept by pid {kept.pid}\b", capsys.readouterr().out, re.M)
+    assert main(["unlink", "test_compat"]) == 0
+    assert f"pid {kept.pid}, which kept it, has ended" in capsys.readouterr().out
+    assert kept.has_ended()
 
 
 def test_its_keeper_is_told_and_does_not_look(kept: Kept) -> None:
