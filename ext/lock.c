@@ -71,8 +71,11 @@ void ps_waits_for(struct ps_region *region, uint32_t owner) {
     atomic_store_explicit(&slot->waits_for, owner, memory_order_relaxed);
 }
 
+/* Another thread of ours may have come to sleep meanwhile: what it told stays. */
 void ps_waits_no_more(struct ps_region *region) {
-    atomic_store_explicit(&ps_slot(region, region->slot)->waits_for, 0, memory_order_relaxed);
+    _Atomic uint32_t *told = &ps_slot(region, region->slot)->waits_for;
+    if (atomic_load_explicit(told, memory_order_relaxed) == ps_process_patience()->owner)
+        atomic_store_explicit(told, 0, memory_order_relaxed);
 }
 
 /* The result of a call that may have waited. PS_ESIGNAL: another call goes on with it. */

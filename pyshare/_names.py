@@ -196,7 +196,9 @@ def found(name: str, deadline: int, *, keep: bool = False) -> Iterator[tuple[int
 
 def entries() -> list[str]:
     """Every name that there is, sorted: live or stale, and whoever made it. Nothing is removed."""
-    found = (entry.removeprefix(_PREFIX) for entry in os.listdir(_DIRECTORY) if entry.startswith(_PREFIX))
+    found = []
+    with contextlib.suppress(FileNotFoundError):  # no directory, no names
+        found = [entry.removeprefix(_PREFIX) for entry in os.listdir(_DIRECTORY) if entry.startswith(_PREFIX)]
     return sorted(name for name in found if len(name) <= _core.NAME_MAX and _NAME.fullmatch(name))
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import select
@@ -31,7 +32,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.live import Live
@@ -206,26 +207,36 @@ def told_to_end(keys: int | None, seconds: float) -> bool:
     return False
 
 
+def form(
+    subject: Regions | Participants, as_json: bool, stack: contextlib.ExitStack
+) -> tuple[Callable[[dict[str, Any]], None], bool, int | None]:
+    """(how a look is told, is that a screen, the keyboard or None); the terminal is put back with the stack."""
+    console = _observer.console()
+    if as_json:
+        return lambda look: print(json.dumps(look), flush=True), False, None
+    if not console.is_terminal:
+        return lambda look: console.print(time.strftime("%H:%M:%S"), subject.table(look), sep="\n"), False, None
+    keys = stack.enter_context(keyboard())
+    screen = stack.enter_context(Live(console=console, auto_refresh=False))
+    return lambda look: screen.update(subject.table(look), refresh=True), True, keys
+
+
 def watch(subject: Regions | Participants, arguments: argparse.Namespace) -> int:
     """Until it is told to end; the exit status."""
-    console = _observer.console()
-    live = console.is_terminal and not arguments.json
-    look, shown = subject.look(), 0
     with contextlib.ExitStack() as stack:
-        keys = stack.enter_context(keyboard()) if live else None
-        screen = stack.enter_context(Live(console=console, auto_refresh=False)) if live else None
-        while look is not None:
-            if screen is not None:
-                screen.update(subject.table(look), refresh=True)
-            if shown == arguments.count or told_to_end(keys, arguments.interval):
+        tell, is_screen, keys = form(subject, arguments.json, stack)
+        look = subject.look()
+        if look and is_screen:  # else the first one has rates
+            tell(look)
+        for shown in itertools.count(1):
+            if told_to_end(keys, arguments.interval):
                 return 0
-            look, shown = subject.look(), shown + 1
-            if look is None or screen is not None:
-                continue
-            if arguments.json:
-                print(json.dumps(look), flush=True)
-            else:
-                console.print(Text(time.strftime("%H:%M:%S"), "dim"), subject.table(look), sep="\n")
+            look = subject.look()
+            if look is None:
+                break
+            tell(look)
+            if shown == arguments.count:
+                return 0
     print("pyshare top: the region has ended: its last participant is gone", file=sys.stderr)
     return 0 if arguments.count is None else 1
 
