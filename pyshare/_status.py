@@ -21,11 +21,10 @@ from typing import Any
 
 import psutil
 
-from pyshare import _core, _names, _observer
+from pyshare import _core, _holder, _names, _observer
 from pyshare._errors import CorruptRegion, RegionNotFound, ShareError
 from pyshare._observer import Slot
 
-HOLDER = "pyshare._holder"  # in the command line of who keeps a region for a program that has ended
 MEMORY = "/memfd:pyshare "  # how /proc calls a descriptor of a region
 PATIENCE = 0.1  # seconds that a name in the making is waited for
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -168,7 +167,6 @@ class Table:
 def participant(slot: Slot, table: Table, generation: int, locks: list[Lock]) -> Participant:
     """One row of the table."""
     process = slot.process() if slot.alive else None
-    command = slot.command()
     uid = None
     with contextlib.suppress(psutil.Error):
         uid = process.uids().real if process else None
@@ -177,7 +175,7 @@ def participant(slot: Slot, table: Table, generation: int, locks: list[Lock]) ->
         pid=slot.pid,
         slot=(slot.owner & _core.MAX_PARTICIPANTS) - 1,
         status=status_of(slot, process),
-        command=command,
+        command=slot.command(),
         user=None if uid is None else user_name(uid),
         engine="uffd" if slot.uffd else "mprotect",
         applied=slot.applied,
@@ -190,7 +188,7 @@ def participant(slot: Slot, table: Table, generation: int, locks: list[Lock]) ->
         locks=locks,
         waits_for=waits or None,
         waits_seconds=ago(slot.waits_since) if waits else None,
-        keeper=HOLDER in command.split(" "),
+        keeper=process is not None and _holder.is_holder(process),
     )
 
 

@@ -26,7 +26,7 @@ import sys
 
 import psutil
 
-from pyshare import _names, _observer, _status
+from pyshare import _holder, _names, _observer, _status
 from pyshare._errors import RegionNotFound, ShareError
 
 NAME = "unlink"
@@ -62,10 +62,9 @@ def end(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if _status.HOLDER not in psutil.Process(pid).cmdline():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if not _holder.is_holder(psutil.Process(pid)):
                 return True
-        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)

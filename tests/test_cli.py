@@ -32,7 +32,20 @@ from conftest import PATIENCE, Child, idle, until
 from kernel import LOCKS, PAGE, SECTIONS, elsewhere, libc, word
 
 import pyshare
-from pyshare import READ, READ_WRITE, PropagationTimeout, Region, _core, _observer, _status, metrics, show, top
+from pyshare import (
+    READ,
+    READ_WRITE,
+    PropagationTimeout,
+    Region,
+    _core,
+    _holder,
+    _observer,
+    _status,
+    _unlink,
+    metrics,
+    show,
+    top,
+)
 from pyshare import ls as listing
 from pyshare.__main__ import COMMANDS, main
 
@@ -489,33 +502,33 @@ def test_unlink_tells_programs(region: Region, fork: Fork) -> None:
     assert region.generation == 1
 
 
-KEEPER = """
-import signal, sys, pyshare
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-with pyshare.attach(sys.argv[2]):
-    print("keeps", flush=True)
-    signal.sigwait({signal.SIGTERM})
-print("ends", flush=True)
-"""
-
-
 def test_unlink_ends_who_keeps_a_region(region: Region, joined: Joined) -> None:
-    """It alone, by SIGTERM; ls says beforehand that it is kept, and by whom."""
+    """It alone; ls says beforehand that it is kept, and by whom."""
     other = joined()
-    command = [sys.executable, "-c", KEEPER, _status.HOLDER, NAME]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as keeper:
-        assert keeper.stdout is not None
-        assert keeper.stdout.readline() == "keeps\n"
-        assert listed(NAME)["kept_by"] == [keeper.pid]
-        assert f"kept by pid {keeper.pid}" in run("ls")[1]
-        assert row_of(seen(), keeper.pid)["keeper"]
-        assert "keeps the region" in run("show", NAME)[1]
-        said = f"{NAME}: removed; pid {keeper.pid}, which kept it, has ended; 2 participants keep the region\n"
-        assert run("unlink", NAME) == (0, said, "")
-        assert keeper.stdout.readline() == "ends\n"
-        assert keeper.wait(PATIENCE) == 0
+    _holder.keep(region)
+    (pid,) = _holder.holders(region)
+    assert listed(NAME)["kept_by"] == [pid]
+    assert f"kept by pid {pid}" in run("ls")[1]
+    assert row_of(seen(), pid)["keeper"]
+    assert "keeps the region" in run("show", NAME)[1]
+    said = f"{NAME}: removed; pid {pid}, which kept it, has ended; 2 participants keep the region\n"
+    assert run("unlink", NAME) == (0, said, "")
     there = _status.look(_core.Observer(region.fileno()), region.fileno()).participants
     assert [(one.pid, one.status) for one in there] == [(os.getpid(), "running"), (other.pid, "running")]
+
+
+def test_a_stopped_keeper_is_not_waited_for_for_ever(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when it is continued; who has its pid by then is left alone."""
+    monkeypatch.setattr(_unlink, "PATIENCE_MS", 50)
+    _holder.keep(region)
+    (pid,) = _holder.holders(region)
+    os.kill(pid, signal.SIGSTOP)
+    assert json.loads(run("unlink", NAME, "--json")[1])["names"][0] == {
+        "name": NAME, "removed": True, "was": "live", "ended": [], "kept": 2, "error": None,
+    }  # fmt: skip
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: _holder.holders(region) == [])
+    assert _unlink.end(os.getpid()), "we are no keeper, and go on"
 
 
 @needs_root
