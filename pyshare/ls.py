@@ -30,7 +30,7 @@ from pyshare._status import Found
 
 NAME = "ls"
 
-COLUMNS = ("NAME", ">SIZE", ">USED", ">PARTICIPANTS", "ENGINE", ">GENERATION", ">LEASES", "")
+COLUMNS = ("NAME", ">SIZE", ">USED", ">PARTICIPANTS", "ENGINE", ">GENERATION", ">LEASES", "NOTE")
 STYLES = {"live": "bold", "unnamed": "cyan", "stale": "yellow", "hidden": "dim"}
 
 
