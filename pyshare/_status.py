@@ -212,8 +212,8 @@ def look(observer: _core.Observer, fd: int, since: int = 0) -> Look:
     """What there is to know without reading the map; who was waited for in changes after generation `since`."""
     memory, generation, table = os.fstat(fd), observer.generation(), Table(observer)
     locks: dict[int, list[Lock]] = {}
-    for index, owner, since in observer.locks():
-        locks.setdefault(owner, []).append(Lock(index, ago(since)))
+    for index, owner, taken in observer.locks():
+        locks.setdefault(owner, []).append(Lock(index, ago(taken)))
     return Look(
         file=(memory.st_dev, memory.st_ino),
         size=observer.size(),

@@ -585,7 +585,8 @@ def test_top_tells_who_is_slow(region: Region, joined: Joined) -> None:
     subject = top.Participants(NAME, observer, region.fileno())
     with pytest.raises(PropagationTimeout):
         region.mprotect(0, PAGE, READ_WRITE, timeout=AT_ONCE)
-    look = subject.look()
+    with region.lock(3):
+        look = subject.look()
     assert look
     assert row_of(look, slow.pid)["slowest"]["times"] == 1
     assert row_of(look, slow.pid)["slowest"]["seconds"] >= AT_ONCE
