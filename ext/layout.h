@@ -291,7 +291,10 @@ struct ps_shm_slot {
     /* W: owner's thread that takes the first of its leases, relaxed; CLOCK_MONOTONIC_COARSE ns.  R: for information:
      * since when it has held some lease without a break. */
     _Atomic uint64_t leased_since;
-    uint32_t pad4[8]; /* W: nobody.  R: nobody */
+    /* W: owner's threads, relaxed: + 1 for each lease that ends; owner at J1: `takes`.  R: for information: `takes`
+     * less this are held; unlike `leases` without those that are waited for. */
+    _Atomic uint32_t ends;
+    uint32_t pad4[7]; /* W: nobody.  R: nobody */
 };
 
 struct ps_shm_header {

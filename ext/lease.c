@@ -444,8 +444,7 @@ static _Atomic uint32_t *own_leases(const struct ps_region *region) {
 }
 
 static void count_lease(struct ps_region *region) {
-    if (!atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst))
-        atomic_store_explicit(&ps_slot(region, region->slot)->leased_since, ps_sys_coarse(), memory_order_relaxed);
+    atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst);
 }
 
 static void uncount_lease(struct ps_region *region) {
@@ -489,6 +488,18 @@ int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome
 }
 
 /* -- Leases ---------------------------------------------------------------------------------------------------- */
+
+/* For who looks (observe.c): it has one more, or one less. */
+static void tell_taken(struct ps_region *region) {
+    struct ps_shm_slot *slot = ps_slot(region, region->slot);
+    uint32_t before = atomic_fetch_add_explicit(&slot->takes, 1, memory_order_relaxed);
+    if (before == atomic_load_explicit(&slot->ends, memory_order_relaxed))
+        atomic_store_explicit(&slot->leased_since, ps_sys_coarse(), memory_order_relaxed);
+}
+
+static void tell_ended(struct ps_region *region) {
+    atomic_fetch_add_explicit(&ps_slot(region, region->slot)->ends, 1, memory_order_relaxed);
+}
 
 static void give_pages(struct ps_region *region, uint64_t first, uint64_t end) {
     for (uint64_t page = first; page < end; page++)
@@ -637,7 +648,7 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
             give_pages(region, lease->first, lease->first + lease->count);
             uncount_lease(region);
         } else {
-            atomic_fetch_add_explicit(&ps_slot(region, region->slot)->takes, 1, memory_order_relaxed);
+            tell_taken(region);
             remember(region, lease->first);
         }
     }
@@ -660,6 +671,7 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
         atomic_store_explicit(&region->here[page], ended, memory_order_release);
         give(region, lease_word(region, page), 0);
     }
+    tell_ended(region);
     uncount_lease(region);
     return 0;
 }

@@ -129,6 +129,8 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
     if (state != PS_LIVE && state != PS_JOINING)
         return 0;
     uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
+    uint32_t takes = atomic_load_explicit(&slot->takes, memory_order_relaxed);
+    int32_t held = (int32_t)(takes - atomic_load_explicit(&slot->ends, memory_order_relaxed));
     *out = (struct ps_seen_slot){
         .owner = ps_owner_of(index, status),
         .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
@@ -141,11 +143,11 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
         .live = state == PS_LIVE,
         .alive = ps_sys_ofd_free(ps_query_fd(seen), index) == 0,
         .here = pidns && pidns == ps_sys_pid_namespace(),
-        .leases = atomic_load_explicit(&slot->leases, memory_order_relaxed),
+        .leases = held > 0 ? (uint32_t)held : 0,
         .leased_since = atomic_load_explicit(&slot->leased_since, memory_order_relaxed),
         .waits_for = atomic_load_explicit(&slot->waits_for, memory_order_relaxed),
         .waits_since = atomic_load_explicit(&slot->waits_since, memory_order_relaxed),
-        .takes = atomic_load_explicit(&slot->takes, memory_order_relaxed),
+        .takes = takes,
     };
     return 1;
 }

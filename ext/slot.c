@@ -47,6 +47,7 @@ static void take(struct ps_region *region, uint32_t index) {
     atomic_store_explicit(&slot->leases, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->saving, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->waits_for, 0, memory_order_relaxed);
+    atomic_store_explicit(&slot->ends, atomic_load_explicit(&slot->takes, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&slot->flags, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->capabilities, 0, memory_order_relaxed);
     region->pid = (uint32_t)getpid();

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -302,6 +303,35 @@ def test_leases_are_counted(region: Region, joined: Joined) -> None:
     with region.lease(0, PAGE), pytest.raises(pyshare.ShareError):
         region.lease(0, PAGE)
     assert seen()["leases_taken"] == 1003, "who got none does not count"
+
+
+def test_who_waits_for_a_lease_has_none(region: Region, fork: Fork) -> None:
+    """And has it since it got it, not since it came; whoever had its place before died with one."""
+
+    def wait(child: Child) -> None:
+        child.say()
+        with region.lease(0, 2 * PAGE, timeout=None):
+            idle(child)
+
+    died = fork(lambda child: (region.lease(4 * PAGE, PAGE), child.say(), child.hear()))
+    assert died.hear() == "ok"
+    died.kill()
+    died.wait()
+    region.lease(4 * PAGE, PAGE).release()  # which notices it
+    with region.lease(PAGE, PAGE):
+        waiter = fork(wait)
+        assert waiter.hear() == "ok"
+        until(lambda: row_of(seen(), waiter.pid)["waits_for"] == os.getpid())
+        row = row_of(seen(), waiter.pid)
+        assert (row["leases"], row["leased_seconds"]) == (0, None)
+        assert listed(NAME)["leases"] == 1
+        before = time.monotonic()
+    assert waiter.hear() == "ok"
+    row = row_of(seen(), waiter.pid)
+    assert row["leases"] == 1
+    assert row["leased_seconds"] <= time.monotonic() - before + 0.02, "the clock is coarse"
+    waiter.say()
+    assert waiter.wait() == 0
 
 
 def test_a_wait_is_one_through_all_its_calls(region: Region, fork: Fork) -> None:
