@@ -45,12 +45,13 @@ from pyshare._observer import duration
 NAME = "top"
 
 REGIONS = (
-    *("NAME", ">SIZE", ">USED", ">PARTICIPANTS", "ENGINE", ">GENERATION", ">CHANGES/S", ">LEASES/S", ">LEASES"),
-    *(">WAITING", "SLOWEST"),
-)
+    "NAME", ">SIZE", ">USED", ">PARTICIPANTS", "ENGINE", ">GENERATION", ">CHANGES/S", ">LEASES/S", ">LEASES",
+    ">WAITING", "SLOWEST",
+)  # fmt: skip
 PARTICIPANTS = (
-    *("PID", "STATUS", "ENGINE", ">APPLIED", ">LEASES/S", ">LEASES", ">LOCKS", "WAITS FOR", "SLOWEST", "COMMAND"),
-)
+    "PID", "STATUS", "ENGINE", ">APPLIED", ">LEASES/S", ">LEASES", ">LOCKS", "WAITS FOR", "SLOWEST", "COMMAND",
+)  # fmt: skip
+WRAP = 1 << 32  # how many leases are counted
 
 
 # -- Rates -----------------------------------------------------------------------------------------
@@ -69,9 +70,9 @@ class Rates:
         looked = time.monotonic()
         self.seconds = looked - self._looked if self._looked else None
         found = {
-            key: [(value - old) / (self.seconds or 1) for value, old in zip(values, self._before[key], strict=True)]
+            key: [(value - old) % WRAP / (self.seconds or 1) for value, old in zip(values, before, strict=True)]
             for key, values in now.items()
-            if key in self._before
+            if (before := self._before.get(key))
         }
         self._before, self._looked = now, looked
         return found
