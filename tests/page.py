@@ -15,15 +15,17 @@ Lives here: no test; test_docs.py starts this, one process a page.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,29 +72,32 @@ def pattern(expected: str) -> str:
     return re.sub(r"(?:\\?\s)+", r"\\s+", "".join([*parts, re.escape(expected[at:])]))
 
 
-def compare(expected: str, printed: str) -> None:
-    """They are the same, but for what may be different."""
-    if not re.fullmatch(pattern(expected.strip()), printed.strip(), re.S):
-        raise Differs("\n".join(difflib.ndiff(expected.splitlines(), printed.splitlines())))
+class Paper:
+    """What is printed from now on, by this process and those that it starts, whenever they do; a context manager."""
 
+    def __enter__(self) -> Paper:
+        self._file = tempfile.TemporaryFile("a+")
+        self._saved = [os.dup(number) for number in (1, 2)]
+        for number in (1, 2):
+            os.dup2(self._file.fileno(), number)
+        return self
 
-def printed_by(action: Callable[[], object]) -> str:
-    """What it, and processes that it started, wrote to stdout and stderr meanwhile."""
-    with tempfile.TemporaryFile("w+") as file:
-        saved = [os.dup(number) for number in (1, 2)]
-        try:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            action()
-        finally:
-            sys.stdout.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-            file.seek(0)
-            said = file.read()
-            print(said, end="", flush=True)
-    return said
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        for number, copy in zip((1, 2), self._saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        self._file.seek(0)
+        print(self._file.read(), end="", flush=True)
+        self._file.close()
+
+    def since(self, action: Callable[[], object]) -> str:
+        """What is printed while it runs."""
+        start = os.fstat(self._file.fileno()).st_size
+        action()
+        sys.stdout.flush()
+        self._file.seek(start)
+        return self._file.read()
 
 
 def commands(body: str) -> Iterator[tuple[str, str]]:
@@ -102,25 +107,37 @@ def commands(body: str) -> Iterator[tuple[str, str]]:
         yield command, printed
 
 
+def matches(expected: str, printed: str) -> bool:
+    return bool(re.fullmatch(pattern(expected.strip()), printed.strip(), re.S))
+
+
+def compare(expected: str, printed: str) -> None:
+    """They are the same, but for what may be different."""
+    if not matches(expected, printed):
+        raise Differs("\n".join(difflib.ndiff(expected.splitlines(), printed.splitlines())))
+
+
 def console(body: str) -> None:
+    """Runs each command. One that the page ends by ^C is ended so when it has printed what it should."""
     for command, expected in commands(body):
         print(f"$ {command}", flush=True)
-        done = subprocess.run(
-            ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        print(done.stdout, end="", flush=True)
+        expected, interrupted, _ = expected.partition("^C\n")
+        with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            assert process.stdout is not None
+            printed = b""
+            while part := os.read(process.stdout.fileno(), 1 << 16):
+                printed += part
+                if interrupted and matches(expected, printed.decode()):
+                    process.send_signal(signal.SIGINT)
+                    break
+        print(printed.decode(), end="", flush=True)
         if expected.strip():
-            compare(expected, done.stdout)
-        elif done.returncode:
-            raise Differs(f"exit status {done.returncode}")
+            compare(expected, printed.decode())
+        elif process.returncode:
+            raise Differs(f"exit status {process.returncode}")
 
 
-def python(path: str, block: Block, namespace: dict[str, Any]) -> str:
-    code = compile("\n" * (block.line - 1) + block.body, path, "exec")
-    return printed_by(lambda: exec(code, namespace))
-
-
-def run(path: str) -> list[str]:
+def run(path: str, paper: Paper) -> list[str]:
     """Runs the page; the packages for want of which blocks were left out."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed, missing = "", []
@@ -128,8 +145,9 @@ def run(path: str) -> list[str]:
         try:
             match block.language, block.title:
                 case "python", "":
+                    code = compile("\n" * (block.line - 1) + block.body, path, "exec")
                     try:
-                        printed = python(path, block, namespace)
+                        printed = paper.since(functools.partial(exec, code, namespace))
                     except ModuleNotFoundError as error:
                         if error.name not in OPTIONAL:
                             raise
@@ -150,7 +168,17 @@ def run(path: str) -> list[str]:
     return missing
 
 
+def main() -> int:
+    """The exit status."""
+    with Paper() as paper:
+        try:
+            for name in run(sys.argv[1], paper):
+                print(f"left out, for want of a package: {name}")
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        for name in run(sys.argv[1]):
-            print(f"left out, for want of a package: {name}")
+    sys.exit(main())
