@@ -55,6 +55,8 @@ def as_reader(directory: Path, *arguments: str | Path, status: int = 0) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(DOCS)) for path in PAGES])
 def test_page(path: Path, tmp_path: Path) -> None:
+    for room in ("docs", "examples", "tests"):  # as in a clone
+        (tmp_path / room).symlink_to(ROOT / room)
     said = as_reader(tmp_path, page.__file__, path)
     missing = re.findall(r"^left out, for want of a package: (\w+)$", said, re.M)
     if missing:
