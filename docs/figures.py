@@ -147,7 +147,7 @@ def main(path: str, directory: str) -> None:
     draw(into / "change", change, CHANGE, "participants", str)
     pause = sweep(measured, IMAGE, "length", section="snapshot", measure="pause", participants=4)
     (into / "pause.md").write_text(
-        sweep_table(pause, IMAGE, "length", size, "max").replace("| length |", "| memory |", 1)
+        sweep_table(pause, IMAGE, "length", size, "p90").replace("| length |", "| memory |", 1)
     )
     draw(into / "pause", pause, IMAGE, "length", size)
     (into / "held.md").write_text(held_table(measured))

@@ -9,7 +9,8 @@ than the page says. What a fence's language means:
 - ``text`` with ``title="output"``: what the block before it printed.
 - ``text``: a drawing. Every other language is an error.
 
-In what is printed, ``...`` stands for anything, 47xx for any process, a time of day or a duration for any other.
+In what is printed, ``...`` stands for anything, 47xx for any process, a time of day, a duration or a size in KiB and
+more for any other, uffd for either engine, and white space for white space.
 Lives here: no test; test_docs.py starts this, one process a page.
 """
 
@@ -33,10 +34,12 @@ from typing import Any
 OPTIONAL = {"pandas", "prometheus_client", "pyarrow", "torch"}  # blocks that import what is not installed are left out
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.S | re.M)
 LOOSE = (
-    (r"\.\.\.", r".*?"),
+    (r"\s*\.\.\.\s*", r".*?"),
     (r"\b47\d\d\b", r"\\d+"),
     (r"\b\d\d:\d\d:\d\d(?:\.\d+)?", r"\\d\\d:\\d\\d:\\d\\d(?:\\.\\d+)?"),
     (r"\b[\d.,]+ (?:ns|µs|ms|s)\b", r"[\\d.,]+ (?:ns|µs|ms|s)"),
+    (r"\b[\d.,]+ [KMG]iB\b", r"[\\d.,]+ [KMG]iB"),
+    (r"\buffd\b", r"(?:uffd|mprotect)"),
 )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import page
@@ -28,27 +30,31 @@ README = list(page.blocks((ROOT / "README.md").read_text()))
 def as_reader(directory: Path, *arguments: str | Path, status: int = 0) -> str:
     """What Python printed, as a reader runs it who has pyshare installed; fails where it ends otherwise."""
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=directory,
-        env={
-            **os.environ,
-            "PATH": os.pathsep.join(paths),
-            "COLUMNS": "100",
-            "PYTHONWARNINGS": "ignore::DeprecationWarning",  # of os.fork() beside another thread, since 3.12
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=directory,
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join(paths),
+                "COLUMNS": "160",
+                "PYTHONWARNINGS": "ignore::DeprecationWarning",  # of os.fork() beside another thread, since 3.12
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            ended = select.select([pidfd], [], [], PATIENCE)[0]
+        finally:
+            os.close(pidfd)
+            os.killpg(process.pid, signal.SIGKILL)  # whom it has left, too: the number is its own until we wait
+            process.wait()
+        file.seek(0)
+        said = file.read()
+    assert ended, f"it does not end\n{said}"
     assert process.returncode == status, f"{process.returncode}\n{said}"
     return said
 
@@ -57,7 +63,8 @@ def as_reader(directory: Path, *arguments: str | Path, status: int = 0) -> str:
 def test_page(path: Path, tmp_path: Path) -> None:
     for room in ("docs", "examples", "tests"):  # as in a clone
         (tmp_path / room).symlink_to(ROOT / room)
-    said = as_reader(tmp_path, page.__file__, path)
+    (tmp_path / "session.py").symlink_to(page.__file__)  # as the commands that look will call it
+    said = as_reader(tmp_path, "session.py", path)
     missing = re.findall(r"^left out, for want of a package: (\w+)$", said, re.M)
     if missing:
         pytest.skip(f"all but the blocks that need {', '.join(missing)} was run")
@@ -93,6 +100,8 @@ def test_readme(block: page.Block, tmp_path: Path) -> None:
         ("2.5 ms ago", "870 µs ago", True),
         ("at 18:51:48.582 x", "at 00:00:00.001 x", True),
         ("a ... z\n", "a b\nc z", True),
+        ("a\n...\n", "a", True),
+        ("28 KiB by uffd", "1.5 MiB by mprotect", True),
         ("a  b", "a b", True),
         ("a", "ab", False),
     ],
