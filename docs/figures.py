@@ -102,14 +102,9 @@ def draw(
             figure, axes = pyplot.subplots(figsize=(7.6, 4), layout="constrained")
             for (name, rows), colour in zip(found.items(), COLOURS[scheme], strict=False):
                 floor = names[name].startswith(("floor", "nothing"))
-                values = [row[axis] for row in rows]
-                line = axes.loglog(
-                    values, [row["p50"] for row in rows], "--" if floor else "-", marker=".", color=colour
-                )
-                axes.annotate(
-                    names[name], (values[-1], rows[-1]["p50"]), (6, 0), textcoords="offset points",
-                    va="center", color=line[0].get_color(), fontsize=9,
-                )  # fmt: skip
+                values, medians = [row[axis] for row in rows], [row["p50"] for row in rows]
+                axes.loglog(values, medians, "--" if floor else "-", marker=".", color=colour)
+            label_lines(axes, [names[name] for name in found])
             ticks = sorted({row[axis] for rows in found.values() for row in rows})
             axes.set_xticks(ticks, [label(value) for value in ticks])
             axes.minorticks_off()
@@ -119,6 +114,18 @@ def draw(
             axes.margins(x=0.02)
             figure.savefig(path.with_name(f"{path.name}-{scheme}.svg"), transparent=True, metadata={"Date": None})
             pyplot.close(figure)
+
+
+def label_lines(axes: Any, labels: list[str]) -> None:
+    """Each line has its label at its end, none over another."""
+    ends = [line.get_xydata()[-1] for line in axes.lines]
+    last = -1e9
+    for end, line, label in sorted(zip(ends, axes.lines, labels, strict=True), key=lambda one: float(one[0][1])):
+        height = float(axes.transData.transform(end)[1]) * 72 / axes.figure.dpi  # points
+        last = max(height, last + 11)
+        axes.annotate(
+            label, end, (6, last - height), textcoords="offset points", va="center", color=line.get_color(), fontsize=9
+        )
 
 
 def held_table(measured: Measured) -> str:
@@ -143,18 +150,18 @@ def held_table(measured: Measured) -> str:
 def main(path: str, directory: str) -> None:
     measured, into = Measured(path), Path(directory)
     change = sweep(measured, CHANGE, "participants", section="change", measure="revoke", warm=True, **IDLE)
-    (into / "change.md").write_text(sweep_table(change, CHANGE, "participants", str, "p99"))
+    (into / "change.txt").write_text(sweep_table(change, CHANGE, "participants", str, "p99"))
     draw(into / "change", change, CHANGE, "participants", str)
     pause = sweep(measured, IMAGE, "length", section="snapshot", measure="pause", participants=4)
-    (into / "pause.md").write_text(
+    (into / "pause.txt").write_text(
         sweep_table(pause, IMAGE, "length", size, "p90").replace("| length |", "| memory |", 1)
     )
     draw(into / "pause", pause, IMAGE, "length", size)
-    (into / "held.md").write_text(held_table(measured))
+    (into / "held.txt").write_text(held_table(measured))
     about = "Measured on {cpus} virtual CPUs of an {cpu}, Linux {kernel}, Python {python}, {date:.10}.\n".format_map(
         measured.machine
     )
-    (into / "machine.md").write_text(about)
+    (into / "machine.txt").write_text(about)
 
 
 if __name__ == "__main__":

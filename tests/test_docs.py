@@ -23,7 +23,7 @@ import pyshare
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "figures")
+PAGES = sorted(DOCS.rglob("*.md"))
 README = list(page.blocks((ROOT / "README.md").read_text()))
 
 

@@ -197,7 +197,7 @@ def test_labels_elsewhere_exist() -> None:
 
 def ours(*suffixes: str) -> list[Path]:
     """The files of the project with these suffixes, without what is generated."""
-    rooms = ["ext", "pyshare", "tests", "spec", "examples", ".ci"]
+    rooms = ["docs", "ext", "pyshare", "tests", "spec", "examples", ".ci"]
     found = [path for path in ROOT.iterdir() if path.is_file()]
     found += [path for room in rooms for path in (ROOT / room).rglob("*")]
     found = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
@@ -219,7 +219,7 @@ def test_python_files_begin_with_their_docstring() -> None:
 
 
 def test_other_files_say_what_they_are() -> None:
-    for path in (ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "tests" / "stubtest.txt"):
+    for path in (ROOT / "Makefile", ROOT / "mkdocs.yml", ROOT / "pyproject.toml", ROOT / "tests" / "stubtest.txt"):
         assert path.read_text().startswith("# "), path
     for path in ours(".md"):
         assert path.read_text().startswith("# "), path
