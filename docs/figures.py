@@ -122,7 +122,7 @@ def label_lines(axes: Any, labels: list[str]) -> None:
     last = -1e9
     for end, line, label in sorted(zip(ends, axes.lines, labels, strict=True), key=lambda one: float(one[0][1])):
         height = float(axes.transData.transform(end)[1]) * 72 / axes.figure.dpi  # points
-        last = max(height, last + 11)
+        last = max(height, last + 14)
         axes.annotate(
             label, end, (6, last - height), textcoords="offset points", va="center", color=line.get_color(), fontsize=9
         )
