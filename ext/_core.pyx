@@ -20,7 +20,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.errno cimport EAGAIN, EOPNOTSUPP, errno as libc_errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
@@ -535,15 +535,13 @@ cdef class Handle(Mapped):
     cdef ps_region *left     # closed: the address range stays reserved until we die
     cdef Py_ssize_t holds    # leases and locks held
     cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
+    cdef set queue           # calls of event loops that wait (_async.pxi), or None
 
     cdef enter(self, str doing):
         """A participant, too."""
         cdef ps_outcome outcome
         cdef int rc
-        Mapped.enter(self, doing)
-        if violation_of_thread().count or ps_quarantined(self.region):
-            with nogil:
-                ps_quarantine_leave()
+        self.come(doing)
         with nogil:
             rc = ps_ready(self.region, &outcome)
         if rc:
@@ -552,9 +550,17 @@ cdef class Handle(Mapped):
                 raise_timeout(&outcome, f"{doing}: rejoining after fork")
             raise_code(rc, doing, self.corrupt_field())
 
+    cdef come(self, str doing):
+        """As `enter`, without becoming a participant: does not wait."""
+        Mapped.enter(self, doing)
+        if violation_of_thread().count or ps_quarantined(self.region):
+            with nogil:
+                ps_quarantine_leave()
+
     cdef void count(self) noexcept:
         if self.forks != ps_forks():
             self.holds = self.sweeps = 0
+            self.queue = None
             Mapped.count(self)
 
     cdef corrupt_field(self):
@@ -571,7 +577,7 @@ cdef class Handle(Mapped):
         if self.is_used() or self.holds > 0:
             raise BufferError(
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
-                "or another thread is using it; release them first")
+                "or another thread or task is using it; release them first")
         while self.sweeps:
             with nogil:
                 ps_sys_pause()
@@ -753,6 +759,13 @@ cdef class Handle(Mapped):
         A holder that dies leaves the pages to the next one, whose lease is ``abandoned``. A forked child holds nothing
         of what its parent does. Pages are taken in ascending order, so two ranges cannot block each other for ever.
         """
+        cdef Lease lease = self.wanted_lease(offset, length, timeout, window)
+        self.take_lease(lease, timeout)
+        lease.begin(self)
+        return lease
+
+    cdef Lease wanted_lease(self, offset, length, timeout, bint window):
+        """Not taken yet; a wrong argument raises."""
         cdef Lease lease = Lease.__new__(Lease)
         if self.region is NULL:
             raise_code(PS_ECLOSED, "lease")
@@ -765,8 +778,6 @@ cdef class Handle(Mapped):
         lease.pages.count = (<uint64_t>length + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
         lease.pages.window = window
         lease.length = length
-        self.take_lease(lease, timeout)
-        lease.begin(self)
         return lease
 
     cdef take_lease(self, Lease lease, timeout):
@@ -813,6 +824,13 @@ cdef class Handle(Mapped):
         A holder that dies leaves it to the next one, whose lock is ``abandoned``: what it protects may be half done. A
         forked child does not hold what its parent holds.
         """
+        cdef Lock lock = self.wanted_lock(index, timeout)
+        self.take_lock(lock, timeout)
+        lock.begin(self)
+        return lock
+
+    cdef Lock wanted_lock(self, index, timeout):
+        """As wanted_lease."""
         cdef Lock lock = Lock.__new__(Lock)
         number = index if type(index) is int else integer(index, "index")
         if not 0 <= number < PS_LOCKS:
@@ -820,8 +838,6 @@ cdef class Handle(Mapped):
         if timeout is not DEFAULT:
             deadline_of(timeout)
         lock.index = number
-        self.take_lock(lock, timeout)
-        lock.begin(self)
         return lock
 
     cdef take_lock(self, Lock lock, timeout):
@@ -1104,6 +1120,7 @@ cdef warn_dropped(str what):
 cdef class Held:
     """What this process has of a region until it is released: a lease, a lock, a freeze; a context manager."""
 
+    cdef object __weakref__
     # All fields of all of them: only objects of one size share the free list.
     cdef Handle handle  # NULL: never taken
     cdef uint32_t forks
@@ -1426,3 +1443,4 @@ def _capsule(Handle handle not None):
 
 
 include "_observe.pxi"
+include "_async.pxi"

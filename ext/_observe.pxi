@@ -83,6 +83,7 @@ cdef extern from "core.h" nogil:
     int ps_observe_wait(const ps_region *seen, uint64_t generation, int64_t deadline)
     bint ps_observe_change(const ps_region *seen, uint64_t generation, ps_seen_change *out)
     bint ps_observe_open(const ps_region *seen, uint64_t *first, uint64_t *count)
+    bint ps_observe_over(const ps_region *seen, uint64_t generation)
     int ps_observe_slot(ps_region *seen, uint32_t index, ps_seen_slot *out)
     uint64_t ps_observe_run(ps_region *seen, layer_t layer, uint32_t area, uint64_t first, uint64_t *value)
     uint32_t ps_observe_protection(ps_region *seen, uint64_t page)
@@ -262,6 +263,10 @@ cdef class Observer(Observed):
         if not ps_observe_change(self.seen(), generation, &one):
             return None
         return one.kind, one.first, one.count, one.prot, one.author, one.time, one.done, one.slowest
+
+    def over(self, uint64_t generation):
+        """Everybody has this change, or its caller has given up on who is silent."""
+        return bool(ps_observe_over(self.seen(), generation))
 
     def under_way(self):
         """(first page, pages) of the change that is not over, or None."""

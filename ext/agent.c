@@ -30,7 +30,6 @@
 #include "participant.h"
 #include "point.h"
 
-#define STACK (256u * 1024u)
 #define PIECE (4u * PS_CHUNK)  /* pages */
 #define LOOK_AGAIN (2 * PS_MS) /* while failed: does anybody still undo for us? */
 
@@ -378,20 +377,6 @@ static void *agent_main(void *argument) {
     return NULL; /* the private table closes with the thread: own, and with it the OFD lock */
 }
 
-static int spawn(struct ps_region *region) {
-    pthread_attr_t attributes;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(&region->thread, &attributes, agent_main, region);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return -rc;
-}
-
 static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *outcome) {
     outcome->generation = outcome->silent = 0;
     if (rc != -ETIMEDOUT)
@@ -417,7 +402,7 @@ int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome
     uint32_t seen;
     if (is_to_start(region, deadline)) {
         region->join_deadline = deadline;
-        int rc = spawn(region);
+        int rc = ps_process_spawn(agent_main, region);
         if (rc) {
             set_state(region, PS_AGENT_NONE);
             return rc;
@@ -425,7 +410,7 @@ int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome
     }
     /* The agent bounds itself by join_deadline. */
     while ((seen = atomic_load_explicit(&region->agent, memory_order_acquire)) == PS_AGENT_STARTING)
-        ps_sys_wait((struct ps_watch){&region->agent, seen}, FUTEX_BITSET_MATCH_ANY, PS_NEVER);
+        ps_sleep((struct ps_watch){&region->agent, seen}, PS_NEVER);
     return seen == PS_AGENT_RUNNING ? 0 : tell_blocker(region, region->join_result, outcome);
 }
 

@@ -293,8 +293,8 @@ static void sleep_on(struct ps_region *region, uint32_t index, uint32_t ack, int
         ack |= PS_ACK_WAITING;
     }
     ps_waits_for(region, ps_owner_of(index, atomic_load_explicit(&slot->status, memory_order_relaxed)));
-    if (ps_sys_wait_two((struct ps_watch){&slot->ack, ack}, (struct ps_watch){&slot->live, live},
-                        backstop < waiting->deadline ? backstop : waiting->deadline) == -EINTR)
+    if (ps_sleep_two((struct ps_watch){&slot->ack, ack}, (struct ps_watch){&slot->live, live},
+                     backstop < waiting->deadline ? backstop : waiting->deadline) == -EINTR)
         note_signal(waiting);
     ps_waits_no_more(region);
 }

@@ -167,6 +167,50 @@ void ps_user_lock_give(struct ps_region *region, uint32_t index);
 /* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
 int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 int ps_thaw(struct ps_region *region); /* PS_ESIGNAL: not yet, it is held still */
+
+/* Calls that wait in the process's one waiter thread, for event loops (waiter.c).  From ps_call_begin on, until it is
+ * found in its mailbox, a call is the waiter's, who tells by the mailbox's eventfd. */
+enum ps_call_kind {
+    PS_CALL_LEASE,  /* ps_lease_take; of pages */
+    PS_CALL_LOCK,   /* ps_user_lock_take; of one lock, by index */
+    PS_CALL_CHANGE, /* ps_change; of bytes */
+    PS_CALL_WATCH,  /* until the change after `generation` is over; `region` is an observer's */
+};
+struct ps_mailbox {
+    int fd;                             /* an eventfd, or -1: nobody need be told */
+    _Atomic uint32_t calls;             /* that are under way */
+    _Atomic(struct ps_call *) finished; /* the latest first */
+};
+struct ps_call {
+    enum ps_call_kind kind;
+    struct ps_region *region;
+    struct ps_mailbox *box;
+    uint64_t first, count; /* what it wants, as its kind says */
+    int64_t deadline;
+    uint64_t generation; /* WATCH */
+    uint32_t prot;       /* CHANGE */
+    bool passes;         /* LEASE: for somebody who has one, so it passes a snapshot that waits for leases */
+    struct ps_lease lease;
+    void *owner; /* the binding's */
+    int rc;      /* the results; PS_ESIGNAL: cancelled */
+    bool abandoned;
+    struct ps_outcome outcome;
+    struct ps_refusal refusal;
+    _Atomic bool cancelled; /* the rest is the waiter's; `next` the mailbox's, in the end */
+    int tid;
+    struct fiber *fiber;
+    struct ps_call *next;
+};
+int ps_call_begin(struct ps_call *call); /* the lease or lock will be the calling thread's */
+void ps_call_cancel(struct ps_call *call);
+bool ps_call_conflict(const struct ps_call *one, const struct ps_call *other); /* only one can have what both want */
+struct ps_call *ps_mailbox_take(struct ps_mailbox *box); /* what is finished, by `next`, the latest first */
+void ps_mailbox_settle(struct ps_mailbox *box);          /* nobody uses it any more; all of it is finished */
+/* As ps_lease_take with PS_TRY, for a task among the others of its thread: whether it has a lease is for it to say. */
+int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
+                 struct ps_refusal *refusal);
+void ps_lease_remember(const struct ps_region *region, uint64_t page); /* the calling thread has a lease of it */
+
 /* Snapshots: a copy-on-write image of the whole data at one moment, as one of its holders has it.  Independent of the
  * region's handle: it reads through a description of its own, whose lock on the snapshot's byte says that somebody
  * wants it; descriptors of the same description, in whatever process, are holders too. */
@@ -254,6 +298,7 @@ int ps_observe_read(struct ps_region *seen, uint64_t offset, void *to, uint64_t 
 int ps_observe_wait(const struct ps_region *seen, uint64_t generation, int64_t deadline);
 bool ps_observe_change(const struct ps_region *seen, uint64_t generation, struct ps_seen_change *out);
 bool ps_observe_open(const struct ps_region *seen, uint64_t *first, uint64_t *count);
+bool ps_observe_over(const struct ps_region *seen, uint64_t generation);
 int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot *out);
 uint64_t ps_observe_run(struct ps_region *seen, enum ps_section_kind layer, uint32_t area, uint64_t first,
                         uint64_t *value);

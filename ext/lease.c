@@ -44,6 +44,9 @@ struct wait {
 
 /* The calling thread has a lease, of those that it remembers. */
 static bool thread_holds(const struct ps_region *region) {
+    const struct ps_proxy *proxy = ps_process_proxy();
+    if (proxy)
+        return proxy->passes;
     const struct ps_taken *taken = ps_process_taken();
     for (int i = 0; i < PS_TAKEN; i++)
         if (taken[i].region == region && taken[i].page < region->shape.pages && ps_here_own(region, taken[i].page))
@@ -52,7 +55,7 @@ static bool thread_holds(const struct ps_region *region) {
 }
 
 /* In the place of one that has ended. */
-static void remember(const struct ps_region *region, uint64_t page) {
+void ps_lease_remember(const struct ps_region *region, uint64_t page) {
     struct ps_taken *taken = ps_process_taken();
     for (int i = 0; i < PS_TAKEN; i++)
         if (taken[i].region != region || taken[i].page >= region->shape.pages || !ps_here_own(region, taken[i].page)) {
@@ -510,7 +513,7 @@ static void give_pages(struct ps_region *region, uint64_t first, uint64_t end) {
 /* All of them, or none. */
 static int take_pages(struct wait *wait, struct ps_lease *lease) {
     struct ps_region *region = wait->region;
-    uint64_t held = (uint64_t)ps_process_tid() << 2 | PS_HERE_HELD, end = lease->first + lease->count;
+    uint64_t held = (uint64_t)ps_process_holder() << 2 | PS_HERE_HELD, end = lease->first + lease->count;
     lease->abandoned = false;
     for (uint64_t page = lease->first; page < end; page++) {
         uint32_t dead;
@@ -527,6 +530,14 @@ static int take_pages(struct wait *wait, struct ps_lease *lease) {
         PS_POINT(H1_take);
     }
     return 0;
+}
+
+/* What a call has taken is from now on the thread's for which it did. */
+void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid) {
+    const uint64_t kept = ~(UINT64_C(0xffffffff) & ~(uint64_t)(PS_HERE_HELD | PS_HERE_IN_PLACE));
+    for (uint64_t at = first; at < first + count; at++)
+        atomic_store_explicit(&region->here[at], (ps_here(region, at) & kept) | (uint64_t)tid << 2,
+                              memory_order_release);
 }
 
 static bool nested(const struct ps_region *region, const struct ps_lease *lease) {
@@ -649,7 +660,7 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
             uncount_lease(region);
         } else {
             tell_taken(region);
-            remember(region, lease->first);
+            ps_lease_remember(region, lease->first);
         }
     }
     return ps_waited(rc ? tell(&wait, rc, lease_word(region, lease->first), lease->count, outcome) : 0);
@@ -691,7 +702,7 @@ int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline
     if (rc)
         return ps_waited(tell(&wait, rc, &user_lock(region, index)->held, 1, outcome));
     atomic_store_explicit(&user_lock(region, index)->since, ps_sys_coarse(), memory_order_relaxed);
-    atomic_store_explicit(&region->here[here], (uint64_t)ps_process_tid() << 2 | PS_HERE_HELD, memory_order_release);
+    atomic_store_explicit(&region->here[here], (uint64_t)ps_process_holder() << 2 | PS_HERE_HELD, memory_order_release);
     *abandoned = dead != 0;
     PS_POINT(H1_take);
     return ps_waited(0);

@@ -95,7 +95,7 @@ int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owne
     bool marked = live.value & FUTEX_OWNER_DIED; /* nobody will wake us again: death comes any moment */
     int64_t backstop = now + (marked ? PS_BACKSTOP / 8 : PS_BACKSTOP);
     ps_waits_for(region, owner);
-    int rc = ps_sys_wait_two(watch, live, backstop < deadline ? backstop : deadline);
+    int rc = ps_sleep_two(watch, live, backstop < deadline ? backstop : deadline);
     ps_waits_no_more(region);
     return rc == -EINTR ? PS_ESIGNAL : 0;
 }
@@ -214,8 +214,7 @@ int ps_private_lock(_Atomic uint32_t *word, int64_t deadline) {
         if (now >= deadline)
             return -ETIMEDOUT;
         slept = PRIVATE_WAITING;
-        int rc = ps_sys_wait((struct ps_watch){word, waited}, FUTEX_BITSET_MATCH_ANY,
-                             backstop < deadline ? backstop : deadline);
+        int rc = ps_sleep((struct ps_watch){word, waited}, backstop < deadline ? backstop : deadline);
         bool gone = rc == -ETIMEDOUT && !ps_sys_thread_exists((int)(waited & ~PRIVATE_WAITING));
         seen = gone ? waited : 0; /* gone: take it from there */
     }
@@ -249,7 +248,7 @@ int ps_pages_take(struct ps_region *region, int64_t deadline) {
             return rc;
         uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
         if (seen)
-            ps_sys_wait((struct ps_watch){word, seen}, FUTEX_BITSET_MATCH_ANY, now + PS_MS / 10);
+            ps_sleep((struct ps_watch){word, seen}, now + PS_MS / 10);
     }
 }
 

@@ -119,6 +119,16 @@ bool ps_observe_open(const struct ps_region *seen, uint64_t *first, uint64_t *co
     return ps_change_open(seen);
 }
 
+/* Everybody has this change, or its caller has given up on who is silent; or the ring has it no more. */
+bool ps_observe_over(const struct ps_region *seen, uint64_t generation) {
+    struct ps_seen_change change;
+    uint64_t latest =
+        ps_generation(seen); /* first: the record that is closed after it is this one's, or a later one's */
+    if (latest != generation)
+        return latest > generation;
+    return !ps_change_open(seen) || (ps_observe_change(seen, generation, &change) && change.done);
+}
+
 /* 1; 0: nobody has this slot; -ENOENT: there are no more. */
 int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot *out) {
     if (index >= ps_slots_used(seen))

@@ -28,9 +28,9 @@
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
-/* A word of `here`: while it is held thread id << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD, and in the high half the dead
- * owner's word that ours took the place of, or 0; after that the time of the end, CLOCK_MONOTONIC_COARSE ms << 1; 0:
- * unknown.
+/* A word of `here`: while it is held the thread's id (or a call's, waiter.c) << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD,
+ * and in the high half the dead owner's word that ours took the place of, or 0; after that the time of the end,
+ * CLOCK_MONOTONIC_COARSE ms << 1; 0: unknown.
  */
 #define PS_HERE_HELD 1u
 #define PS_HERE_IN_PLACE 2u /* so that the page is writable at its public address */
@@ -97,11 +97,10 @@ struct ps_region {
     _Atomic uint32_t descriptor_lock;          /* lock.c */
     struct ps_cached memory, entry, userfault; /* under descriptor_lock */
 
-    _Atomic uint32_t agent; /* enum ps_agent_state, and the futex on which its starter waits */
-    int join_result;        /* agent's, before it leaves STARTING */
-    int64_t join_deadline;  /* starter's, before STARTING */
-    uint32_t blocker;       /* owner word that a join waited for in vain */
-    pthread_t thread;
+    _Atomic uint32_t agent;                        /* enum ps_agent_state, and the futex on which its starter waits */
+    int join_result;                               /* agent's, before it leaves STARTING */
+    int64_t join_deadline;                         /* starter's, before STARTING */
+    uint32_t blocker;                              /* owner word that a join waited for in vain */
     int tid;                                       /* the agent's thread */
     int own, own_entry, own_userfault, own_socket; /* numbers in its table; -1: none */
     struct ps_robust robust;
@@ -286,6 +285,7 @@ int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
+void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid); /* from its proxy */
 
 /* snapshot.c: saving pages before they are stored to */
 int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
@@ -368,6 +368,30 @@ struct ps_copied {
 struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
 void ps_fault_stack(void);
 
+/* waiter.c: sleeping, wherever the core does; in a call of the waiter another call runs meanwhile */
+int ps_sleep(struct ps_watch watch, int64_t deadline);
+int ps_sleep_two(struct ps_watch first, struct ps_watch second, int64_t deadline);
+
+/* Whom the calling thread waits for, across the calls that this takes (lock.c). */
+struct ps_patience {
+    uint32_t owner; /* 0: nobody */
+    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
+};
+
+/* In whose place the calling thread takes words, where it is not in its own. */
+struct ps_proxy {
+    int holder;                  /* who has them in `here`; 0: the thread */
+    bool passes;                 /* it has a lease already, so that it passes a snapshot */
+    struct ps_patience patience; /* of `holder` */
+};
+
+struct ps_waiter {
+    _Atomic uint32_t lock;           /* lock.c: while it is started */
+    _Atomic bool running;            /* W: under the lock, release.  R: acquire */
+    _Atomic uint32_t kicks;          /* W: who has something for it, + 1, release.  R: it sleeps on it, acquire */
+    _Atomic(struct ps_call *) inbox; /* W: by CAS, release; it takes all.  The latest first, by `next` */
+};
+
 /* process.c: this process's table and its other mutable state */
 #define PS_CHAIN 8 /* handlers below ours that are remembered, for one signal */
 
@@ -401,6 +425,12 @@ const struct ps_hooks *ps_process_hooks(void); /* NULL: none */
 struct ps_region *
 ps_process_next(struct ps_region *region); /* of those that were ever open; NULL: the first, the end */
 int ps_process_tid(void);                  /* of the calling thread */
+int ps_process_holder(void);               /* as whom it takes words */
+struct ps_proxy *ps_process_proxy(void);   /* NULL: it is itself */
+void ps_process_set_proxy(struct ps_proxy *proxy);
+struct ps_waiter *ps_process_waiter(void);
+struct ps_patience *ps_process_patience(void);
+int ps_process_spawn(void *(*body)(void *), void *argument); /* a detached thread with all signals blocked */
 void ps_process_become_agent(const struct ps_region *region);
 bool ps_process_is_agent(const struct ps_region *region); /* the calling thread, with the table that it has */
 _Atomic uint32_t *ps_process_borrow_lock(void);
@@ -419,20 +449,13 @@ struct ps_taken {
 };
 struct ps_taken *ps_process_taken(void);
 
-/* Whom the calling thread waits for, across the calls that this takes (lock.c). */
-struct ps_patience {
-    uint32_t owner; /* 0: nobody */
-    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
-};
-struct ps_patience *ps_process_patience(void);
-
-/* A word of `here`, by page or pages + lock; does the calling thread hold that? */
+/* A word of `here`, by page or pages + lock; does the calling thread, or who it is the proxy of, hold that? */
 static inline uint64_t ps_here(const struct ps_region *region, uint64_t index) {
     return atomic_load_explicit(&region->here[index], memory_order_acquire);
 }
 static inline bool ps_here_own(const struct ps_region *region, uint64_t index) {
     uint32_t here = (uint32_t)ps_here(region, index);
-    return here & PS_HERE_HELD && here >> 2 == (uint32_t)ps_process_tid();
+    return here & PS_HERE_HELD && here >> 2 == (uint32_t)ps_process_holder();
 }
 
 #endif

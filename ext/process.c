@@ -2,7 +2,8 @@
  *
  * Lives here: all mutable state at file scope - the table of handles, the
  * signal chains' memory, the flag that tells a known process from a raw
- * child, what became of each thread's latest fault, its violation - and what happens at fork().
+ * child, what became of each thread's latest fault, its violation, the waiter -
+ * and how threads of ours begin, and what happens at fork().
  * Invariants
  *  1. A handle is found by whoever looks, without a lock: `use` and `base` are
  *     atomic, and its memory is never given back.
@@ -24,6 +25,8 @@
 #include "participant.h"
 #include "point.h"
 
+#define STACK (256u * 1024u) /* of a thread of ours */
+
 static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
@@ -33,6 +36,8 @@ static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
 static _Thread_local struct ps_taken taken[PS_TAKEN];
 static _Thread_local struct ps_patience patience;
+static _Thread_local struct ps_proxy *proxy;
+static struct ps_waiter waiter;
 static _Thread_local const struct ps_region *agent_of;
 static _Atomic uint32_t borrow_lock;      /* lock.c */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
@@ -65,7 +70,7 @@ struct ps_taken *ps_process_taken(void) {
 }
 
 struct ps_patience *ps_process_patience(void) {
-    return &patience;
+    return proxy && proxy->holder ? &proxy->patience : &patience;
 }
 
 struct ps_region *ps_process_next(struct ps_region *region) {
@@ -77,6 +82,37 @@ int ps_process_tid(void) {
     if (!thread_id)
         thread_id = ps_sys_gettid();
     return thread_id;
+}
+
+struct ps_proxy *ps_process_proxy(void) {
+    return proxy;
+}
+
+void ps_process_set_proxy(struct ps_proxy *given) {
+    proxy = given;
+}
+
+int ps_process_holder(void) {
+    return proxy && proxy->holder ? proxy->holder : ps_process_tid();
+}
+
+struct ps_waiter *ps_process_waiter(void) {
+    return &waiter;
+}
+
+int ps_process_spawn(void *(*body)(void *), void *argument) {
+    pthread_t thread;
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int rc = pthread_create(&thread, &attributes, body, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return -rc;
 }
 
 void ps_process_become_agent(const struct ps_region *region) {
@@ -189,7 +225,11 @@ static void in_child(void) {
     forks++;
     thread_id = 0;
     agent_of = NULL;
+    proxy = NULL;
     borrow_lock = 0;
+    waiter.running = false; /* the thread is not here, nor are its stacks; whose calls it had is another's loop */
+    waiter.lock = 0;
+    waiter.inbox = NULL;
     reserve_all();
     if (!parent_known)
         return;

@@ -131,17 +131,36 @@ int ps_sys_wait(struct ps_watch watch, uint32_t bitset, int64_t deadline) {
                           NULL, bitset));
 }
 
-int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadline) {
-    struct waitv both[2] = {
-        {.value = first.value, .address = (uintptr_t)first.word, .flags = WAITV_32},
-        {.value = second.value, .address = (uintptr_t)second.word, .flags = WAITV_32},
-    };
+static struct waitv waitv_of(struct ps_watch watch) {
+    return (struct waitv){.value = watch.value, .address = (uintptr_t)watch.word, .flags = WAITV_32};
+}
+
+static int wait_vector(const struct waitv *words, uint32_t count, struct ps_watch first, int64_t deadline) {
     struct timespec at = timespec_of(deadline);
-    int rc = result(syscall(SYS_futex_waitv, both, 2, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
+    int rc = result(syscall(SYS_futex_waitv, words, count, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
     if (rc >= 0 || rc == -EAGAIN || rc == -EINTR || rc == -ETIMEDOUT)
-        return rc < 0 ? rc : 0;
+        return rc;
     int64_t slice = ps_sys_now() + PS_MS;
     return ps_sys_wait(first, FUTEX_BITSET_MATCH_ANY, slice < deadline ? slice : deadline);
+}
+
+int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadline) {
+    struct waitv both[2] = {waitv_of(first), waitv_of(second)};
+    int rc = wait_vector(both, 2, first, deadline);
+    return rc < 0 ? rc : 0;
+}
+
+int ps_sys_wait_many(const struct ps_watch *watch, uint32_t count, int64_t deadline) {
+    struct waitv words[PS_WATCH_MAX];
+    for (uint32_t i = 0; i < count; i++)
+        words[i] = waitv_of(watch[i]);
+    return wait_vector(words, count, watch[0], deadline);
+}
+
+void ps_sys_signal(int fd) {
+    uint64_t one = 1;
+    ssize_t written = write(fd, &one, sizeof one);
+    (void)written; /* full: it is readable */
 }
 
 int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset) {

@@ -41,7 +41,11 @@ int ps_sys_wait(struct ps_watch watch, uint32_t bitset, int64_t deadline);
 /* The same on two words.  Where FUTEX_WAITV is missing (before Linux 5.16, or refused by seccomp) it sleeps on
  * the first word alone, at most 1 ms: the caller looks at the second again. */
 int ps_sys_wait_two(struct ps_watch first, struct ps_watch second, int64_t deadline);
+/* The same on up to PS_WATCH_MAX; the index of one that was woken.  Without FUTEX_WAITV as above. */
+#define PS_WATCH_MAX 128u
+int ps_sys_wait_many(const struct ps_watch *watch, uint32_t count, int64_t deadline);
 int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset);
+void ps_sys_signal(int fd); /* an eventfd: + 1 */
 
 int ps_sys_memfd(const char *name);
 /* Opens what `fd` of the calling thread's table refers to anew: a description of our own. */

@@ -4,6 +4,7 @@ The public names; no code.  Regions are in _region.py, names in _names.py,
 errors in _errors.py, everything that touches memory in _core (ext/).
 """
 
+from pyshare._changes import Change
 from pyshare._core import DEFAULT, Frozen, Lease, Lock, Snapshot, set_default_timeout
 from pyshare._errors import (
     CorruptRegion,
@@ -32,6 +33,7 @@ __all__ = [
     "READ",
     "READ_WRITE",
     "WRITE",
+    "Change",
     "CorruptRegion",
     "Frozen",
     "Image",

@@ -15,16 +15,20 @@ import fcntl
 import os
 import socket
 import warnings
+import weakref
 from collections.abc import Iterator
 from multiprocessing import reduction
-from typing import Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from pyshare import _core, _image, _names
-from pyshare._core import DEFAULT, Snapshot
+from pyshare._core import DEFAULT, Lease, Lock, Snapshot
 from pyshare._errors import RegionExists
 from pyshare._image import Image
 from pyshare._mapped import Mapped, Prot
 from pyshare._readonly import Observer, observe
+
+if TYPE_CHECKING:
+    from pyshare._async import Changes, Taking
 
 Timeout = float | _core._Default | None
 
@@ -56,6 +60,7 @@ class Region(Mapped, _core.Handle):
     """
 
     _is_let_go = False
+    _streams: weakref.WeakSet[Changes] | None = None
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
@@ -100,6 +105,8 @@ class Region(Mapped, _core.Handle):
         if self.closed:
             return
         self._close()
+        for stream in self._streams or ():
+            stream.end()
         if self._name is not None:
             _names.clear(self._name)
 
@@ -160,6 +167,74 @@ class Region(Mapped, _core.Handle):
         number = -1 if policy is None else _check_policy(policy)
         in_force = self._policy(number)
         return next(word for word, value in _core.POLICIES.items() if value == in_force)
+
+    # -- In an event loop ------------------------------------------------------------------------------------------
+
+    async def mprotect_async(self, offset: int, length: int, prot: int, *, timeout: Timeout = DEFAULT) -> int:
+        """As :meth:`mprotect`, for a coroutine: the event loop runs on while it waits.
+
+        Of two changes over the same pages the one that was asked for first is not always made first: await one before
+        the other where that matters.
+
+        Raises:
+            asyncio.CancelledError: when cancelled. If the change was published it is made, as after a timeout (a
+                participant that is late and then cannot apply it has no access until it can); else nothing was changed.
+                Comes some 20 ms later where somebody is silent.
+            ShareError: this task holds a lease on some of the pages. Those of other tasks are waited for.
+            ...: as mprotect.
+        """
+        from pyshare import _async
+
+        return await _async.mprotect(self, offset, length, prot, timeout)
+
+    def lease_async(
+        self, offset: int, length: int, *, timeout: Timeout = DEFAULT, window: bool = False
+    ) -> Taking[Lease]:
+        """As :meth:`lease`, for a coroutine: ``async with region.lease_async(...) as lease:``, or ``await`` it.
+
+        The event loop runs on while it waits; tasks that want the same pages get them in the order in which they asked,
+        those of this process one after the other. The lease belongs to the loop's thread, and may be released by any.
+
+        Raises:
+            asyncio.CancelledError: when cancelled; nothing is held.
+            ShareError: this task holds one of the pages already. Other tasks are waited for.
+            ...: as lease.
+        """
+        from pyshare import _async
+
+        return _async.lease(self, offset, length, timeout, window)
+
+    def lock_async(self, index: int, *, timeout: Timeout = DEFAULT) -> Taking[Lock]:
+        """As :meth:`lock`, for a coroutine: ``async with region.lock_async(3) as lock:``, or ``await`` it.
+
+        As :meth:`lease_async` in all else: mutual exclusion between the tasks of a loop too.
+        """
+        from pyshare import _async
+
+        return _async.lock(self, index, timeout)
+
+    def changes(self, *, since: int | None = None) -> Changes:
+        """Each change of protection that is over (:class:`Change`), in order, until the region is closed here.
+
+        For ``async for``. Begins with the change after the call, or after generation ``since``. What is changed by
+        other processes without waking anybody is seen within a millisecond while changes come, and within 20 later.
+
+        Raises:
+            ShareError: more than 1,024 changes came since the last that was read, so that some are missed. The next
+                step goes on with the oldest that is left.
+            ValueError: a generation that has not come yet.
+            RegionClosed.
+        """
+        from pyshare import _async
+
+        latest = self.generation
+        since = latest if since is None else _core.integer(since, "since")
+        if not 0 <= since <= latest:
+            raise ValueError(f"since must be a generation, 0 to {latest}, not {since}")
+        stream = _async.Changes(self.fileno(), since)
+        self._streams = self._streams or weakref.WeakSet()
+        self._streams.add(stream)
+        return stream
 
     # -- Snapshots -------------------------------------------------------------------------------------------------
 

@@ -83,8 +83,7 @@ DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek
 # What each room may call beside the core itself.  Nowhere malloc or stdio: the agent, a signal handler and a
 # forked child before it has joined may not, and nearly everything can run in one of them.
 MAY_CALL = {
-    "agent.c": {"close", "flock", "sigfillset", "pthread_create", "pthread_sigmask"}
-    | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
+    "agent.c": {"close", "flock"},
     "borrow.c": {"close", "fstat", "mmap"},
     "change.c": {"getpid", "lseek"},
     "engine.c": {"mprotect"},
@@ -96,7 +95,9 @@ MAY_CALL = {
     "names.c": DESCRIPTORS,
     "observe.c": {"madvise", "mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
-    "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"},
+    "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
+    | {"sigfillset", "pthread_create", "pthread_sigmask"}
+    | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
     "quarantine.c": set(),
     "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
     "remote.c": set(),
@@ -114,8 +115,10 @@ MAY_CALL = {
         "setpriority",
         "stat",
         "syscall",
+        "write",
     }
     | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
+    "waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap", "swapcontext"},
 }
 
 
@@ -278,6 +281,12 @@ SIGNATURES = {
     "Image.check": "(self)",
     "Snapshot.finish": "(self)",
     "Snapshot.close": "(self)",
+}
+SIGNATURES |= {
+    "Region.mprotect_async": "(self, offset, length, prot, *, timeout=DEFAULT)",
+    "Region.lease_async": "(self, offset, length, *, timeout=DEFAULT, window=False)",
+    "Region.lock_async": "(self, index, *, timeout=DEFAULT)",
+    "Region.changes": "(self, *, since=None)",
 }
 PROPERTIES = ["name", "readonly", "size", "page_size", "address", "generation", "engine", "closed", "buf"]
 ERRORS = {

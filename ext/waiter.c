@@ -1,0 +1,424 @@
+/* waiter.c - the one native thread in which the calls of event loops wait.
+ *
+ * A call that has to wait runs the very code that blocks any other thread, on a
+ * stack of its own.  Where that code sleeps (ps_sleep), the thread leaves the
+ * stack for another one, and comes back when a word that the call watches has
+ * changed, or its deadline has come.  So there is one way to wait for anything,
+ * and any number of calls wait in one thread.  What a call came to goes into
+ * the mailbox of its loop, whose eventfd says so.
+ *
+ * Invariants
+ *  1. From ps_call_begin on until it lies in its mailbox a call is the
+ *     waiter's; its loop may only cancel it.
+ *  2. Calls that want the same (lease or lock) begin one after the other, in
+ *     the order in which they came, from whatever loop.  One whose time is up,
+ *     or that is cancelled, does not wait for those before it.
+ *  3. Cancelling is to a call what a signal is to a thread: its next sleep ends
+ *     with -EINTR, once.  It holds nothing then; a change that is published is
+ *     made.
+ *  4. What a call has taken is its own while it waits for more (it is the
+ *     holder in `here`, not the thread), and the loop's thread's in the end.
+ *  5. A wake can be missed (more words than one sleep may watch): no call
+ *     sleeps in ps_sleep without a backstop, but for those in its own process.
+ * Runs in: the waiter; ps_call_*, ps_mailbox_*, ps_lease_try in a caller;
+ * ps_sleep wherever the core sleeps, where it is a plain sleep but for here.
+ * Not here: Python, and what a loop does with its mailbox (ext/_async.pxi).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include "participant.h"
+
+#define STACK (128u * 1024u)
+#define SPARES 8u           /* stacks that are kept for the next calls */
+#define SLACK (PS_MS / 4)   /* backstops that come within it are one */
+#define HOLDERS (1u << 22)  /* and above: no thread has such an id (PID_MAX_LIMIT, linux/threads.h) */
+#define BUSY (1000 * PS_MS) /* a watch looks often for so long after a change, and then now and then: */
+#define OFTEN PS_MS         /* who changes page tables from outside wakes nobody */
+#define RARELY (20 * PS_MS)
+
+/* A stack; this lies at its upper end. */
+struct fiber {
+    struct ps_proxy proxy; /* first: the thread's proxy is the fiber that it runs */
+    ucontext_t context;
+    ucontext_t *back; /* of the waiter */
+    struct ps_call *call;
+    struct ps_watch watch[2]; /* while it sleeps: until one of these changes, */
+    uint32_t watches;
+    int64_t deadline; /* or then, */
+    bool woken;       /* or it is woken */
+    bool told;        /* that it is cancelled */
+    bool over;
+    struct fiber *next; /* of the spares */
+};
+
+static_assert(sizeof(struct fiber) < PS_PAGE, "a fiber lies in the last page of its stack");
+
+struct scheduler { /* the waiter thread's own */
+    struct ps_waiter *waiter;
+    struct ps_call *first, **end; /* all that it has, in the order in which they came */
+    struct fiber *spares;
+    uint32_t spare, serial;
+    ucontext_t context;
+};
+
+static bool is_cancelled(const struct ps_call *call) {
+    return atomic_load_explicit(&call->cancelled, memory_order_acquire);
+}
+
+/* -- Sleeping -------------------------------------------------------------------------------------------------- */
+
+static bool has_changed(const struct fiber *fiber) {
+    for (uint32_t i = 0; i < fiber->watches; i++)
+        if (atomic_load_explicit(fiber->watch[i].word, memory_order_acquire) != fiber->watch[i].value)
+            return true;
+    return false;
+}
+
+/* Once. */
+static bool interrupts(struct fiber *fiber) {
+    bool interrupts = !fiber->told && is_cancelled(fiber->call);
+    fiber->told |= interrupts;
+    return interrupts;
+}
+
+/* As ps_sys_wait: 0: look again. */
+static int leave_stack(struct fiber *fiber, int64_t deadline) {
+    fiber->deadline = deadline;
+    fiber->woken = false;
+    if (interrupts(fiber))
+        return -EINTR;
+    if (!has_changed(fiber))
+        swapcontext(&fiber->context, fiber->back);
+    return interrupts(fiber) ? -EINTR : ps_sys_now() < deadline ? 0 : -ETIMEDOUT;
+}
+
+static struct fiber *current(void) {
+    struct ps_proxy *proxy = ps_process_proxy();
+    return proxy && proxy->holder ? (struct fiber *)(void *)proxy : NULL;
+}
+
+int ps_sleep(struct ps_watch watch, int64_t deadline) {
+    struct fiber *fiber = current();
+    if (!fiber)
+        return ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, deadline);
+    fiber->watch[0] = watch;
+    fiber->watches = 1;
+    return leave_stack(fiber, deadline);
+}
+
+int ps_sleep_two(struct ps_watch first, struct ps_watch second, int64_t deadline) {
+    struct fiber *fiber = current();
+    if (!fiber)
+        return ps_sys_wait_two(first, second, deadline);
+    fiber->watch[0] = first;
+    fiber->watch[1] = second;
+    fiber->watches = 2;
+    return leave_stack(fiber, deadline);
+}
+
+/* -- What a call does, on its own stack ------------------------------------------------------------------------ */
+
+/* Until the change after `generation` is over, or lost from the ring. */
+static int watch_generation(struct ps_call *call) {
+    const struct ps_region *seen = call->region;
+    int64_t begun = ps_sys_now();
+    while (!ps_observe_over(seen, call->generation + 1)) {
+        _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(seen)->generation;
+        int64_t now = ps_sys_now(), slice = now - begun < BUSY ? OFTEN : RARELY;
+        uint32_t generation = (uint32_t)ps_generation(seen);
+        if (ps_sleep((struct ps_watch){low, generation}, now + slice) == -EINTR)
+            return PS_ESIGNAL;
+    }
+    return 0;
+}
+
+static int attempt(struct ps_call *call) {
+    struct ps_region *region = call->region;
+    switch (call->kind) {
+    case PS_CALL_LEASE:
+        return ps_lease_take(region, &call->lease, call->deadline, &call->outcome, &call->refusal);
+    case PS_CALL_LOCK:
+        return ps_user_lock_take(region, (uint32_t)call->first, call->deadline, &call->abandoned, &call->outcome);
+    case PS_CALL_CHANGE:
+        if (call->outcome.generation) /* it is made, and somebody was silent for long */
+            return ps_await(region, call->outcome.generation, call->deadline, &call->outcome);
+        return ps_change(region, call->first, call->count, call->prot, call->deadline, &call->outcome);
+    case PS_CALL_WATCH:
+        return watch_generation(call);
+    }
+    return -EINVAL;
+}
+
+static int carry_out(struct ps_call *call) {
+    struct ps_region *region = call->region;
+    call->outcome.generation = call->outcome.silent = call->outcome.error = 0;
+    int rc = call->kind == PS_CALL_WATCH ? 0 : ps_ready(region, &call->outcome);
+    if (rc)
+        return rc;
+    do
+        rc = attempt(call);
+    while (rc == PS_ESIGNAL && !is_cancelled(call));
+    if (!rc && call->kind == PS_CALL_LEASE)
+        ps_here_hand_over(region, call->lease.first, call->lease.count, call->tid);
+    else if (!rc && call->kind == PS_CALL_LOCK)
+        ps_here_hand_over(region, region->shape.pages + call->first, 1, call->tid);
+    return rc;
+}
+
+static void fiber_main(void) {
+    struct fiber *fiber = current();
+    fiber->call->rc = carry_out(fiber->call);
+    fiber->over = true;
+    swapcontext(&fiber->context, fiber->back); /* for good */
+}
+
+/* -- Stacks ---------------------------------------------------------------------------------------------------- */
+
+/* Below it a page that nobody may touch.  A forked child has neither the thread nor its stacks. */
+static struct fiber *new_stack(void) {
+    char *at =
+        mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (at == MAP_FAILED)
+        return NULL;
+    if (madvise(at, STACK, MADV_DONTFORK) || mprotect(at, PS_PAGE, PROT_NONE)) {
+        munmap(at, STACK);
+        return NULL;
+    }
+    return (struct fiber *)(void *)(at + STACK - (sizeof(struct fiber) + 63) / 64 * 64);
+}
+
+static struct fiber *take_stack(struct scheduler *scheduler) {
+    struct fiber *fiber = scheduler->spares;
+    if (!fiber)
+        return new_stack();
+    scheduler->spares = fiber->next;
+    scheduler->spare--;
+    return fiber;
+}
+
+static char *bottom_of(struct fiber *fiber) {
+    return (char *)(((uintptr_t)fiber + PS_PAGE) / PS_PAGE * PS_PAGE - STACK);
+}
+
+static void give_stack(struct scheduler *scheduler, struct fiber *fiber) {
+    if (scheduler->spare == SPARES) {
+        munmap(bottom_of(fiber), STACK);
+        return;
+    }
+    fiber->next = scheduler->spares;
+    scheduler->spares = fiber;
+    scheduler->spare++;
+}
+
+static int begin(struct scheduler *scheduler, struct ps_call *call) {
+    struct fiber *fiber = take_stack(scheduler);
+    if (!fiber)
+        return -ENOMEM;
+    uint32_t holder = HOLDERS + scheduler->serial++ % HOLDERS;
+    *fiber = (struct fiber){
+        .proxy = {.holder = (int)holder, .passes = call->passes}, .back = &scheduler->context, .call = call};
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = bottom_of(fiber) + PS_PAGE;
+    fiber->context.uc_stack.ss_size = (size_t)((char *)fiber - bottom_of(fiber)) - PS_PAGE;
+    makecontext(&fiber->context, fiber_main, 0);
+    call->fiber = fiber;
+    return 0;
+}
+
+static void run(struct scheduler *scheduler, struct fiber *fiber) {
+    ps_process_set_proxy(&fiber->proxy);
+    swapcontext(&scheduler->context, &fiber->context);
+    ps_process_set_proxy(NULL);
+}
+
+/* -- The thread ------------------------------------------------------------------------------------------------ */
+
+/* Both want the same, and only one of them can have it. */
+bool ps_call_conflict(const struct ps_call *one, const struct ps_call *other) {
+    bool held = one->kind == PS_CALL_LEASE || one->kind == PS_CALL_LOCK;
+    return held && one->kind == other->kind && one->region == other->region &&
+           one->first < other->first + other->count && other->first < one->first + one->count;
+}
+
+static bool may_begin(const struct scheduler *scheduler, const struct ps_call *call, int64_t now) {
+    if (call->deadline <= now)
+        return true;
+    for (const struct ps_call *before = scheduler->first; before != call; before = before->next)
+        if (ps_call_conflict(before, call))
+            return false;
+    return true;
+}
+
+/* What came since the last look, at the end. */
+static void accept(struct scheduler *scheduler) {
+    /* acquire: pairs with the release in ps_call_begin. */
+    struct ps_call *last = atomic_exchange_explicit(&scheduler->waiter->inbox, NULL, memory_order_acquire),
+                   *list = NULL;
+    while (last) { /* the latest is the first */
+        struct ps_call *before = last->next;
+        last->next = list;
+        list = last;
+        last = before;
+    }
+    *scheduler->end = list;
+    while (*scheduler->end)
+        scheduler->end = &(*scheduler->end)->next;
+}
+
+/* It is its loop's again.  The mailbox stays until nobody delivers: its descriptor may be another file's after that. */
+static void deliver(struct ps_call *call) {
+    struct ps_mailbox *box = call->box;
+    struct ps_call *seen = atomic_load_explicit(&box->finished, memory_order_relaxed);
+    do
+        call->next = seen;
+    while (!atomic_compare_exchange_weak_explicit(&box->finished, &seen, call, memory_order_release,
+                                                  memory_order_relaxed)); /* release: pairs with ps_mailbox_take */
+    ps_sys_signal(box->fd);
+    atomic_fetch_sub_explicit(&box->calls, 1, memory_order_release);
+}
+
+/* One step of it; true: it is over. */
+static bool step(struct scheduler *scheduler, struct ps_call *call, int64_t now) {
+    struct fiber *fiber = call->fiber;
+    if (!fiber) {
+        if (!is_cancelled(call) && !may_begin(scheduler, call, now))
+            return false;
+        call->rc = is_cancelled(call) ? PS_ESIGNAL : begin(scheduler, call);
+        if (call->rc)
+            return true;
+        fiber = call->fiber;
+    } else if (!fiber->woken && !has_changed(fiber) && fiber->deadline > now + SLACK &&
+               (fiber->told || !is_cancelled(call))) {
+        return false;
+    }
+    run(scheduler, fiber);
+    if (fiber->over)
+        give_stack(scheduler, fiber);
+    return fiber->over;
+}
+
+/* A step of each; those that are over leave the list first, and then go. */
+static void step_all(struct scheduler *scheduler) {
+    int64_t now = ps_sys_now();
+    for (struct ps_call **at = &scheduler->first, *call; (call = *at);) {
+        if (!step(scheduler, call, now)) {
+            at = &call->next;
+            continue;
+        }
+        *at = call->next;
+        if (scheduler->end == &call->next)
+            scheduler->end = at;
+        deliver(call);
+    }
+}
+
+/* What one sleep watches. */
+struct sleep {
+    struct ps_watch watch[PS_WATCH_MAX];
+    struct fiber *fiber[PS_WATCH_MAX];
+    uint32_t count;
+    int64_t deadline;
+};
+
+static void add(struct sleep *sleep, struct fiber *fiber) {
+    for (uint32_t i = 0; i < fiber->watches && sleep->count < PS_WATCH_MAX; i++) {
+        sleep->watch[sleep->count] = fiber->watch[i];
+        sleep->fiber[sleep->count++] = fiber;
+    }
+}
+
+/* The kernel names one of those that were woken; the others have changed, but for who watches the same word. */
+static void note_woken(const struct sleep *sleep, int index) {
+    for (uint32_t i = 1; i < sleep->count; i++)
+        if (sleep->watch[i].word == sleep->watch[index].word)
+            sleep->fiber[i]->woken = true;
+}
+
+static void sleep_for_all(struct scheduler *scheduler, uint32_t kicks) {
+    struct sleep sleep = {.watch[0] = {&scheduler->waiter->kicks, kicks}, .count = 1, .deadline = PS_NEVER};
+    for (struct ps_call *call = scheduler->first; call; call = call->next) {
+        int64_t end = call->fiber ? call->fiber->deadline : call->deadline;
+        sleep.deadline = end < sleep.deadline ? end : sleep.deadline;
+        if (call->fiber)
+            add(&sleep, call->fiber);
+    }
+    int index = ps_sys_wait_many(sleep.watch, sleep.count, sleep.deadline);
+    if (index > 0)
+        note_woken(&sleep, index);
+}
+
+static void *waiter_main(void *argument) {
+    struct scheduler scheduler = {.waiter = argument, .end = &scheduler.first};
+    ps_sys_normal_priority();
+    for (;;) {
+        /* acquire, before the looks: who comes, or cancels, after them finds us awake, or wakes us. */
+        uint32_t kicks = atomic_load_explicit(&scheduler.waiter->kicks, memory_order_acquire);
+        accept(&scheduler);
+        step_all(&scheduler);
+        sleep_for_all(&scheduler, kicks);
+    }
+    return NULL;
+}
+
+static void kick(struct ps_waiter *waiter) {
+    atomic_fetch_add_explicit(&waiter->kicks, 1, memory_order_release);
+    ps_sys_wake(&waiter->kicks, 1, FUTEX_BITSET_MATCH_ANY);
+}
+
+static int start(struct ps_waiter *waiter) {
+    if (atomic_load_explicit(&waiter->running, memory_order_acquire))
+        return 0;
+    int rc = ps_private_lock(&waiter->lock, PS_NEVER);
+    if (!waiter->running && !rc) {
+        rc = ps_process_spawn(waiter_main, waiter);
+        atomic_store_explicit(&waiter->running, !rc, memory_order_release);
+    }
+    ps_private_unlock(&waiter->lock);
+    return rc;
+}
+
+/* -- For loops ------------------------------------------------------------------------------------------------- */
+
+int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
+                 struct ps_refusal *refusal) {
+    struct ps_proxy proxy = {.passes = passes};
+    ps_process_set_proxy(&proxy);
+    int rc = ps_lease_take(region, lease, PS_TRY, outcome, refusal);
+    ps_process_set_proxy(NULL);
+    return rc;
+}
+
+int ps_call_begin(struct ps_call *call) {
+    struct ps_waiter *waiter = ps_process_waiter();
+    int rc = start(waiter);
+    if (rc)
+        return rc;
+    call->tid = ps_process_tid();
+    call->fiber = NULL;
+    atomic_fetch_add_explicit(&call->box->calls, 1, memory_order_relaxed);
+    struct ps_call *seen = atomic_load_explicit(&waiter->inbox, memory_order_relaxed);
+    do
+        call->next = seen;
+    while (!atomic_compare_exchange_weak_explicit(&waiter->inbox, &seen, call, memory_order_release,
+                                                  memory_order_relaxed));
+    kick(waiter);
+    return 0;
+}
+
+void ps_call_cancel(struct ps_call *call) {
+    atomic_store_explicit(&call->cancelled, true, memory_order_release);
+    kick(ps_process_waiter());
+}
+
+struct ps_call *ps_mailbox_take(struct ps_mailbox *box) {
+    return atomic_exchange_explicit(&box->finished, NULL, memory_order_acquire);
+}
+
+void ps_mailbox_settle(struct ps_mailbox *box) {
+    while (atomic_load_explicit(&box->calls, memory_order_acquire))
+        ps_sys_yield();
+}
