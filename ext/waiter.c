@@ -296,9 +296,10 @@ static bool step(struct scheduler *scheduler, struct ps_call *call, int64_t now)
         return false;
     }
     run(scheduler, fiber);
-    if (fiber->over)
-        give_stack(scheduler, fiber);
-    return fiber->over;
+    if (!fiber->over)
+        return false;
+    give_stack(scheduler, fiber);
+    return true;
 }
 
 /* A step of each; those that are over leave the list first, and then go. */
