@@ -71,7 +71,7 @@ class _Hub:
     def _leave_if_idle(self) -> None:
         if self._calls:
             return
-        del _hubs[self._loop]
+        _hubs.pop(self._loop, None)
         if not self._loop.is_closed():
             self._loop.remove_reader(self._box.fileno())
         self._box.close()
@@ -81,11 +81,13 @@ class _Hub:
         self._box.close()
 
 
-_hubs: dict[asyncio.AbstractEventLoop, _Hub] = {}  # of loops with something under way
+# Of loops with something under way.  Weak: the loop's reader keeps a hub, and each coroutine that waits; when a loop
+# was closed in the middle, its coroutines can go, which ends their calls.
+_hubs: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _Hub] = weakref.WeakValueDictionary()
 
 
 def _forget_hubs() -> None:
-    for hub in _hubs.values():
+    for hub in list(_hubs.values()):
         hub.forget()
     _hubs.clear()
 
@@ -96,9 +98,9 @@ os.register_at_fork(after_in_child=_forget_hubs)
 async def _finish(call: _core.Call) -> None:
     """Returns when it is over. Cancelled, it ends the call first, and gives back what that has got."""
     loop = asyncio.get_running_loop()
-    if loop not in _hubs:
-        _hubs[loop] = _Hub(loop)
-    hub = _hubs[loop]
+    hub = _hubs.get(loop)
+    if hub is None:
+        hub = _hubs[loop] = _Hub(loop)
     hub.begin(call)
     interruption: asyncio.CancelledError | None = None
     try:
