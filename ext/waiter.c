@@ -40,11 +40,29 @@
 #define OFTEN PS_MS         /* who changes page tables from outside wakes nobody */
 #define RARELY (20 * PS_MS)
 
-/* A stack; this lies at its upper end. */
+/* ThreadSanitizer has to be told of each change of stacks. */
+#ifndef __has_feature
+#define __has_feature(name) 0
+#endif
+#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
+#include <sanitizer/tsan_interface.h>
+#else
+#define __tsan_get_current_fiber() NULL
+#define __tsan_create_fiber(flags) NULL
+#define __tsan_destroy_fiber(fiber) ((void)(fiber))
+#define __tsan_switch_to_fiber(fiber, flags) ((void)(fiber))
+#endif
+
+struct stack {
+    ucontext_t context;
+    void *known; /* as what ThreadSanitizer knows it */
+};
+
+/* This lies at the upper end of its own stack. */
 struct fiber {
     struct ps_proxy proxy; /* first: the thread's proxy is the fiber that it runs */
-    ucontext_t context;
-    ucontext_t *back; /* of the waiter */
+    struct stack stack;
+    struct stack *back; /* of the waiter */
     struct ps_call *call;
     struct ps_watch watch[2]; /* while it sleeps: until one of these changes, */
     uint32_t watches;
@@ -62,8 +80,13 @@ struct scheduler { /* the waiter thread's own */
     struct ps_call *first, **end; /* all that it has, in the order in which they came */
     struct fiber *spares;
     uint32_t spare, serial;
-    ucontext_t context;
+    struct stack stack;
 };
+
+static void go(struct stack *from, struct stack *to) {
+    __tsan_switch_to_fiber(to->known, 0);
+    swapcontext(&from->context, &to->context);
+}
 
 static bool is_cancelled(const struct ps_call *call) {
     return atomic_load_explicit(&call->cancelled, memory_order_acquire);
@@ -92,7 +115,7 @@ static int leave_stack(struct fiber *fiber, int64_t deadline) {
     if (interrupts(fiber))
         return -EINTR;
     if (!has_changed(fiber))
-        swapcontext(&fiber->context, fiber->back);
+        go(&fiber->stack, fiber->back);
     return interrupts(fiber) ? -EINTR : ps_sys_now() < deadline ? 0 : -ETIMEDOUT;
 }
 
@@ -173,7 +196,7 @@ static void fiber_main(void) {
     struct fiber *fiber = current();
     fiber->call->rc = carry_out(fiber->call);
     fiber->over = true;
-    swapcontext(&fiber->context, fiber->back); /* for good */
+    go(&fiber->stack, fiber->back); /* for good */
 }
 
 /* -- Stacks ---------------------------------------------------------------------------------------------------- */
@@ -205,6 +228,7 @@ static char *bottom_of(struct fiber *fiber) {
 }
 
 static void give_stack(struct scheduler *scheduler, struct fiber *fiber) {
+    __tsan_destroy_fiber(fiber->stack.known);
     if (scheduler->spare == SPARES) {
         munmap(bottom_of(fiber), STACK);
         return;
@@ -214,24 +238,30 @@ static void give_stack(struct scheduler *scheduler, struct fiber *fiber) {
     scheduler->spare++;
 }
 
+static void prepare(struct fiber *fiber) {
+    ucontext_t *context = &fiber->stack.context;
+    getcontext(context);
+    context->uc_stack.ss_sp = bottom_of(fiber) + PS_PAGE;
+    context->uc_stack.ss_size = (size_t)((char *)fiber - bottom_of(fiber)) - PS_PAGE;
+    makecontext(context, fiber_main, 0);
+    fiber->stack.known = __tsan_create_fiber(0);
+}
+
 static int begin(struct scheduler *scheduler, struct ps_call *call) {
     struct fiber *fiber = take_stack(scheduler);
     if (!fiber)
         return -ENOMEM;
     uint32_t holder = HOLDERS + scheduler->serial++ % HOLDERS;
     *fiber = (struct fiber){
-        .proxy = {.holder = (int)holder, .passes = call->passes}, .back = &scheduler->context, .call = call};
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = bottom_of(fiber) + PS_PAGE;
-    fiber->context.uc_stack.ss_size = (size_t)((char *)fiber - bottom_of(fiber)) - PS_PAGE;
-    makecontext(&fiber->context, fiber_main, 0);
+        .proxy = {.holder = (int)holder, .passes = call->passes}, .back = &scheduler->stack, .call = call};
+    prepare(fiber);
     call->fiber = fiber;
     return 0;
 }
 
 static void run(struct scheduler *scheduler, struct fiber *fiber) {
     ps_process_set_proxy(&fiber->proxy);
-    swapcontext(&scheduler->context, &fiber->context);
+    go(&scheduler->stack, &fiber->stack);
     ps_process_set_proxy(NULL);
 }
 
@@ -353,7 +383,8 @@ static void sleep_for_all(struct scheduler *scheduler, uint32_t kicks) {
 }
 
 static void *waiter_main(void *argument) {
-    struct scheduler scheduler = {.waiter = argument, .end = &scheduler.first};
+    struct scheduler scheduler = {
+        .waiter = argument, .end = &scheduler.first, .stack.known = __tsan_get_current_fiber()};
     ps_sys_normal_priority();
     for (;;) {
         /* acquire, before the looks: who comes, or cancels, after them finds us awake, or wakes us. */

@@ -4,7 +4,8 @@
  *
  * Participants of one region:
  *   - the crowd: HOLDERS participants in one process, of both engines, each with two callers, two takers of leases
- *     and locks, an accessor and its agent; joiners, which attach, work and leave again and again; and forks of it
+ *     and locks, an event loop with several calls under way in the one waiter, of which it cancels some, an accessor
+ *     and its agent; joiners, which attach, work and leave again and again; and forks of it
  *     all, which rejoin in the child handler, work, and are killed; the callers and takers get signals meanwhile;
  *   - strays: processes that attach, change at random, freeze, and are killed in the middle of it.
  * A caller has pages that nobody else changes: there it looks, after each change, at what every holder can really
@@ -47,6 +48,7 @@ const char *__asan_default_options(void) {
 }
 
 enum { HOLDERS = 3, CALLERS = 2 * HOLDERS, JOINERS = 2, OWN = 8, SHARED = 200, NOTES = 1 << 16 };
+enum { LOOPS = HOLDERS, CALLS = 6, SELDOM = 200 };     /* calls of a loop; one look of so many cancels one */
 enum { TAKERS = 2 * HOLDERS, LEASED = 5, LOCKED = 3 }; /* the first of the shared pages; locks */
 enum { RARELY = 8 };                                   /* one turn of so many has a freeze */
 #define OTHERS_FIRST ((uint64_t)CALLERS * OWN)
@@ -73,8 +75,8 @@ static int memory; /* the region's descriptor */
 static int64_t end;
 static struct ps_region *holder[HOLDERS];
 static struct caller caller[CALLERS];
-static pthread_t thread[CALLERS + TAKERS + HOLDERS + JOINERS + 1]; /* the callers and takers first */
-static _Atomic uint64_t joins, accesses, forks, taken, freezes;
+static pthread_t thread[CALLERS + TAKERS + LOOPS + HOLDERS + JOINERS + 1]; /* the callers and takers first */
+static _Atomic uint64_t joins, accesses, forks, taken, freezes, calls, cancelled;
 /* Who of the crowd holds a page, or a lock; relaxed: held words order it, which the plain counts are to prove. */
 static _Atomic uint32_t inside[LEASED + LOCKED];
 static uint64_t taken_by[HOLDERS][LEASED + LOCKED];
@@ -298,6 +300,75 @@ static void *take(void *argument) {
     return NULL;
 }
 
+/* -- Event loops ------------------------------------------------------------------------------------------------ */
+
+static void begin_call(struct ps_call *call, struct ps_region *region, struct ps_mailbox *box, uint64_t *state) {
+    *call = (struct ps_call){.kind = (enum ps_call_kind)below(state, 3),
+                             .region = region,
+                             .box = box,
+                             .deadline = ps_sys_now() + TIMEOUT,
+                             .owner = call};
+    if (call->kind == PS_CALL_LEASE) {
+        call->first = OTHERS_FIRST + below(state, LEASED);
+        call->count = 1 + below(state, OTHERS_FIRST + LEASED - call->first);
+        call->lease = (struct ps_lease){.first = call->first, .count = call->count, .window = below(state, 2)};
+    } else if (call->kind == PS_CALL_LOCK) {
+        call->first = below(state, LOCKED);
+        call->count = 1;
+    } else {
+        uint64_t first = below(state, SHARED);
+        call->first = (OTHERS_FIRST + first) * PS_PAGE;
+        call->count = (1 + below(state, SHARED - first)) * PS_PAGE;
+        call->prot = (uint32_t)below(state, 4);
+    }
+    int rc = ps_call_begin(call);
+    CHECK(!rc, "ps_call_begin: %d", rc);
+}
+
+/* Uses what it has got, and lets go of it. */
+static void end_call(struct ps_call *call, uint32_t taker) {
+    bool refused = call->kind == PS_CALL_LEASE && call->rc == PS_EREFUSED;
+    bool given_up = call->rc == PS_ESIGNAL && atomic_load(&call->cancelled);
+    CHECK(!call->rc || refused || given_up, "call of kind %u: %d", call->kind, call->rc);
+    count(given_up ? &cancelled : &calls);
+    if (call->rc)
+        return;
+    if (call->kind == PS_CALL_LEASE) {
+        ps_lease_remember(call->region, call->lease.first);
+        store(call->region, &call->lease);
+        be_inside(taker, call->lease.first - OTHERS_FIRST, call->lease.count);
+        give_lease(call->region, &call->lease);
+    } else if (call->kind == PS_CALL_LOCK) {
+        be_inside(taker, LEASED + call->first, 1);
+        ps_user_lock_give(call->region, (uint32_t)call->first);
+    }
+}
+
+static void *loop(void *argument) {
+    uint64_t index = *(uint64_t *)argument, state = 500 + index;
+    struct ps_region *region = holder[index];
+    struct ps_mailbox box = {.fd = -1};
+    struct ps_call call[CALLS];
+    int under_way = 0;
+    for (; under_way < CALLS; under_way++)
+        begin_call(&call[under_way], region, &box, &state);
+    for (count(&begun); under_way;) {
+        if (!below(&state, SELDOM))
+            ps_call_cancel(&call[below(&state, CALLS)]);
+        for (struct ps_call *done = ps_mailbox_take(&box), *next; done; done = next) {
+            next = done->next;
+            end_call(done, (uint32_t)(2 * index));
+            if (forked)
+                under_way--;
+            else
+                begin_call(done, region, &box, &state);
+        }
+        sched_yield();
+    }
+    ps_mailbox_settle(&box);
+    return NULL;
+}
+
 /* -- The crowd ------------------------------------------------------------------------------------------------- */
 
 /* What came before a change that came before `generation`, on the same handle. */
@@ -405,7 +476,7 @@ static void on_signal(int signal) {
 static void *fork_and_kill(void *argument) {
     uint64_t state = 300 + *(uint64_t *)argument;
     sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_signal}, NULL); /* no SA_RESTART: it ends a wait */
-    while (begun < CALLERS + TAKERS + HOLDERS + JOINERS)
+    while (begun < CALLERS + TAKERS + LOOPS + HOLDERS + JOINERS)
         sched_yield();
     for (; !over(); count(&forks)) {
         for (int i = 0; i < CALLERS + TAKERS; i++)
@@ -433,7 +504,7 @@ static void settle_and_compare(void) {
 }
 
 static void crowd(void) {
-    uint64_t number[JOINERS + 1], taker[TAKERS], turns = 0;
+    uint64_t number[JOINERS + 1], taker[TAKERS], looper[LOOPS], turns = 0;
     int made = 0;
     for (int i = 0; i < HOLDERS; i++)
         holder[i] = attach((uint64_t)i);
@@ -442,6 +513,10 @@ static void crowd(void) {
     for (int i = 0; i < TAKERS; i++) {
         taker[i] = (uint64_t)i;
         pthread_create(&thread[made++], NULL, take, &taker[i]);
+    }
+    for (int i = 0; i < LOOPS; i++) {
+        looper[i] = (uint64_t)i;
+        pthread_create(&thread[made++], NULL, loop, &looper[i]);
     }
     for (int i = 0; i < HOLDERS; i++)
         pthread_create(&thread[made++], NULL, use, &holder[i]);
@@ -458,10 +533,12 @@ static void crowd(void) {
         CHECK(caller[i].turns, "caller %d never came to its turn", i);
         turns += caller[i].turns;
     }
-    CHECK(joins && accesses && forks && taken && freezes, "joins %lu, accesses %lu, forks %lu, taken %lu, freezes %lu",
-          joins, accesses, forks, taken, freezes);
-    printf("generation %lu, turns %lu, accesses %lu, taken %lu, freezes %lu, joins %lu, forks killed %lu",
-           ps_generation(holder[0]), turns, accesses, taken, freezes, joins, forks);
+    CHECK(joins && accesses && forks && taken && freezes && calls && cancelled,
+          "joins %lu, accesses %lu, forks %lu, taken %lu, freezes %lu, calls %lu, cancelled %lu", joins, accesses,
+          forks, taken, freezes, calls, cancelled);
+    printf("generation %lu, turns %lu, accesses %lu, taken %lu, freezes %lu, calls %lu, cancelled %lu, joins %lu, "
+           "forks killed %lu",
+           ps_generation(holder[0]), turns, accesses, taken, freezes, calls, cancelled, joins, forks);
     for (int i = 0; i < HOLDERS; i++)
         leave(holder[i]);
 }
