@@ -240,7 +240,7 @@ class Changes:
     """
 
     def __init__(self, fd: int, since: int) -> None:
-        self._reader = Reader(_core.Observer(fd), since)
+        self._reader: Reader | None = Reader(_core.Observer(fd), since)  # None: it has ended
         self._call: _core.Call | None = None
         self._ended = False
 
@@ -248,18 +248,26 @@ class Changes:
         return self
 
     async def __anext__(self) -> Change:
-        if self._call is not None:
+        if self._call is not None and not self._call.done:
             raise RuntimeError("changes: another task is waiting for the next one")
-        while (change := self._reader.next()) is None:
-            self._call = _core.call_watch(self._reader.observer, self._reader.generation)
-            if self._ended:  # looked at after the call is there for `end`, which may come from another thread
-                self._call = None
-                raise StopAsyncIteration
-            try:
-                await _finish(self._call)
-            finally:
-                self._call = None
-        return change
+        while self._reader is not None:
+            ended = self._ended  # before the look: what is over when it ends is read
+            change = self._reader.next()
+            if change is not None:
+                return change
+            if ended:
+                self._reader = None  # it keeps the memory
+                break
+            await self._wait(_core.call_watch(self._reader.observer, self._reader.generation))
+        raise StopAsyncIteration
+
+    async def _wait(self, call: _core.Call) -> None:
+        self._call = call
+        try:
+            if not self._ended:  # looked at when the call is there for `end`, which may come from another thread
+                await _finish(call)
+        finally:
+            self._call = None
 
     def end(self) -> None:
         """What is over by now may still be read; then it ends."""

@@ -11,7 +11,7 @@ import time
 
 from pyshare import _core
 from pyshare._errors import ShareError
-from pyshare._region import Prot
+from pyshare._mapped import Prot
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

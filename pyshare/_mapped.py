@@ -14,6 +14,7 @@ import enum
 import importlib
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
@@ -25,6 +26,8 @@ from pyshare._errors import RegionClosed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from pyshare._async import Changes
 
 
 class Prot(enum.IntFlag):
@@ -78,6 +81,7 @@ class Mapped(_core.Mapped):
 
     _name: str | None = None
     _size: int = 0
+    _streams: weakref.WeakSet[Changes] | None = None
 
     # -- What it is ------------------------------------------------------------------------------------------------
 
@@ -229,6 +233,35 @@ class Mapped(_core.Mapped):
             )
         array: npt.NDArray[Any] = np.ndarray(lengths, kind, memoryview(self), offset)
         return array
+
+    # -- What changes ----------------------------------------------------------------------------------------------
+
+    def changes(self, *, since: int | None = None) -> Changes:
+        """Each change of protection that is over (:class:`Change`), in order, until the region is closed here.
+
+        For ``async for``. Begins with the change after the call, or after generation ``since``. What is changed by
+        other processes without waking anybody is seen within a millisecond while changes come, and within 20 later.
+
+        Raises:
+            ShareError: more than 1,024 changes came since the last that was read, so that some are missed. The next
+                step goes on with the oldest that is left.
+            ValueError: a generation that has not come yet.
+            RegionClosed.
+        """
+        from pyshare import _async
+
+        latest = self.generation
+        since = latest if since is None else _core.integer(since, "since")
+        if not 0 <= since <= latest:
+            raise ValueError(f"since must be a generation, 0 to {latest}, not {since}")
+        stream = _async.Changes(self.fileno(), since)
+        self._streams = self._streams or weakref.WeakSet()
+        self._streams.add(stream)
+        return stream
+
+    def _end_streams(self) -> None:
+        for stream in self._streams or ():
+            stream.end()
 
 
 def _numpy() -> Any:

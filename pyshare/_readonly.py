@@ -81,6 +81,7 @@ class Observer(Mapped, _core.Observed):
         """
         if not self.closed:
             self._close()
+            self._end_streams()
 
     def __reduce__(self) -> Any:
         return _rebuild, (reduction.DupFd(self.fileno()),)

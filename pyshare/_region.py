@@ -15,7 +15,6 @@ import fcntl
 import os
 import socket
 import warnings
-import weakref
 from collections.abc import Iterator
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
@@ -28,7 +27,7 @@ from pyshare._mapped import Mapped, Prot
 from pyshare._readonly import Observer, observe
 
 if TYPE_CHECKING:
-    from pyshare._async import Changes, Taking
+    from pyshare._async import Taking
 
 Timeout = float | _core._Default | None
 
@@ -60,7 +59,6 @@ class Region(Mapped, _core.Handle):
     """
 
     _is_let_go = False
-    _streams: weakref.WeakSet[Changes] | None = None
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise TypeError("make a region with pyshare.create(), or join one with pyshare.attach()")
@@ -105,8 +103,7 @@ class Region(Mapped, _core.Handle):
         if self.closed:
             return
         self._close()
-        for stream in self._streams or ():
-            stream.end()
+        self._end_streams()
         if self._name is not None:
             _names.clear(self._name)
 
@@ -212,29 +209,6 @@ class Region(Mapped, _core.Handle):
         from pyshare import _async
 
         return _async.lock(self, index, timeout)
-
-    def changes(self, *, since: int | None = None) -> Changes:
-        """Each change of protection that is over (:class:`Change`), in order, until the region is closed here.
-
-        For ``async for``. Begins with the change after the call, or after generation ``since``. What is changed by
-        other processes without waking anybody is seen within a millisecond while changes come, and within 20 later.
-
-        Raises:
-            ShareError: more than 1,024 changes came since the last that was read, so that some are missed. The next
-                step goes on with the oldest that is left.
-            ValueError: a generation that has not come yet.
-            RegionClosed.
-        """
-        from pyshare import _async
-
-        latest = self.generation
-        since = latest if since is None else _core.integer(since, "since")
-        if not 0 <= since <= latest:
-            raise ValueError(f"since must be a generation, 0 to {latest}, not {since}")
-        stream = _async.Changes(self.fileno(), since)
-        self._streams = self._streams or weakref.WeakSet()
-        self._streams.add(stream)
-        return stream
 
     # -- Snapshots -------------------------------------------------------------------------------------------------
 

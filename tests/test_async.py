@@ -745,9 +745,23 @@ def test_changes_end_with_the_region(one: pyshare.Region, run: Run) -> None:
         assert await task == [last - 1, last]
 
     run(main(one.close))
-    stream_of_closed = pytest.raises(pyshare.RegionClosed)
-    with stream_of_closed:
+    with pytest.raises(pyshare.RegionClosed):
         one.changes()
+
+
+def test_an_observer_sees_changes_too(region: pyshare.Region) -> None:
+    async def main() -> None:
+        with pyshare.attach(region.fileno(), readonly=True) as observer:
+            stream = observer.changes()
+            task = asyncio.ensure_future(first(2, stream))
+            await queued(task)
+            await region.mprotect_async(0, PAGE, READ_WRITE)
+            await region.mprotect_async(0, PAGE, READ)
+            assert [change.prot for change in await task] == [READ_WRITE, READ]
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+    asyncio.run(main())
 
 
 def test_changes_end_when_another_thread_closes(one: pyshare.Region) -> None:
