@@ -254,7 +254,7 @@ class Mapped(_core.Mapped):
         since = latest if since is None else _core.integer(since, "since")
         if not 0 <= since <= latest:
             raise ValueError(f"since must be a generation, 0 to {latest}, not {since}")
-        stream = _async.Changes(self.fileno(), since)
+        stream = _async.Changes(self._fileno(), since)
         self._streams = self._streams or weakref.WeakSet()
         self._streams.add(stream)
         return stream
