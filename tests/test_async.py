@@ -179,6 +179,50 @@ def test_tasks_of_a_loop_exclude_each_other_in_the_order_in_which_they_asked(one
     assert served == list(range(100))
 
 
+@pytest.mark.parametrize("what", ["lock", "lease"])
+def test_whoever_waits_comes_before_whoever_comes_later(what: str, one: pyshare.Region) -> None:
+    served: list[str] = []
+
+    async def use(name: str) -> None:
+        async with one.lock_async(0) if what == "lock" else one.lease_async(0, PAGE):
+            served.append(name)
+
+    async def main() -> None:
+        for _ in range(20):
+            held = one.lock(0) if what == "lock" else one.lease(0, PAGE)
+            waiting = asyncio.create_task(use("waiting"))
+            await queued(waiting)
+            held.release()
+            await use("later")
+            await waiting
+
+    asyncio.run(main())
+    assert served == ["waiting", "later"] * 20
+
+
+def test_what_a_task_has_waited_for_is_its_threads(one: pyshare.Region) -> None:
+    async def main() -> None:
+        locks = one.lock(0), one.lease(0, PAGE)
+        tasks = [asyncio.create_task(keep(one.lock_async(0))), asyncio.create_task(keep(one.lease_async(0, PAGE)))]
+        await queued(*tasks)
+        for lock in locks:
+            lock.release()
+        held = [await task for task in tasks]
+        with pytest.raises(pyshare.ShareError, match="this thread"):
+            one.lock(0)
+        with pytest.raises(pyshare.ShareError, match="this thread"):
+            one.lease(0, PAGE)
+        with pytest.raises(pyshare.ShareError, match="this thread"):
+            one.mprotect(0, PAGE, READ)
+        for each in held:
+            each.release()
+
+    async def keep(taking: Any) -> Any:
+        return await taking
+
+    asyncio.run(main())
+
+
 def test_a_large_lease_is_not_starved_by_small_ones(one: pyshare.Region) -> None:
     async def small(page: int, stop: asyncio.Event) -> None:
         while not stop.is_set():
