@@ -191,7 +191,7 @@ def test_whoever_waits_comes_before_whoever_comes_later(what: str, one: pyshare.
         for _ in range(20):
             held = one.lock(0) if what == "lock" else one.lease(0, PAGE)
             waiting = asyncio.create_task(use("waiting"))
-            await queued(waiting)
+            await asyncio.sleep(0)  # it has asked, and has not waited long enough to be known elsewhere
             held.release()
             await use("later")
             await waiting
