@@ -24,11 +24,13 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
 from libc.errno cimport EAGAIN, EOPNOTSUPP, errno as libc_errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 import enum
 import errno
 import operator
 import os
+import resource
 import sys
 import warnings
 
@@ -119,7 +121,30 @@ cdef extern from "core.h" nogil:
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
     int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
     int ps_prepare(ps_region *region, uint64_t first, uint64_t count, int64_t deadline)
-    int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, policy_t policy, const char *name, int *fd)
+    enum:
+        PS_REGION_THP
+        PS_REGION_LOCK
+        PS_REGION_RESERVED
+        PS_NODES
+        PS_EMEMLOCK
+    struct ps_creation:
+        uint64_t size
+        uint32_t prot
+        uint32_t slots
+        uint32_t mode
+        uint32_t page_size
+        uint32_t flags
+        policy_t policy
+        const char *name
+    struct ps_numa:
+        int mode
+        unsigned long *nodes
+    int ps_create(const ps_creation *wanted, int *fd)
+    int ps_prefer(int fd, const ps_numa *numa)
+    int ps_allocate(int fd, const ps_numa *numa, uint64_t *at)
+    uint64_t ps_footprint(const ps_creation *wanted)
+    uint64_t ps_page_size(const ps_region *region)
+    int ps_bring_in(ps_region *region, uint64_t *page)
     ctypedef enum engine_t "enum ps_engine":
         pass
     enum:
@@ -232,6 +257,7 @@ include "_dlpack.pxi"
 PAGE_SIZE = 4096
 POLICIES = {"die": PS_DIE, "raise": PS_RAISE, "wait": PS_WAIT}
 ENGINES = {"auto": PS_ENGINE_AUTO, "mprotect": PS_ENGINE_MPROTECT, "uffd": PS_ENGINE_UFFD}
+THP, LOCK, RESERVED = PS_REGION_THP, PS_REGION_LOCK, PS_REGION_RESERVED
 MAX_PARTICIPANTS = PS_SLOTS_MAX
 NAME_MAX = PS_NAME_MAX
 LARGE = 1 << 16  # bytes from which a copy lets other threads run
@@ -303,18 +329,18 @@ def protection_bits(prot):
     return bits
 
 
-cdef check_pages(offset, length, size):
+cdef check_pages(offset, length, size, uint64_t page):
     """A range of whole pages, or up to the region's end."""
-    if offset < 0 or offset % PS_PAGE_SIZE:
-        raise ValueError(f"offset must be a multiple of the page size {PAGE_SIZE}, not {offset}")
+    if offset < 0 or offset % page:
+        raise ValueError(f"offset must be a multiple of the page size {page}, not {offset}")
     if length <= 0:
         raise ValueError(f"length must be more than 0 bytes, not {length}")
     end = offset + length
-    if end > size and end > (size + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE * PS_PAGE_SIZE:
+    if end > size and end > (size + page - 1) // page * page:
         raise ValueError(f"the range {offset} to {end} ends behind the region's {size} bytes")
-    if end % PS_PAGE_SIZE and end != size:
+    if end % page and end != size:
         raise ValueError(
-            f"a range ends at a multiple of the page size {PAGE_SIZE} or at the region's size {size}; "
+            f"a range ends at a multiple of the page size {page} or at the region's size {size}; "
             f"{offset} + {length} = {end} is neither")
 
 
@@ -335,6 +361,11 @@ cdef raise_code(int code, str doing, str field=None):
     if code == PS_EFROZEN:
         raise _errors.ShareError(
             f"{doing}: this thread has frozen the region itself, and would wait for itself; thaw it first")
+    if code == PS_EMEMLOCK:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        raise OSError(errno.ENOMEM if limit else errno.EPERM,
+            f"{doing}: the region's memory is to be locked, and this process may lock {limit} bytes in all "
+            "(RLIMIT_MEMLOCK; ulimit -l); that has to be more than its data and control segment")
     if code == PS_EREGIONS:
         raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
     raise OSError(-code, f"{doing}: {os.strerror(-code)}")
@@ -405,6 +436,9 @@ cdef class Mapped:
             raise_code(PS_ECLOSED, doing)
         self.count()
         self.calls += 1
+
+    cdef uint64_t page_size(self) noexcept:
+        return PS_PAGE_SIZE if self.region is NULL else ps_page_size(self.region)
 
     cdef leave(self):
         self.count()
@@ -493,6 +527,9 @@ cdef class Mapped:
 
     def _is_open(self):
         return self.region is not NULL
+
+    def _page_size(self):
+        return self.page_size()
 
     def _facts(self):
         """(name, size, address, generation), of an open region."""
@@ -605,6 +642,21 @@ cdef class Handle(Mapped):
         """Open, though nobody can close it any more; asked when the object goes."""
         return self.region is not NULL and not Py_IsFinalizing()
 
+    def _bring_in(self):
+        """Memory that is to be locked is, as far as it is there."""
+        cdef uint64_t page = 0
+        cdef int rc = 1
+        self.enter("attach")
+        try:
+            while rc > 0:
+                PyErr_CheckSignals()
+                with nogil:
+                    rc = ps_bring_in(self.region, &page)
+            if rc:
+                raise_code(rc, "attach")
+        finally:
+            self.leave()
+
     def _engine(self):
         self.enter("engine")
         try:
@@ -639,7 +691,7 @@ cdef class Handle(Mapped):
         cdef ps_outcome outcome
         cdef int rc
         offset, length = integer(offset, "offset"), integer(length, "length")
-        check_pages(offset, length, size)
+        check_pages(offset, length, size, self.page_size())
         cdef uint64_t first = offset, bytes = length
         cdef uint32_t bits = protection_bits(prot)
         cdef int64_t deadline = deadline_of(timeout)
@@ -771,11 +823,12 @@ cdef class Handle(Mapped):
             raise_code(PS_ECLOSED, "lease")
         if type(offset) is not int or type(length) is not int:
             offset, length = integer(offset, "offset"), integer(length, "length")
-        check_pages(offset, length, ps_size(self.region))
+        cdef uint64_t page = ps_page_size(self.region)
+        check_pages(offset, length, ps_size(self.region), page)
         if timeout is not DEFAULT:
             deadline_of(timeout)
         lease.pages.first = <uint64_t>offset // PS_PAGE_SIZE
-        lease.pages.count = (<uint64_t>length + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
+        lease.pages.count = (<uint64_t>length + page - 1) // page * (page // PS_PAGE_SIZE)
         lease.pages.window = window
         lease.length = length
         return lease
@@ -1054,6 +1107,8 @@ cdef class Handle(Mapped):
         """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
         cdef ps_refusal refusal
         cdef int rc
+        cdef uint64_t unit = self.page_size() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
+        cdef uint64_t end = (first + count + unit - 1) // unit * unit
         while True:
             with nogil:
                 rc = ps_await_writable(self.region, first, count, deadline, &refusal)
@@ -1063,7 +1118,7 @@ cdef class Handle(Mapped):
             if rc:
                 self.refused(rc, &refusal, doing)
             left = None if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) / 1e9
-            lease = self.lease(first * PAGE_SIZE, count * PAGE_SIZE, timeout=left)
+            lease = self.lease(begin * PAGE_SIZE, (end - begin) * PAGE_SIZE, timeout=left)
             rc = ps_await_writable(self.region, first, count, 0, &refusal)
             if not rc:
                 return lease
@@ -1374,13 +1429,63 @@ cdef hold_handlers():
 include "_snapshot.pxi"
 
 
-def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, int policy, str name):
+def create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, int policy, str name,
+           uint32_t page_size=PS_PAGE_SIZE, uint32_t flags=0):
     """A new region's descriptor; nobody participates yet."""
-    cdef int fd = -1
-    cdef int rc = ps_create(size, prot, slots, mode, <policy_t>policy, name.encode(), &fd)
+    cdef bytes text = name.encode()
+    cdef ps_creation wanted
+    cdef int fd = -1, rc
+    wanted.size, wanted.prot, wanted.slots, wanted.mode = size, prot, slots, mode
+    wanted.page_size, wanted.flags, wanted.policy, wanted.name = page_size, flags, <policy_t>policy, text
+    rc = ps_create(&wanted, &fd)
     if rc:
         raise_code(rc, "create")
     return fd
+
+
+def footprint(uint64_t size, uint32_t slots, uint32_t page_size, uint32_t flags):
+    """Bytes of the control segment and the data of such a region."""
+    cdef ps_creation wanted
+    wanted.size, wanted.prot, wanted.slots, wanted.mode = size, 0, slots, 0
+    wanted.page_size, wanted.flags, wanted.policy, wanted.name = page_size, flags, <policy_t>PS_DIE, b""
+    return ps_footprint(&wanted)
+
+
+cdef ps_numa policy_of(numa) except *:
+    cdef ps_numa policy
+    cdef int width = 8 * sizeof(unsigned long)
+    memset(&policy, 0, sizeof(policy))
+    policy.mode, nodes = numa
+    for node in nodes:
+        if not 0 <= node < PS_NODES:
+            raise ValueError(f"a NUMA node is 0 to {PS_NODES - 1}, not {node}")
+        policy.nodes[node // width] |= <unsigned long>1 << <int>(node % width)
+    return policy
+
+
+def prefer(int fd, numa):
+    """From which NUMA nodes a region's data comes: (mode of mbind(2), nodes)."""
+    cdef ps_numa policy = policy_of(numa)
+    cdef int rc = ps_prefer(fd, &policy)
+    if rc:
+        raise_code(rc, "create")
+
+
+def allocate(int fd, numa, uint64_t at):
+    """Up to where a region's memory has been allocated, after a piece from `at` on; numa as of prefer, or None."""
+    cdef ps_numa policy
+    cdef const ps_numa *wanted = NULL
+    cdef int rc = -errno.EINTR
+    if numa is not None:
+        policy = policy_of(numa)
+        wanted = &policy
+    while rc == -errno.EINTR:
+        PyErr_CheckSignals()
+        with nogil:
+            rc = ps_allocate(fd, wanted, &at)
+    if rc < 0:
+        raise_code(rc, "create")
+    return at
 
 
 def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
@@ -1396,6 +1501,9 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
         rc = ps_attach(fd, name_fd, <engine_t>engine, deadline, &region, &outcome, &field)
     if rc == PS_ETIMEOUT:
         raise_timeout(&outcome, "attach")
+    if rc == -EOPNOTSUPP and engine == PS_ENGINE_UFFD:
+        raise OSError(EOPNOTSUPP, "attach: the region has huge pages, which engine 'uffd' cannot change entry by entry; "
+                                  "use 'auto' or 'mprotect'")
     if rc:
         raise_code(rc, "attach", None if field is NULL else field.decode())
     handle.region = region

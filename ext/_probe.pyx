@@ -11,7 +11,7 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 import os
 
 cdef extern from "sys.h":
-    int ps_sys_memfd(const char *name)
+    int ps_sys_memfd(const char *name, uint64_t page_size)
     int ps_sys_reopen(int fd)
     int ps_sys_ofd_take(int fd, uint32_t byte)
     int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length)
@@ -41,7 +41,7 @@ cdef int checked(int result) except -1:
 
 def memfd() -> int:
     """A new memfd, made as a region's is."""
-    return checked(ps_sys_memfd(b"pyshare doctor"))
+    return checked(ps_sys_memfd(b"pyshare doctor", 4096))
 
 
 def reopen(int fd) -> int:

@@ -366,7 +366,8 @@ def dirty_pages(Handle handle not None, since):
         pages = (ps_size(handle.region) + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
         if holding is not None and not ps_snapshot_of(handle.region, snapshot):
             raise ValueError(f"{since!r} is a snapshot of another region")
-        marks = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>pages)
+        page = handle.page_size() // PS_PAGE_SIZE
+        marks = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>((pages + page - 1) // page * page))  # of whole units
         map = <uint8_t *>PyBytes_AS_STRING(marks)
         with nogil:
             rc = ps_dirty(handle.region, snapshot, generation, map)
@@ -393,7 +394,7 @@ def put_pages(Handle handle not None, uint64_t offset, data):
     cdef int rc
     PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
     try:
-        check_pages(offset, source.len, ps_size(handle.region) if handle.region is not NULL else 0)
+        check_pages(offset, source.len, ps_size(handle.region) if handle.region is not NULL else 0, PS_PAGE_SIZE)
         handle.enter("restore")
         try:
             with nogil:

@@ -216,7 +216,7 @@ static int own_descriptors(struct ps_region *region) {
 /* What callers outside need to change our page tables; without a socket they may still find another way. */
 static int offer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    uintptr_t canary = (uintptr_t)ps_header(region) + region->shape.control_size;
+    uintptr_t canary = (uintptr_t)ps_address(region) - PS_GUARD;
     uint32_t name = 0;
     atomic_store_explicit(&slot->canary, canary, memory_order_relaxed); /* says where the data are, by uffd or not */
     int rc = region->uffd ? ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE) : 0;

@@ -31,6 +31,7 @@ enum {
     PS_ENESTED = -5008,  /* the calling thread holds it itself */
     PS_EFROZEN = -5009,  /* the calling thread has the region frozen itself */
     PS_EAREAS = -5010,   /* as many snapshots are alive as the region has areas for */
+    PS_EMEMLOCK = -5011, /* memory that the region wants locked cannot be: RLIMIT_MEMLOCK */
 };
 
 #define PS_REGIONS_MAX 1024
@@ -94,9 +95,32 @@ struct ps_participant {
     bool alive;
 };
 
-/* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1. */
-int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, enum ps_policy policy, const char *name,
-              int *fd);
+/* What is to be made. */
+struct ps_creation {
+    uint64_t size;
+    uint32_t prot, slots, mode;
+    uint32_t page_size; /* PS_PAGE, or that of huge pages */
+    uint32_t flags;     /* PS_REGION_* */
+    enum ps_policy policy;
+    const char *name;
+};
+
+/* From which NUMA nodes memory comes: a mode of set_mempolicy(2), and a bit a node. */
+#define PS_NODES 1024u
+struct ps_numa {
+    int mode;
+    unsigned long nodes[PS_NODES / (8 * sizeof(unsigned long))];
+};
+
+/* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1.
+ * ps_create: nothing is allocated, nobody participates; of huge pages all are promised, or -ENOMEM.
+ * ps_prefer: of what is allocated in the data from now on, by whomever; of huge pages ps_allocate's alone.
+ * ps_allocate: so that nobody ever lacks the memory; a piece from *at on, which is moved on.  1: there is more; 0: that
+ * was all; -EINTR: a signal came, and the piece may be asked for again. */
+int ps_create(const struct ps_creation *wanted, int *fd);
+int ps_prefer(int fd, const struct ps_numa *numa);
+int ps_allocate(int fd, const struct ps_numa *numa, uint64_t *at);
+uint64_t ps_footprint(const struct ps_creation *wanted); /* bytes that ps_allocate allocates of it */
 int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **region,
               struct ps_outcome *outcome, const char **field);
 int ps_close_begin(struct ps_region *region); /* 0: it is ours to close, or PS_ECLOSED */
@@ -111,10 +135,13 @@ const char *ps_corrupt_field(const struct ps_region *region);
 /* What it is. */
 void *ps_address(const struct ps_region *region);
 uint64_t ps_size(const struct ps_region *region);
+uint64_t ps_page_size(const struct ps_region *region); /* of which ranges are whole multiples */
 uint64_t ps_generation(const struct ps_region *region);
 const char *ps_name(const struct ps_region *region);
 enum ps_engine ps_engine(const struct ps_region *region); /* in use: PS_ENGINE_MPROTECT or PS_ENGINE_UFFD */
 int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */
+/* Of memory that is to be locked: some pages from *page on, which is moved on, are.  1: there is more; 0; -errno. */
+int ps_bring_in(struct ps_region *region, uint64_t *page);
 
 /* Protection. */
 int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,

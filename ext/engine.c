@@ -343,6 +343,8 @@ int ps_engine_open(struct ps_region *region) {
     region->own_userfault = -1;
     if (region->engine == PS_ENGINE_MPROTECT)
         return 0;
+    if (region->shape.unit > 1) /* a mark is of a whole huge page, and chunks are of one page table of small ones */
+        return region->engine == PS_ENGINE_AUTO ? 0 : -EOPNOTSUPP;
     int fd = ps_sys_userfaultfd();
     if (fd < 0)
         return region->engine == PS_ENGINE_AUTO ? 0 : fd;
@@ -367,7 +369,7 @@ void ps_engine_doubt(struct ps_region *region) {
 /* Our page tables refuse what they should allow: somebody changed them behind our back, or they are late. */
 int ps_engine_mend(struct ps_region *region, uint64_t page) {
     if (!region->uffd)
-        return ps_engine_apply(region, page, 1);
+        return ps_engine_apply(region, ps_unit_of(region, page), region->shape.unit);
     uint64_t first = page / PS_CHUNK * PS_CHUNK, rest = region->shape.pages - first;
     if (chunk_state(region, page / PS_CHUNK) & ARMED)
         set_chunks(region, page, 1, ARMED | SPLIT);

@@ -319,7 +319,7 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
         put(&text, " at offset ");
         put_number(&text, at);
         put(&text, ": page ");
-        put_number(&text, at / PS_PAGE);
+        put_number(&text, at / PS_PAGE / region->shape.unit);
         put_reason(&text, region, at / PS_PAGE);
     }
     put(&text, "\n");
@@ -489,12 +489,12 @@ static bool in_order(const struct ps_region *region) {
     return ps_running(region) && !region->fenced && atomic_load_explicit(&region->use, memory_order_acquire) == PS_OPEN;
 }
 
-/* How many pages from `page` on, before `end`, are as forbidden as it is. */
+/* How many pages from `page` on, before `end`, are as forbidden as it is; all of its unit. */
 static uint64_t forbidden_run(struct ps_region *region, uint64_t page, uint64_t end, bool store) {
-    uint32_t prot = ps_protection(region, page);
-    uint64_t next = page + 1;
+    uint32_t prot = ps_protection(region, page), unit = region->shape.unit;
+    uint64_t next = page + unit;
     while (next < end && ps_protection(region, next) == prot && !permits(region, next, store))
-        next++;
+        next += unit;
     return next - page;
 }
 
@@ -508,9 +508,9 @@ static int quarantine(struct ps_region *region, uint64_t page, bool store) {
     } else if (permits(region, page, store)) {
         rc = ps_engine_mend(region, page);
     } else {
-        uint64_t end = page + ps_quarantine_wish(region, page);
+        uint64_t first = ps_unit_of(region, page), end = page + ps_quarantine_wish(region, page);
         end = end < region->shape.pages ? end : region->shape.pages;
-        rc = ps_quarantine_begin(region, page, forbidden_run(region, page, end, store));
+        rc = ps_quarantine_begin(region, first, forbidden_run(region, first, end, store));
         rc = rc ? rc : 1;
     }
     ps_pages_give(region);

@@ -89,6 +89,8 @@ enum ps_policy { PS_DIE = 0, PS_RAISE = 1, PS_WAIT = 2 };
 /* What each participant does with its mappings of the data. */
 #define PS_REGION_THP 0x1u  /* asks for transparent huge pages */
 #define PS_REGION_LOCK 0x2u /* locks them into memory */
+/* ... and of the memfd: */
+#define PS_REGION_RESERVED 0x4u /* control segment and data were allocated at creation; nobody gives a page back */
 
 enum ps_section_kind {
     PS_SEC_END = 0,

@@ -623,14 +623,13 @@ static int open_pages(struct wait *wait, const struct ps_lease *lease, struct ps
     return rc == -ETIMEDOUT && wait->deadline == PS_TRY ? -EAGAIN : rc;
 }
 
-/* The window is made by the first lease that needs it. */
-static int map_window(struct wait *wait) {
-    struct ps_region *region = wait->region;
+/* The window is made by the first that needs it. */
+int ps_lease_window(struct ps_region *region, int64_t deadline) {
     if (atomic_load_explicit(&region->window, memory_order_acquire))
         return 0;
-    int rc = ps_page_lock(region, wait->deadline);
+    int rc = ps_page_lock(region, deadline);
     if (rc)
-        return rc == -ETIMEDOUT && wait->deadline == PS_TRY ? -EAGAIN : rc;
+        return rc == -ETIMEDOUT && deadline == PS_TRY ? -EAGAIN : rc;
     if (!region->window)
         rc = ps_region_map_window(region);
     atomic_store_explicit(&region->window, !rc, memory_order_release);
@@ -648,7 +647,7 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
     if (deadline != PS_TRY) /* before anybody is waited for */
         rc = ps_freeze_own(region) ? PS_EFROZEN : nested(region, lease) ? PS_ENESTED : 0;
     if (!rc && lease->window)
-        rc = map_window(&wait);
+        rc = ps_lease_window(region, wait.deadline);
     if (!rc && !(rc = take_open_pages(&wait, lease))) {
         rc = look_at_map(region, lease, refusal);
         if (!rc && ps_snapshots(region))

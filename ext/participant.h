@@ -24,7 +24,7 @@
 #include "sys.h"
 
 #define PS_PAGE 4096u
-#define PS_GUARD (64u * 1024u)  /* no-access, on both sides of the data; its first page is the canary (borrow.c) */
+#define PS_GUARD (64u * 1024u)  /* before the data, no-access: its first page is the canary (borrow.c) */
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 
@@ -39,7 +39,8 @@
 /* What the header said at attach. */
 struct ps_shape {
     uint64_t control_size, size, pages;
-    uint32_t slots, initial, policy, areas;
+    uint32_t unit; /* pages (PS_PAGE) of a page of the memfd: 1, or of a huge one */
+    uint32_t slots, initial, policy, areas, flags;
     uint64_t nonce[2], created;
     uint32_t creator;
     char name[PS_NAME_MAX + 8];
@@ -141,6 +142,9 @@ struct ps_region {
 };
 
 /* region.c: the memfd and the address range */
+#define PS_SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
+void ps_region_lay_out(struct ps_shm_header *header);
+uint64_t ps_region_file_length(const struct ps_shm_header *header);
 int ps_region_validate(int fd, struct ps_shape *shape, const char **field);
 int ps_region_place(struct ps_region *region);
 int ps_region_reserve(struct ps_region *region);
@@ -166,15 +170,23 @@ bool ps_cached_leads(int fd, const struct ps_cached *cached);
 int ps_query_fd(struct ps_region *region);
 int ps_corrupt(struct ps_region *region, const char *field);
 
+/* No-access, on both sides of each mapping of the data; whole units, so that those lie where huge pages may. */
+static inline uint64_t ps_guard(const struct ps_shape *shape) {
+    return shape->unit > PS_GUARD / PS_PAGE ? (uint64_t)shape->unit * PS_PAGE : PS_GUARD;
+}
 static inline uint64_t ps_data_offset(const struct ps_shape *shape) {
-    return shape->control_size + PS_GUARD;
+    return shape->control_size + ps_guard(shape);
 }
 static inline uint64_t ps_chunks(const struct ps_shape *shape) {
     return (shape->pages + PS_CHUNK - 1) / PS_CHUNK;
 }
 /* Of the second mapping of the data, from the first. */
 static inline uint64_t ps_window_offset(const struct ps_shape *shape) {
-    return shape->pages * PS_PAGE + PS_GUARD;
+    return shape->pages * PS_PAGE + ps_guard(shape);
+}
+/* The first page of the unit that holds this one. */
+static inline uint64_t ps_unit_of(const struct ps_region *region, uint64_t page) {
+    return page - page % region->shape.unit;
 }
 static inline struct ps_shm_header *ps_header(const struct ps_region *region) {
     return (struct ps_shm_header *)atomic_load_explicit(&region->base, memory_order_relaxed);
@@ -286,6 +298,7 @@ int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
 void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid); /* from its proxy */
+int ps_lease_window(struct ps_region *region, int64_t deadline); /* there is one */
 
 /* snapshot.c: saving pages before they are stored to */
 int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);

@@ -92,10 +92,10 @@ int ps_quarantine_begin(struct ps_region *region, uint64_t first, uint64_t count
 
 /* All runs that have to do with the range, which becomes the one that is to follow the map then. */
 int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count) {
-    uint64_t unit = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
+    uint64_t near = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
     for (uint32_t i = 0; i < region->quarantines;) {
         const struct ps_quarantine run = region->quarantine[i];
-        if (!overlap(&run, from / unit * unit, (end + unit - 1) / unit * unit)) {
+        if (!overlap(&run, from / near * near, (end + near - 1) / near * near)) {
             i++;
             continue;
         }

@@ -1,6 +1,6 @@
-/* region.c - the memfd and the address range.
+/* region.c - a memfd that is a region, and the address range.
  *
- * Lives here: making and sealing a region, checking one that somebody hands
+ * Lives here: where in the memfd what lies, checking one that somebody hands
  * us, reserving and filling the address range.  The only place where foreign
  * bytes become trusted: after ps_region_validate nothing of the header's first
  * lines is read again.
@@ -11,22 +11,25 @@
  *     which holds the OFD lock of the slot.  A mapping keeps its description
  *     alive, so that byte is free only when no thread can reach the memory any
  *     more, whatever became of descriptors.
- *  3. Every shared mapping is DONTFORK and DONTDUMP, and of that description.
- * Runs in: caller, agent, fork child.
- * Not here: who may use the pages (change.c, engine.c).
+ *  3. Every shared mapping is DONTFORK and DONTDUMP, and of that description; but
+ *     of huge pages those that are added later are of the program's, which go with
+ *     the control segment's at the same moment.
+ *  4. Every mapping of the data is as the region's flags ask (PS_REGION_*).
+ * Runs in: caller, agent, fork child, signal handler.
+ * Not here: making one (create.c), who may use the pages (change.c, engine.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "participant.h"
-
-#define SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
 
 /* Far from where the kernel looks for room (mmap_base, downwards) and from the heap: the range that a raw
  * child loses by DONTFORK is not handed out again there.  A build with a sanitizer moves it. */
@@ -65,62 +68,34 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
     }
 }
 
-static uint64_t file_length(const struct ps_shm_header *header) {
+uint64_t ps_region_file_length(const struct ps_shm_header *header) {
     return header->control_size + (1 + (uint64_t)header->areas) * header->pages * PS_PAGE;
 }
 
-/* As many as leave room for the data and its other mappings. */
-static uint32_t areas_for(uint64_t pages) {
-    uint64_t room = PS_FAR_SIZE / 2 / (pages * PS_PAGE);
+/* As many as leave room for the data and its other mappings.  Huge pages can neither be holes nor be written to by
+ * system calls, which saving needs. */
+static uint32_t areas_for(uint64_t pages, uint32_t page_size) {
+    uint64_t room = page_size > PS_PAGE ? 0 : PS_FAR_SIZE / 2 / (pages * PS_PAGE);
     return room < 5 ? 0 : room - 4 < PS_SNAPSHOTS ? (uint32_t)room - 4 : PS_SNAPSHOTS;
 }
 
-static void lay_out(struct ps_shm_header *header) {
-    uint64_t at = PS_PAGE;
+/* As many as the size takes, of whole units. */
+static uint64_t data_pages(const struct ps_shm_header *header) {
+    return (header->size + header->page_size - 1) / header->page_size * (header->page_size / PS_PAGE);
+}
+
+/* What follows from size, page size, slots and flags. */
+void ps_region_lay_out(struct ps_shm_header *header) {
+    /* A transparent huge page begins on its own boundary in the memfd too. */
+    uint64_t at = PS_PAGE, unit = header->flags & PS_REGION_THP ? CHUNK : header->page_size;
+    header->pages = data_pages(header);
+    header->areas = areas_for(header->pages, header->page_size);
     for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LAST; kind++) {
         uint64_t length = section_length((enum ps_section_kind)kind, header->pages, header->slots, header->areas);
         header->section[kind - 1] = (struct ps_shm_section){.kind = kind, .offset = at, .length = length};
         at = whole_pages(at + length);
     }
-    header->control_size = at;
-}
-
-static int fill(int fd, const struct ps_shm_header *header, uint32_t mode) {
-    if (ftruncate(fd, (off_t)file_length(header)) || fchmod(fd, mode))
-        return -errno;
-    ssize_t wrote = pwrite(fd, header, sizeof *header, 0);
-    if (wrote != (ssize_t)sizeof *header)
-        return wrote < 0 ? -errno : -EIO;
-    return fcntl(fd, F_ADD_SEALS, SEALS) ? -errno : 0;
-}
-
-int ps_create(uint64_t size, uint32_t prot, uint32_t slots, uint32_t mode, enum ps_policy policy, const char *name,
-              int *fd) {
-    struct ps_shm_header header = {
-        .magic = PS_MAGIC,
-        .version = PS_VERSION,
-        .page_size = PS_PAGE,
-        .size = size,
-        .pages = (size + PS_PAGE - 1) / PS_PAGE,
-        .slots = slots,
-        .initial = prot,
-        .created = ps_sys_boottime(),
-        .creator = (uint32_t)getpid(),
-        .policy = policy,
-    };
-    header.areas = areas_for(header.pages);
-    strncpy(header.name, name, PS_NAME_MAX);
-    lay_out(&header);
-    int rc = ps_sys_random(header.nonce, sizeof header.nonce);
-    if (rc)
-        return rc;
-    *fd = ps_sys_memfd("pyshare");
-    if (*fd < 0)
-        return *fd;
-    rc = fill(*fd, &header, mode);
-    if (rc)
-        close(*fd);
-    return rc;
+    header->control_size = (at + unit - 1) / unit * unit;
 }
 
 static const char *check_sections(const struct ps_shm_header *header, struct ps_shape *shape) {
@@ -150,12 +125,12 @@ static bool is_name(const char *name, size_t size) {
            strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") >= length;
 }
 
-static const char *check_header(const struct ps_shm_header *header, uint64_t file_size) {
+static const char *check_header(const struct ps_shm_header *header, uint64_t file_size, uint64_t file_page) {
     if (header->magic != PS_MAGIC)
         return "magic";
     if (header->version != PS_VERSION)
         return "version";
-    if (header->page_size != PS_PAGE)
+    if (header->page_size != file_page)
         return "page_size";
     if (!header->slots || header->slots > PS_SLOTS_MAX)
         return "slots";
@@ -163,13 +138,21 @@ static const char *check_header(const struct ps_shm_header *header, uint64_t fil
         return "initial";
     if (header->policy > PS_WAIT)
         return "policy";
-    if (header->areas > PS_SNAPSHOTS)
+    if (header->areas > (header->page_size > PS_PAGE ? 0 : PS_SNAPSHOTS))
         return "areas";
-    if (!header->size || header->size > file_size || header->pages != (header->size + PS_PAGE - 1) / PS_PAGE)
+    if (header->flags > (PS_REGION_THP | PS_REGION_LOCK | PS_REGION_RESERVED))
+        return "flags";
+    if (!header->size || header->size > file_size || header->pages != data_pages(header))
         return "size";
-    if (header->control_size % PS_PAGE || header->control_size > file_size || file_size != file_length(header))
+    if (header->control_size % header->page_size || header->control_size > file_size || file_size != ps_region_file_length(header))
         return "control_size";
     return is_name(header->name, sizeof header->name) ? NULL : "name";
+}
+
+/* Bytes of the pages of which the file is made, as the kernel has it. */
+static int64_t page_of_file(int fd) {
+    struct statfs kind;
+    return fstatfs(fd, &kind) ? -errno : kind.f_type == HUGETLBFS_MAGIC ? (int64_t)kind.f_bsize : (int64_t)PS_PAGE;
 }
 
 int ps_region_validate(int fd, struct ps_shape *shape, const char **field) {
@@ -179,13 +162,16 @@ int ps_region_validate(int fd, struct ps_shape *shape, const char **field) {
         return -errno;
     *field = "seals";
     int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0 || (seals & SEALS) != SEALS)
+    if (seals < 0 || (seals & PS_SEALS) != PS_SEALS)
         return PS_ECORRUPT;
     *field = "length";
     if (pread(fd, &header, sizeof header, 0) != (ssize_t)sizeof header)
         return PS_ECORRUPT;
+    int64_t page = page_of_file(fd);
+    if (page < 0)
+        return (int)page;
     memset(shape, 0, sizeof *shape);
-    *field = check_header(&header, (uint64_t)file.st_size);
+    *field = check_header(&header, (uint64_t)file.st_size, (uint64_t)page);
     if (!*field)
         *field = check_sections(&header, shape);
     if (*field)
@@ -193,6 +179,8 @@ int ps_region_validate(int fd, struct ps_shape *shape, const char **field) {
     shape->control_size = header.control_size;
     shape->size = header.size;
     shape->pages = header.pages;
+    shape->unit = header.page_size / PS_PAGE;
+    shape->flags = header.flags;
     shape->slots = header.slots;
     shape->initial = header.initial;
     shape->policy = header.policy;
@@ -228,12 +216,13 @@ int ps_region_place(struct ps_region *region) {
     region->span = data + 3 * room_of_one + region->shape.areas * region->shape.pages * PS_PAGE;
     if (region->span > PS_FAR_SIZE / 2)
         return -ENOMEM;
-    uint64_t room = (PS_FAR_SIZE - region->span) / CHUNK - data / CHUNK - 1;
+    uint64_t unit = (uint64_t)region->shape.unit * PS_PAGE, step = unit > CHUNK ? unit : CHUNK;
+    uint64_t room = (PS_FAR_SIZE - region->span) / step - data / step - 1;
     uint64_t at = region->shape.nonce[0];
     for (int tries = 0; tries < 4096; tries++) {
         /* Anywhere else each time: a small region steps over a large one's range only by leaps. */
         at = at * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-        uintptr_t base = PS_FAR_BASE + (data / CHUNK + 1 + (at >> 16) % room) * CHUNK - data;
+        uintptr_t base = PS_FAR_BASE + (data / step + 1 + (at >> 16) % room) * step - data;
         int rc = map_at(base, region->span, PROT_NONE, RESERVED | MAP_FIXED_NOREPLACE, -1, 0);
         if (!rc)
             atomic_store_explicit(&region->base, base, memory_order_release); /* pairs with the fault handler */
@@ -249,24 +238,55 @@ int ps_region_reserve(struct ps_region *region) {
     return map_at((uintptr_t)ps_header(region), region->span, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
 }
 
-static int map_shared(uintptr_t at, uint64_t length, int prot, int own, uint64_t offset) {
-    int rc = map_at(at, length, prot, MAP_SHARED | MAP_FIXED, own, (off_t)offset);
-    if (!rc && (madvise((void *)at, length, MADV_DONTFORK) || madvise((void *)at, length, MADV_DONTDUMP)))
-        rc = -errno;
-    return rc;
+static int keep_apart(void *at, uint64_t length) {
+    return madvise(at, length, MADV_DONTFORK) || madvise(at, length, MADV_DONTDUMP) ? -errno : 0;
 }
 
+static int map_shared(uintptr_t at, uint64_t length, int prot, int own, uint64_t offset) {
+    int rc = map_at(at, length, prot, MAP_SHARED | MAP_FIXED, own, (off_t)offset);
+    return rc ? rc : keep_apart((void *)at, length);
+}
+
+static bool has_huge_pages(const struct ps_region *region) {
+    return region->shape.unit > 1;
+}
+
+/* Huge pages are never swapped, and would count against the limit all the same. */
+static int lock_memory(struct ps_region *region, uintptr_t at, uint64_t length) {
+    bool wanted = region->shape.flags & PS_REGION_LOCK && !has_huge_pages(region);
+    return wanted && ps_sys_lock((void *)at, length) ? PS_EMEMLOCK : 0;
+}
+
+/* Of a participant already, who goes on without a lock that it cannot have: a forked child, whose parent has one. */
+static int forgive(const struct ps_region *region, int rc) {
+    bool opening = atomic_load_explicit(&region->use, memory_order_relaxed) == PS_OPENING;
+    return rc == PS_EMEMLOCK && !opening ? 0 : rc;
+}
+
+/* What a mapping of data is to be.  Transparent huge pages are a wish: -EINVAL where the kernel was built without. */
+static int settle(struct ps_region *region, uintptr_t at, uint64_t length) {
+    if (region->shape.flags & PS_REGION_THP && madvise((void *)at, length, MADV_HUGEPAGE) && errno != EINVAL)
+        return -errno;
+    return lock_memory(region, at, length);
+}
+
+/* Its last page is never locked: map_again takes its flags for those of other mappings, which would count twice. */
 int ps_region_map_control(struct ps_region *region, int own) {
-    return map_shared((uintptr_t)ps_header(region), region->shape.control_size, PROT_READ | PROT_WRITE, own, 0);
+    uintptr_t at = (uintptr_t)ps_header(region);
+    uint64_t length = region->shape.control_size;
+    int rc = map_shared(at, length, PROT_READ | PROT_WRITE, own, 0);
+    return rc ? rc : forgive(region, lock_memory(region, at, length - PS_PAGE));
 }
 
 int ps_region_map_data(struct ps_region *region, int own) {
-    return map_shared((uintptr_t)ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE, own,
-                      region->shape.control_size);
+    uintptr_t at = (uintptr_t)ps_address(region);
+    uint64_t length = region->shape.pages * PS_PAGE;
+    int rc = map_shared(at, length, PROT_NONE, own, region->shape.control_size);
+    return rc ? rc : forgive(region, settle(region, at, length));
 }
 
 int ps_region_map_canary(struct ps_region *region, int own) {
-    return map_shared((uintptr_t)ps_header(region) + region->shape.control_size, PS_PAGE, PROT_NONE, own, 0);
+    return map_shared((uintptr_t)ps_address(region) - PS_GUARD, PS_PAGE, PROT_NONE, own, 0);
 }
 
 /* The window and the shadow too. */
@@ -275,11 +295,26 @@ int ps_region_unmap_data(struct ps_region *region) {
                   RESERVED | MAP_FIXED, -1, 0);
 }
 
+/* Huge pages of the data, by the program's description; it may have given its number to another file meanwhile. */
+static int map_huge(struct ps_region *region, uintptr_t at, uint64_t page, uint64_t count, int prot) {
+    int fd = ps_query_fd(region);
+    uint64_t length = count * PS_PAGE, offset = region->shape.control_size + page * PS_PAGE;
+    int rc = fd < 0 ? fd : map_shared(at, length, prot, fd, offset);
+    if (rc || ps_cached_leads(fd, &region->memory))
+        return rc;
+    rc = map_at(at, length, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
+    return rc ? rc : -EBADF;
+}
+
 /* Once more, writable, what lies in the memfd from the data on.  It must keep the slot's byte as the first mapping
  * does, and `own` is in a table that a caller cannot reach: mremap(2) with an old size of 0 maps more of what is mapped
  * already, by the same description and with the same flags.  The last page of the control segment, which is writable,
- * DONTFORK and DONTDUMP, lies before the data in the memfd as well; here it goes again. */
+ * DONTFORK and DONTDUMP, lies before the data in the memfd as well; here it goes again.  Huge pages cannot be mapped
+ * so (mremap(2): -EINVAL).  Their second mappings are undone with all others of the process at its end, and before the
+ * kernel lets go of any description: no thread stores by one of them when the byte is free. */
 static int map_again(struct ps_region *region, uintptr_t at, uint64_t length) {
+    if (has_huge_pages(region))
+        return map_huge(region, at, 0, length / PS_PAGE, PROT_READ | PROT_WRITE);
     uintptr_t last = (uintptr_t)ps_header(region) + region->shape.control_size - PS_PAGE;
     at -= PS_PAGE;
     length += PS_PAGE;
@@ -290,8 +325,14 @@ static int map_again(struct ps_region *region, uintptr_t at, uint64_t length) {
 
 /* The data, always writable. */
 int ps_region_map_window(struct ps_region *region) {
-    return map_again(region, (uintptr_t)ps_address(region) + ps_window_offset(&region->shape),
-                     region->shape.pages * PS_PAGE);
+    uintptr_t at = (uintptr_t)ps_address(region) + ps_window_offset(&region->shape);
+    uint64_t length = region->shape.pages * PS_PAGE;
+    int rc = map_again(region, at, length);
+    if (!rc)
+        rc = settle(region, at, length);
+    if (rc)
+        map_at(at, length, PROT_NONE, RESERVED | MAP_FIXED, -1, 0);
+    return rc;
 }
 
 /* The data, to be read whatever its protection, and behind it the snapshots' areas, writable. */
@@ -320,8 +361,40 @@ static int map_source(struct ps_region *region) {
     return 0;
 }
 
+static int read_data(struct ps_region *region, uint64_t page, char *to, uint64_t length) {
+    uint64_t offset = region->shape.control_size + page * PS_PAGE;
+    int fd = ps_query_fd(region);
+    for (uint64_t done = 0; done < length;) {
+        ssize_t got = fd < 0 ? fd : pread(fd, to + done, length - done, (off_t)(offset + done));
+        if (got <= 0)
+            return fd < 0 ? fd : got ? -errno : -EIO;
+        done += (uint64_t)got;
+    }
+    return 0;
+}
+
+/* A private mapping of huge pages would take some from the pool, and die where there is none: small ones instead, and
+ * copied at once. */
+static int map_copy(struct ps_region *region, uint64_t page, uint64_t count, bool zero) {
+    uint64_t length = count * PS_PAGE;
+    void *copy = mmap(NULL, length, PROT_READ | PROT_WRITE, RESERVED, -1, 0);
+    if (copy == MAP_FAILED)
+        return -errno;
+    int rc = zero ? 0 : read_data(region, page, copy, length);
+    if (!rc)
+        rc = keep_apart(copy, length);
+    if (!rc && mremap(copy, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
+                      (char *)ps_address(region) + page * PS_PAGE) == MAP_FAILED)
+        rc = -errno;
+    if (rc)
+        munmap(copy, length);
+    return rc;
+}
+
 /* Pages of our own in the place of shared ones: with their content, or zero. */
 int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero) {
+    if (has_huge_pages(region))
+        return map_copy(region, page, count, zero);
     uintptr_t at = (uintptr_t)ps_address(region) + page * PS_PAGE;
     uint64_t length = count * PS_PAGE, offset = region->shape.control_size + page * PS_PAGE;
     int fd = zero ? -1 : ps_query_fd(region), flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
@@ -331,17 +404,19 @@ int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t coun
     if (!rc)
         rc = map_at(at, length, PROT_READ | PROT_WRITE, flags | (zero ? MAP_ANONYMOUS : 0), fd,
                     zero ? 0 : (off_t)offset);
-    if (!rc && (madvise((void *)at, length, MADV_DONTFORK) || madvise((void *)at, length, MADV_DONTDUMP)))
-        rc = -errno;
-    return rc;
+    return rc ? rc : keep_apart((void *)at, length);
 }
 
 /* ... and the shared ones again, no-access.  By the description that the others of the data have, else each would stay
  * a mapping apart for ever. */
 int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count) {
     void *from = (void *)(region->source + page * PS_PAGE);
-    void *at = (char *)ps_address(region) + page * PS_PAGE;
-    return mremap(from, 0, count * PS_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED ? -errno : 0;
+    uintptr_t at = (uintptr_t)ps_address(region) + page * PS_PAGE;
+    if (has_huge_pages(region))
+        return map_huge(region, at, page, count, PROT_NONE);
+    if (mremap(from, 0, count * PS_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)at) == MAP_FAILED)
+        return -errno;
+    return forgive(region, settle(region, at, count * PS_PAGE));
 }
 
 void ps_region_unmap_source(struct ps_region *region) {
@@ -350,14 +425,34 @@ void ps_region_unmap_source(struct ps_region *region) {
     region->source = 0;
 }
 
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
 #endif
+#define PIECE 8192u /* pages that are brought in at once */
 
 /* -EFAULT where a store would be a violation; before Linux 5.14 -EINVAL always. */
 int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count) {
     void *at = (char *)ps_address(region) + page * PS_PAGE;
     return madvise(at, count * PS_PAGE, MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
+/* A page is locked as soon as it is mapped in a locked mapping (mlock2(2), MLOCK_ONFAULT): those that the memfd has,
+ * where they may be read.  What cannot be had now is locked when it is touched. */
+int ps_bring_in(struct ps_region *region, uint64_t *page) {
+    uint64_t end = region->shape.pages, count = end - *page;
+    uint32_t prot;
+    if (!(region->shape.flags & PS_REGION_LOCK) || has_huge_pages(region) || *page >= end)
+        return 0;
+    int fd = region->shape.flags & PS_REGION_RESERVED ? 0 : ps_query_fd(region);
+    int rc = fd ? ps_region_data(fd, region->shape.control_size, end, page, &count) : 0;
+    if (rc || !count)
+        return rc;
+    uint64_t run = ps_run(region, *page, *page + (count < PIECE ? count : PIECE), &prot);
+    if (prot & (PROT_READ | PROT_WRITE))
+        madvise((char *)ps_address(region) + *page * PS_PAGE, run * PS_PAGE, MADV_POPULATE_READ);
+    *page += run;
+    return 1;
 }
 
 /* -- Descriptors --------------------------------------------------------------------------------------------- */
@@ -455,6 +550,10 @@ void *ps_address(const struct ps_region *region) {
 
 uint64_t ps_size(const struct ps_region *region) {
     return region->shape.size;
+}
+
+uint64_t ps_page_size(const struct ps_region *region) {
+    return (uint64_t)region->shape.unit * PS_PAGE;
 }
 
 uint64_t ps_generation(const struct ps_region *region) {

@@ -730,14 +730,17 @@ int ps_dirty(struct ps_region *region, const struct ps_snapshot *since, uint64_t
 static int put_page(struct ps_region *region, int fd, uint64_t page, const char *from, uint64_t length) {
     uint64_t at = region->shape.control_size + page * PS_PAGE;
     ps_stamp(region, page, ps_generation(region));
-    if (length == PS_PAGE && ps_all_zero(from, PS_PAGE))
-        return ps_sys_punch(fd, at, PS_PAGE);
-    return ps_sys_write_at(fd, from, length, at);
+    if (region->shape.unit > 1) /* no system call writes to huge pages */
+        return ps_copy_bytes((char *)ps_window(region) + page * PS_PAGE, from, length).left ? -EFAULT : 0;
+    bool hole = length == PS_PAGE && !(region->shape.flags & PS_REGION_RESERVED) && ps_all_zero(from, PS_PAGE);
+    return hole ? ps_sys_punch(fd, at, PS_PAGE) : ps_sys_write_at(fd, from, length, at);
 }
 
 int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length) {
     uint64_t first = offset / PS_PAGE, count = (length + PS_PAGE - 1) / PS_PAGE;
     int fd = ps_fd(region), rc = fd < 0 ? fd : ps_snapshot_keep(region, first, count, false);
+    if (!rc && region->shape.unit > 1)
+        rc = ps_lease_window(region, PS_NEVER);
     for (uint64_t i = 0; i < count && !rc; i++) {
         uint64_t rest = length - i * PS_PAGE;
         rc = put_page(region, fd, first + i, (const char *)from + i * PS_PAGE, rest < PS_PAGE ? rest : PS_PAGE);

@@ -49,6 +49,9 @@
 #ifndef MFD_EXEC
 #define MFD_EXEC 0x0010U
 #endif
+#ifndef MFD_HUGE_SHIFT
+#define MFD_HUGE_SHIFT 26
+#endif
 #ifndef CLOSE_RANGE_UNSHARE
 #define CLOSE_RANGE_UNSHARE (1U << 1)
 #endif
@@ -167,8 +170,9 @@ int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset) {
     return result(syscall(SYS_futex, word, FUTEX_WAKE_BITSET, count, NULL, NULL, bitset));
 }
 
-int ps_sys_memfd(const char *name) {
-    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+int ps_sys_memfd(const char *name, uint64_t page_size) {
+    unsigned size = (unsigned)__builtin_ctzll(page_size);
+    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (size == 12 ? 0 : MFD_HUGETLB | size << MFD_HUGE_SHIFT);
     int fd = result(syscall(SYS_memfd_create, name, flags | MFD_EXEC));
     return fd == -EINVAL ? result(syscall(SYS_memfd_create, name, flags)) : fd; /* MFD_EXEC is Linux 6.3 */
 }
@@ -483,6 +487,27 @@ int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at) {
 
 int ps_sys_punch(int fd, uint64_t at, uint64_t length) {
     return result(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)length));
+}
+
+int ps_sys_allocate(int fd, uint64_t at, uint64_t length) {
+    return result(fallocate(fd, 0, (off_t)at, (off_t)length));
+}
+
+int ps_sys_lock(void *at, uint64_t length) {
+    return result(syscall(SYS_mlock2, at, length, MLOCK_ONFAULT));
+}
+
+/* The kernel takes one off the number of nodes, and libnuma adds it. */
+int ps_sys_bind(void *at, uint64_t length, int mode, const unsigned long *nodes, uint64_t count) {
+    return result(syscall(SYS_mbind, at, length, mode, nodes, count + 1, 0));
+}
+
+int ps_sys_policy(int *mode, unsigned long *nodes, uint64_t count) {
+    return result(syscall(SYS_get_mempolicy, mode, nodes, count, NULL, 0));
+}
+
+int ps_sys_set_policy(int mode, const unsigned long *nodes, uint64_t count) {
+    return result(syscall(SYS_set_mempolicy, mode, nodes, count + 1));
 }
 
 /* Reads a small file of /proc; the length, or -errno. */

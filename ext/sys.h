@@ -47,7 +47,7 @@ int ps_sys_wait_many(const struct ps_watch *watch, uint32_t count, int64_t deadl
 int ps_sys_wake(_Atomic uint32_t *word, int count, uint32_t bitset);
 void ps_sys_signal(int fd); /* an eventfd: + 1 */
 
-int ps_sys_memfd(const char *name);
+int ps_sys_memfd(const char *name, uint64_t page_size); /* 4096, or that of huge pages */
 /* Opens what `fd` of the calling thread's table refers to anew: a description of our own. */
 int ps_sys_reopen(int fd);
 /* The same through another thread of this process, which may have a table of its own. */
@@ -74,6 +74,14 @@ int ps_sys_ofd_free(int fd, uint64_t byte);  /* 1, 0 or -errno */
 int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at); /* all of it, or an error */
 /* Gives the memory of a part of a file back: it reads as zero. */
 int ps_sys_punch(int fd, uint64_t at, uint64_t length);
+int ps_sys_allocate(int fd, uint64_t at, uint64_t length); /* after a signal -EINTR, and nothing, or less, is done */
+/* Pages stay in memory from when they are mapped on. */
+int ps_sys_lock(void *at, uint64_t length);
+
+/* NUMA policies, as mbind(2) and set_mempolicy(2) have them: of a mapping, of the calling thread. */
+int ps_sys_bind(void *at, uint64_t length, int mode, const unsigned long *nodes, uint64_t count);
+int ps_sys_policy(int *mode, unsigned long *nodes, uint64_t count);
+int ps_sys_set_policy(int mode, const unsigned long *nodes, uint64_t count);
 
 /* userfaultfd(2), write protection only; what a store to a protected page gets is SIGBUS.
  * ENOENT: a part of the range is not registered (what lies before it is done).  ESRCH: that process has no memory left.

@@ -82,6 +82,7 @@ class Mapped(_core.Mapped):
     _name: str | None = None
     _size: int = 0
     _streams: weakref.WeakSet[Changes] | None = None
+    _page: int = 0
 
     # -- What it is ------------------------------------------------------------------------------------------------
 
@@ -100,8 +101,8 @@ class Mapped(_core.Mapped):
 
     @property
     def page_size(self) -> int:
-        """Bytes of a page: the unit of protection."""
-        return int(_core.PAGE_SIZE)
+        """Bytes of a page, the unit of protection and of leases: 4,096, or that of its huge pages."""
+        return self._page
 
     @property
     def address(self) -> int:
@@ -143,11 +144,11 @@ class Mapped(_core.Mapped):
         offset = _core.integer(offset, "offset")
         if not 0 <= offset < self._size:
             raise ValueError(f"offset must be in 0 to {self._size - 1}, not {offset}")
-        return Prot(self._protection(offset // self.page_size))
+        return Prot(self._protection(offset // _core.PAGE_SIZE))
 
     def protections(self) -> list[tuple[int, int, Prot]]:
         """Runs of (offset, length, protection), ascending, that cover the region; bytes."""
-        page, pages = self.page_size, -(-self._size // self.page_size)
+        page, pages = _core.PAGE_SIZE, -(-self._size // _core.PAGE_SIZE)
         return [
             (first * page, min(count * page, self._size - first * page), Prot(prot))
             for first, count, prot in self._runs(pages)

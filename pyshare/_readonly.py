@@ -111,6 +111,7 @@ def observe(fd: int) -> Observer:
     """Of the region behind a descriptor, which stays the caller's; CorruptRegion, PermissionError, OSError."""
     observer = _core.observe(Observer, fd)
     observer._name, observer._size, _, _ = observer._facts()
+    observer._page = observer._page_size()
     return observer
 
 

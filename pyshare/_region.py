@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
-from pyshare import _core, _image, _names
+from pyshare import _core, _creation, _image, _names
 from pyshare._core import DEFAULT, Lease, Lock, Snapshot
-from pyshare._errors import RegionExists
+from pyshare._errors import RegionExists, ShareError
 from pyshare._image import Image
 from pyshare._mapped import Mapped, Prot
 from pyshare._readonly import Observer, observe
@@ -222,6 +222,7 @@ class Region(Mapped, _core.Handle):
         background.
 
         Raises:
+            ShareError: the region has huge pages, of which there are no snapshots.
             PropagationTimeout: somebody (``pids``) held a lease, or was silent, for ``timeout`` seconds. There is no
                 snapshot then, and everything is as before.
             ShareError: this thread holds a lease, and would wait for itself; or eight snapshots are alive.
@@ -229,6 +230,8 @@ class Region(Mapped, _core.Handle):
             KeyboardInterrupt: after Ctrl-C; there is no snapshot.
             RegionClosed, CorruptRegion.
         """
+        if self.page_size > _core.PAGE_SIZE:
+            raise ShareError(f"snapshot: not of a region whose pages have {self.page_size} bytes; create it without huge=")
         return _core.take_snapshot(self, timeout)
 
     def dirty(self, since: int | Snapshot) -> list[tuple[int, int]]:
@@ -246,7 +249,7 @@ class Region(Mapped, _core.Handle):
             since = _core.integer(since, "since")
             if not 0 <= since <= self.generation:
                 raise ValueError(f"since must be a generation, 0 to {self.generation}, or a snapshot, not {since}")
-        page = self.page_size
+        page = _core.PAGE_SIZE
         return [
             (first * page, min(count * page, self._size - first * page))
             for first, count in _core.dirty_pages(self, since)
@@ -281,7 +284,7 @@ class Region(Mapped, _core.Handle):
     def _restore_pages(self, source: Snapshot | Image, offset: int, length: int) -> None:
         """Those that are different; pages of zeros become holes."""
         wanted, found = (_image.read_pages(each, offset, length) for each in (source, self))
-        for at, size in _image.differing(wanted, found, self.page_size):
+        for at, size in _image.differing(wanted, found, _core.PAGE_SIZE):
             _core.put_pages(self, offset + at, memoryview(wanted)[at : at + size])
 
     # -- Data ------------------------------------------------------------------------------------------------------
@@ -350,6 +353,12 @@ class Region(Mapped, _core.Handle):
 def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
     region: Region = _core.attach(Region, fd, entry, engine, deadline)
     region._name, region._size, _, _ = region._facts()
+    region._page = region._page_size()
+    try:
+        region._bring_in()
+    except BaseException:
+        region._close()
+        raise
     return region
 
 
@@ -371,6 +380,10 @@ def create(
     engine: str = "auto",
     replace: bool = False,
     on_violation: str = "die",
+    reserve: bool = False,
+    huge: str | None = None,
+    numa: int | str | None = None,
+    lock_memory: bool = False,
 ) -> Region:
     """A new region, all zero, in which this process participates; its memory is taken when it is first touched.
 
@@ -384,12 +397,37 @@ def create(
         replace: let the name move here from a live region of the same owner; whoever has that one keeps it.
         on_violation: what happens in each participant at a forbidden access, until it decides otherwise for itself
             (:meth:`Region.on_violation`): "die", "raise" or "wait".
+        reserve: take all memory of the data, and of what the region needs beside it, now (fallocate(2)): no access
+            fails for want of memory later (SIGBUS). What snapshots need is not reserved: one that finds no memory is
+            given up, and stores go on. The size of /dev/shm does not matter. Of cgroups and of the machine (see
+            Raises) the limits are looked at before each 64 MiB, with clean page cache and free swap counted as free:
+            the kernel has no way of asking for memory that would not, at a limit, kill a process of the cgroup
+            instead of failing. What others take between that look and the taking can still bring that about; so can
+            a limit that is lowered later, or swapping in.
+        huge: "thp" asks for transparent huge pages in every participant: a wish, which the kernel grants where
+            ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` is "advise" (or "always", "within_size");
+            ``page_size`` stays 4,096, and pages that have a protection or a lease apart from their neighbours are
+            small. "2M" and "1G" are pages of the machine's pools (hugetlb; ``nr_hugepages``): ``page_size`` is
+            theirs, in which protections and leases are given; all are taken now, with at least one for what the
+            region needs beside its data; they are never swapped. Such a region has no snapshots, and its engine is
+            "mprotect". A violation under "raise" copies the whole page.
+        numa: "interleave" over all nodes, or the number of one: memory comes from there as long as it has some, then
+            from others, whoever touches it first. Ignored with a UserWarning on a machine of one node.
+        lock_memory: what a participant touches is not swapped out (mlock2(2)) as long as it participates; what is
+            there when it attaches is brought in where its protection lets it be read, so with ``reserve`` all of it.
+            Each participant needs a limit (RLIMIT_MEMLOCK; ``ulimit -l``) above the size, twice the size for leases
+            by window. A forked child whose limit is too small takes part without; private copies of a page after a
+            violation, and what snapshots saved, may be swapped. Huge pages never are, whatever this says.
 
     Raises:
         RegionExists: the name leads to a live region (a stale one is replaced).
         PermissionError: with ``replace``, the name is not yours.
         ValueError, TypeError: a wrong argument.
-        OSError: what the kernel refuses: EMFILE, ENOMEM, ENOSPC.
+        OSError: what the kernel refuses: EMFILE, ENOMEM, ENOSPC. ENOMEM also where ``reserve`` wants more than a memory
+            cgroup of this process (version 1 or 2, as far as it can be seen) or the machine has left, where too few
+            huge pages are free, and where memory is to be locked above the limit (EPERM where that is 0); ENODEV where
+            there are no huge pages of that size; EOPNOTSUPP for them with engine "uffd".
+        KeyboardInterrupt: after Ctrl-C while memory is taken. There is no region then.
     """
     size, bits = _core.integer(size, "size"), _core.protection_bits(prot)
     if name is not None:
@@ -403,13 +441,16 @@ def create(
     if not 1 <= max_participants <= _core.MAX_PARTICIPANTS:
         raise ValueError(f"max_participants must be 1 to {_core.MAX_PARTICIPANTS}, not {max_participants}")
     wanted, policy = _check_engine(engine), _check_policy(on_violation)
+    memory = _creation.check(reserve, huge, numa, lock_memory)
+    if memory.huge and engine == "uffd":
+        raise OSError(errno.EOPNOTSUPP, f"create: engine 'uffd' cannot change huge pages ({huge}) entry by entry")
     if name is not None and not replace:
         with contextlib.suppress(FileNotFoundError), _names.live(name):
             raise RegionExists(
                 f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
             )
     mode = _names.masked(mode)
-    fd = _core.create(size, bits, max_participants, mode, policy, name or "")
+    fd = _creation.create(size, bits, max_participants, mode, policy, name or "", memory)
     try:
         deadline = _core.deadline_of(DEFAULT)
         if name is None:

@@ -564,7 +564,15 @@ int main(int argc, char **argv) {
     int status;
     CHECK(argc == 3, "usage: stress SECONDS SEED");
     end = ps_sys_now() + (int64_t)(atof(argv[1]) * 1000) * PS_MS;
-    int rc = ps_create(PAGES * PS_PAGE, PROT_READ | PROT_WRITE, 64, 0600, PS_DIE, "", &memory);
+    struct ps_creation wanted = {
+        .size = PAGES * PS_PAGE,
+        .prot = PROT_READ | PROT_WRITE,
+        .slots = 64,
+        .mode = 0600,
+        .page_size = PS_PAGE,
+        .name = "",
+    };
+    int rc = ps_create(&wanted, &memory);
     CHECK(!rc, "ps_create: %d", rc);
     pid_t pid = fork();
     if (!pid) {

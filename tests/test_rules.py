@@ -86,6 +86,7 @@ MAY_CALL = {
     "agent.c": {"close", "flock"},
     "borrow.c": {"close", "fstat", "mmap"},
     "change.c": {"getpid", "lseek"},
+    "create.c": DESCRIPTORS | {"getpid", "mmap", "munmap"},
     "engine.c": {"mprotect"},
     "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
     "freeze.c": set(),
@@ -99,7 +100,7 @@ MAY_CALL = {
     | {"sigfillset", "pthread_create", "pthread_sigmask"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
     "quarantine.c": set(),
-    "region.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
+    "region.c": DESCRIPTORS | {"fstatfs", "getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
     "remote.c": set(),
     "slot.c": {"getpid"},
     "snapshot.c": set(),
@@ -246,7 +247,7 @@ def test_package_uses_no_ctypes() -> None:
 
 SIGNATURES = {
     "create": "(name=None, *, size, mode=384, prot=3, max_participants=1024, engine='auto', replace=False, "
-    "on_violation='die')",
+    "on_violation='die', reserve=False, huge=None, numa=None, lock_memory=False)",
     "attach": "(name_or_fd, *, engine='auto', timeout=DEFAULT, readonly=False)",
     "unlink": "(name)",
     "names": "()",
