@@ -581,7 +581,8 @@ static int closed_change(struct ps_region *region, const struct change *wanted, 
 
 int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
               struct ps_outcome *outcome) {
-    struct change wanted = {PS_SET, prot, offset / PS_PAGE, (length + PS_PAGE - 1) / PS_PAGE, 0};
+    uint64_t unit = region->shape.unit, pages = (length + unit * PS_PAGE - 1) / (unit * PS_PAGE) * unit;
+    struct change wanted = {PS_SET, prot, offset / PS_PAGE, pages, 0};
     struct ps_shm_closer *closer;
     outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
     if (ps_freeze_own(region))

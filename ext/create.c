@@ -117,16 +117,31 @@ static int allocate_by(const struct ps_numa *numa, int fd, uint64_t at, uint64_t
     return rc;
 }
 
+/* Transparent huge pages are given to mappings that ask for them; what cannot be had so is allocated page by page. */
+static int allocate_thp(int fd, uint64_t at, uint64_t length) {
+    void *mapped = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)at);
+    if (mapped == MAP_FAILED)
+        return -errno;
+    if (!madvise(mapped, length, MADV_HUGEPAGE))
+        madvise(mapped, length, MADV_POPULATE_WRITE);
+    munmap(mapped, length);
+    return ps_sys_allocate(fd, at, length);
+}
+
 int ps_allocate(int fd, const struct ps_numa *numa, uint64_t *at) {
     struct ps_shape shape;
     int rc = shape_of(fd, &shape);
     if (rc)
         return rc;
     uint64_t unit = (uint64_t)shape.unit * PS_PAGE, piece = unit > PIECE ? unit : PIECE;
-    uint64_t end = shape.control_size + shape.pages * PS_PAGE;
-    uint64_t length = end - *at < piece ? end - *at : piece;
-    bool by_thread = numa && shape.unit > 1;
-    rc = by_thread ? allocate_by(numa, fd, *at, length) : ps_sys_allocate(fd, *at, length);
+    uint64_t data = shape.control_size, end = data + shape.pages * PS_PAGE;
+    uint64_t left = (*at < data ? data : end) - *at, length = left < piece ? left : piece;
+    if (numa && shape.unit > 1)
+        rc = allocate_by(numa, fd, *at, length);
+    else if (shape.flags & PS_REGION_THP && *at >= data)
+        rc = allocate_thp(fd, *at, length);
+    else
+        rc = ps_sys_allocate(fd, *at, length);
     if (rc)
         return rc;
     *at += length;

@@ -19,6 +19,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <sys/mman.h>
 
 #include "core.h"
 #include "sys.h"
@@ -27,6 +28,11 @@
 #define PS_GUARD (64u * 1024u)  /* before the data, no-access: its first page is the canary (borrow.c) */
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
 
 /* A word of `here`: while it is held the thread's id (or a call's, waiter.c) << 2 | PS_HERE_IN_PLACE | PS_HERE_HELD,
  * and in the high half the dead owner's word that ours took the place of, or 0; after that the time of the end,

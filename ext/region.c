@@ -144,7 +144,8 @@ static const char *check_header(const struct ps_shm_header *header, uint64_t fil
         return "flags";
     if (!header->size || header->size > file_size || header->pages != data_pages(header))
         return "size";
-    if (header->control_size % header->page_size || header->control_size > file_size || file_size != ps_region_file_length(header))
+    if (header->control_size % header->page_size || header->control_size > file_size ||
+        file_size != ps_region_file_length(header))
         return "control_size";
     return is_name(header->name, sizeof header->name) ? NULL : "name";
 }
@@ -425,10 +426,6 @@ void ps_region_unmap_source(struct ps_region *region) {
     region->source = 0;
 }
 
-#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
-#define MADV_POPULATE_READ 22
-#define MADV_POPULATE_WRITE 23
-#endif
 #define PIECE 8192u /* pages that are brought in at once */
 
 /* -EFAULT where a store would be a violation; before Linux 5.14 -EINVAL always. */

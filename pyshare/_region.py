@@ -231,7 +231,9 @@ class Region(Mapped, _core.Handle):
             RegionClosed, CorruptRegion.
         """
         if self.page_size > _core.PAGE_SIZE:
-            raise ShareError(f"snapshot: not of a region whose pages have {self.page_size} bytes; create it without huge=")
+            raise ShareError(
+                f"snapshot: not of a region whose pages have {self.page_size} bytes; create it without huge="
+            )
         return _core.take_snapshot(self, timeout)
 
     def dirty(self, since: int | Snapshot) -> list[tuple[int, int]]:

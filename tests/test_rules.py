@@ -86,7 +86,7 @@ MAY_CALL = {
     "agent.c": {"close", "flock"},
     "borrow.c": {"close", "fstat", "mmap"},
     "change.c": {"getpid", "lseek"},
-    "create.c": DESCRIPTORS | {"getpid", "mmap", "munmap"},
+    "create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
     "engine.c": {"mprotect"},
     "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
     "freeze.c": set(),
