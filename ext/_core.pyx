@@ -22,7 +22,7 @@ from cpython.buffer cimport (
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.object cimport PyObject, PyTypeObject, newfunc
-from libc.errno cimport EAGAIN, EOPNOTSUPP, errno as libc_errno
+from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno as libc_errno
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -109,6 +109,7 @@ cdef extern from "core.h" nogil:
         uint32_t count
         bint interrupted
         uint64_t offset
+        uint64_t page_size
         uint32_t actual
         uint32_t required
         ps_author author
@@ -995,8 +996,8 @@ cdef class Handle(Mapped):
         author = refusal.author
         error = _errors.ProtectionError.__new__(_errors.ProtectionError)
         error._fill(
-            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, refusal.required, refusal.actual,
-            author.generation if author.known else None, author.pid if author.known else None)
+            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, self.page_size(),
+            refusal.required, refusal.actual, author.generation if author.known else None, author.pid if author.known else None)
         raise error
 
     def _read(self, uint64_t offset, uint64_t length):
@@ -1472,14 +1473,15 @@ def prefer(int fd, numa):
 
 
 def allocate(int fd, numa, uint64_t at):
-    """Up to where a region's memory has been allocated, after a piece from `at` on; numa as of prefer, or None."""
+    """Up to where a region's memory has been allocated, after some 64 MiB from `at` on; numa as of prefer, or None."""
     cdef ps_numa policy
     cdef const ps_numa *wanted = NULL
-    cdef int rc = -errno.EINTR
+    cdef uint64_t end = at + (64 << 20)
+    cdef int rc = 1
     if numa is not None:
         policy = policy_of(numa)
         wanted = &policy
-    while rc == -errno.EINTR:
+    while at < end and (rc == 1 or rc == -EINTR):
         PyErr_CheckSignals()
         with nogil:
             rc = ps_allocate(fd, wanted, &at)

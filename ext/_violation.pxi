@@ -282,7 +282,7 @@ class Violation(_errors.ProtectionError):
         Py_XDECREF(pending.code)
         self._fill(
             "store" if pending.required & 2 else "load", pending.region.decode() or None, pending.offset,
-            pending.required, pending.actual, pending.author.generation if pending.author.known else None,
+            pending.page_size, pending.required, pending.actual, pending.author.generation if pending.author.known else None,
             pending.author.pid if pending.author.known else None, getattr(code, "co_filename", None),
             pending.line or None)
         hand_over_exception(pending.other)

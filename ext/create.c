@@ -22,7 +22,9 @@
 
 #include "participant.h"
 
-#define PIECE (UINT64_C(64) << 20) /* bytes that are allocated without a look at signals */
+/* Bytes, a transparent huge page at least: after a signal the kernel gives a whole piece back, and signals may come
+ * every millisecond. */
+#define PIECE (UINT64_C(2) << 20)
 
 /* No system call writes to huge pages.  The mapping, of all of them, promises them to the file, or fails. */
 static int write_huge(int fd, const struct ps_shm_header *header) {

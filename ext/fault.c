@@ -521,6 +521,7 @@ static void describe(struct ps_region *region, uint64_t offset, bool store, stru
     struct ps_refusal refusal;
     refuse(region, offset / PS_PAGE, store, &refusal);
     violation->offset = offset;
+    violation->page_size = ps_page_size(region);
     violation->actual = refusal.actual;
     violation->required = refusal.required;
     violation->author = refusal.author;

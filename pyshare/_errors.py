@@ -79,6 +79,7 @@ class ProtectionError(ShareError, PermissionError):
         doing: str,
         name: str | None,
         offset: int,
+        page_size: int,
         required: int,
         actual: int,
         generation: int | None,
@@ -97,10 +98,10 @@ class ProtectionError(ShareError, PermissionError):
         place = f", at {file}:{line}" if file else ""
         ProtectionError.__init__(
             self,
-            f"{doing}: page {offset // 4096} (offset {offset}) of {f'region {name!r}' if name else 'the region'} is "
+            f"{doing}: page {offset // page_size} (offset {offset}) of {f'region {name!r}' if name else 'the region'} is "
             f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed{place}",
             region=name,
-            offset=offset // 4096 * 4096,
+            offset=offset // page_size * page_size,
             required=required,
             actual=actual,
             generation=generation,
