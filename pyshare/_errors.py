@@ -96,12 +96,13 @@ class ProtectionError(ShareError, PermissionError):
             else f"since it was created by pid {author} (change 0)"
         )
         place = f", at {file}:{line}" if file else ""
+        page, whole = offset // page_size, f"region {name!r}" if name else "the region"
         ProtectionError.__init__(
             self,
-            f"{doing}: page {offset // page_size} (offset {offset}) of {f'region {name!r}' if name else 'the region'} is "
+            f"{doing}: page {page} (offset {offset}) of {whole} is "
             f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed{place}",
             region=name,
-            offset=offset // page_size * page_size,
+            offset=page * page_size,
             required=required,
             actual=actual,
             generation=generation,
