@@ -14,6 +14,7 @@ cdef extern from *:
 cdef extern from "participant.h":
     struct ps_shape:
         uint64_t pages
+        uint32_t unit
         uint32_t areas
         uint32_t creator
         uint64_t created
@@ -238,8 +239,12 @@ cdef class Observer(Observed):
         return ps_size(self.seen())
 
     def pages(self):
-        """Of the data."""
+        """Of the data, of 4 KiB each."""
         return self.observer.shape.pages
+
+    def page_size(self):
+        """Bytes of which ranges are whole multiples."""
+        return self.observer.shape.unit * PS_PAGE_SIZE
 
     def file(self):
         """(device, inode, where the data begin) of the memory."""

@@ -73,6 +73,7 @@ class Look:
 
     file: tuple[int, int]  # device and inode of its memory
     size: int
+    page_size: int
     used: int  # bytes of memory that it takes, with the control segment and snapshots
     generation: int
     leases_taken: int
@@ -217,6 +218,7 @@ def look(observer: _core.Observer, fd: int, since: int = 0) -> Look:
     return Look(
         file=(memory.st_dev, memory.st_ino),
         size=observer.size(),
+        page_size=observer.page_size(),
         used=memory.st_blocks * 512,
         generation=generation,
         leases_taken=observer.takes(),

@@ -648,7 +648,7 @@ def plain(observer: _core.Observer, seen: Look) -> dict[str, Any]:
     return {
         "name": observer.name(),
         "size": observer.size(),
-        "page_size": PAGE,
+        "page_size": observer.page_size(),
         "generation": seen.generation,
         "under_way": placed(*seen.under_way) if seen.under_way else None,
         "map": protections(seen.map),

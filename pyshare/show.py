@@ -33,7 +33,7 @@ from typing import Any
 from rich.text import Text
 
 from pyshare import _core, _observer, _status
-from pyshare._observer import PAGE, duration
+from pyshare._observer import duration
 from pyshare._status import Look, Participant
 
 NAME = "show"
@@ -92,7 +92,7 @@ def plain(name: str, seen: Look, rest: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "size": seen.size,
         "used": seen.used,
-        "page_size": PAGE,
+        "page_size": seen.page_size,
         "engine": seen.engine,
         "generation": seen.generation,
         "leases": seen.leases,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import resource
@@ -773,3 +774,20 @@ def test_huge_pages_need_no_lock(fork: Fork) -> None:
 
     with pool(2048, 8):
         assert fork(body).hear() == "ok"
+
+
+# -- Seen from outside -------------------------------------------------------------------------------------------------
+
+
+def test_observers_and_commands_know_of_huge_pages(run_python: Callable[..., Any]) -> None:
+    with pool(2048, 8), pyshare.create("huge", size=HUGE + 5, huge="2M") as region:
+        region.write(HUGE, b"text")
+        region.mprotect(HUGE, 5, READ)
+        with pyshare.attach("huge", readonly=True) as seen:
+            assert (seen.page_size, seen.size, seen.read(HUGE, 5)) == (HUGE, HUGE + 5, b"text\0")
+            assert bytes(seen.buf[HUGE:]) == b"text\0"
+            assert seen.protections() == region.protections() == [(0, HUGE, READ_WRITE), (HUGE, 5, READ)]
+        for command in ("show", "map"):
+            told = run_python("import sys, pyshare.__main__ as m; sys.exit(m.main())", command, "huge", "--json")
+            assert json.loads(told.stdout)["page_size"] == HUGE, told.stderr
+        assert "huge" in pyshare.names()
