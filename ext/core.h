@@ -116,8 +116,8 @@ struct ps_numa {
 /* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1.
  * ps_create: nothing is allocated, nobody participates; of huge pages all are promised, or -ENOMEM.
  * ps_prefer: of what is allocated in the data from now on, by whomever; of huge pages ps_allocate's alone.
- * ps_allocate: so that nobody ever lacks the memory; a small piece from *at on, which is moved on.  1: there is more; 0: that
- * was all; -EINTR: a signal came, and the piece may be asked for again. */
+ * ps_allocate: so that nobody ever lacks the memory; a small piece from *at on, which is moved on.  1: there is more;
+ * 0: that was all; -EINTR: a signal came, and the piece may be asked for again. */
 int ps_create(const struct ps_creation *wanted, int *fd);
 int ps_prefer(int fd, const struct ps_numa *numa);
 int ps_allocate(int fd, const struct ps_numa *numa, uint64_t *at);

@@ -22,8 +22,8 @@
 
 #include "participant.h"
 
-/* Bytes, a transparent huge page at least: after a signal the kernel gives a whole piece back, and signals may come
- * every millisecond. */
+/* Bytes, a transparent huge page at least.  Some kernels look at no signal in an allocation, others give back all of it
+ * after one: so signals are served soon, and may come every millisecond. */
 #define PIECE (UINT64_C(2) << 20)
 
 /* No system call writes to huge pages.  The mapping, of all of them, promises them to the file, or fails. */
