@@ -441,8 +441,7 @@ int ps_bring_in(struct ps_region *region, uint64_t *page) {
     uint32_t prot;
     if (!(region->shape.flags & PS_REGION_LOCK) || has_huge_pages(region) || *page >= end)
         return 0;
-    int fd = region->shape.flags & PS_REGION_RESERVED ? 0 : ps_query_fd(region);
-    int rc = fd ? ps_region_data(fd, region->shape.control_size, end, page, &count) : 0;
+    int rc = region->shape.flags & PS_REGION_RESERVED ? 0 : ps_data(region, page, &count); /* what there is: all */
     if (rc || !count)
         return rc;
     uint64_t run = ps_run(region, *page, *page + (count < PIECE ? count : PIECE), &prot);
