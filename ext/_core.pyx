@@ -829,7 +829,7 @@ cdef class Handle(Mapped):
         if timeout is not DEFAULT:
             deadline_of(timeout)
         lease.pages.first = <uint64_t>offset // PS_PAGE_SIZE
-        lease.pages.count = (<uint64_t>length + page - 1) // page * (page // PS_PAGE_SIZE)
+        lease.pages.count = ((<uint64_t>length + page - 1) & ~(page - 1)) // PS_PAGE_SIZE
         lease.pages.window = window
         lease.length = length
         return lease
