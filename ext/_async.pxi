@@ -227,7 +227,7 @@ def call_change(Handle handle not None, offset, length, prot, timeout):
     if handle.region is NULL:
         raise_code(PS_ECLOSED, "mprotect")
     offset, length = integer(offset, "offset"), integer(length, "length")
-    check_pages(offset, length, ps_size(handle.region))
+    check_pages(offset, length, ps_size(handle.region), handle.unit())
     call = new_call(PS_CALL_CHANGE, handle, "mprotect", offset, length, timeout)
     call.call.prot = protection_bits(prot)
     return call

@@ -438,7 +438,7 @@ cdef class Mapped:
         self.count()
         self.calls += 1
 
-    cdef uint64_t page_size(self) noexcept:
+    cdef uint64_t unit(self) noexcept:
         return PS_PAGE_SIZE if self.region is NULL else ps_page_size(self.region)
 
     cdef leave(self):
@@ -530,7 +530,7 @@ cdef class Mapped:
         return self.region is not NULL
 
     def _page_size(self):
-        return self.page_size()
+        return self.unit()
 
     def _facts(self):
         """(name, size, address, generation), of an open region."""
@@ -692,7 +692,7 @@ cdef class Handle(Mapped):
         cdef ps_outcome outcome
         cdef int rc
         offset, length = integer(offset, "offset"), integer(length, "length")
-        check_pages(offset, length, size, self.page_size())
+        check_pages(offset, length, size, self.unit())
         cdef uint64_t first = offset, bytes = length
         cdef uint32_t bits = protection_bits(prot)
         cdef int64_t deadline = deadline_of(timeout)
@@ -996,7 +996,7 @@ cdef class Handle(Mapped):
         author = refusal.author
         error = _errors.ProtectionError.__new__(_errors.ProtectionError)
         error._fill(
-            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, self.page_size(),
+            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, self.unit(),
             refusal.required, refusal.actual, author.generation if author.known else None, author.pid if author.known else None)
         raise error
 
@@ -1108,7 +1108,7 @@ cdef class Handle(Mapped):
         """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
         cdef ps_refusal refusal
         cdef int rc
-        cdef uint64_t unit = self.page_size() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
+        cdef uint64_t unit = self.unit() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
         cdef uint64_t end = (first + count + unit - 1) // unit * unit
         while True:
             with nogil:

@@ -244,7 +244,7 @@ cdef class Observer(Observed):
 
     def page_size(self):
         """Bytes of which ranges are whole multiples."""
-        return self.observer.shape.unit * PS_PAGE_SIZE
+        return self.unit()
 
     def file(self):
         """(device, inode, where the data begin) of the memory."""

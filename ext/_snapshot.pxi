@@ -366,7 +366,7 @@ def dirty_pages(Handle handle not None, since):
         pages = (ps_size(handle.region) + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
         if holding is not None and not ps_snapshot_of(handle.region, snapshot):
             raise ValueError(f"{since!r} is a snapshot of another region")
-        page = handle.page_size() // PS_PAGE_SIZE
+        page = handle.unit() // PS_PAGE_SIZE
         marks = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>((pages + page - 1) // page * page))  # of whole units
         map = <uint8_t *>PyBytes_AS_STRING(marks)
         with nogil:

@@ -304,7 +304,7 @@ int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
 void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid); /* from its proxy */
-int ps_lease_window(struct ps_region *region, int64_t deadline); /* there is one */
+int ps_lease_window(struct ps_region *region, int64_t deadline);                           /* there is one */
 
 /* snapshot.c: saving pages before they are stored to */
 int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
