@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import os
 import random
 import threading
@@ -26,10 +27,13 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 def _uvloop(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    return pytest.importorskip("uvloop").run(coroutine)
+    return importlib.import_module("uvloop").run(coroutine)
 
 
-@pytest.fixture(params=[asyncio.run, _uvloop], ids=["asyncio", "uvloop"])
+_NO_UVLOOP = pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed")
+
+
+@pytest.fixture(params=[pytest.param(asyncio.run, id="asyncio"), pytest.param(_uvloop, id="uvloop", marks=_NO_UVLOOP)])
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs a coroutine to its end in a loop of its own."""
     function: Run = request.param
