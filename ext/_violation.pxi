@@ -21,7 +21,8 @@ cdef extern from *:
     #define holder_of_gil _PyThreadState_UncheckedGet
     #endif
 
-    static PyObject *violation_class;  /* for good, from the first region on that wants it */
+    /* For good, from the first region on that wants them. */
+    static PyObject *violation_class, *withdrawn_class, *python_function;
     static int (*raise_violation)(void);
 
     /* -- Hooks -- */
@@ -83,16 +84,12 @@ cdef extern from *:
 
     static const struct ps_hooks hooks = {hook_can_raise, hook_tell, hook_release, hook_regain, hook_interrupted};
 
-    static void install_hooks(PyObject *cls, int (*raise)(void)) {
+    static void install_hooks(PyObject *cls, PyObject *withdrawn, PyObject *function, int (*raise)(void)) {
         violation_class = cls;
+        withdrawn_class = withdrawn;
+        python_function = function;
         raise_violation = raise;
         ps_set_hooks(&hooks);
-    }
-
-    /* It is raised by other means. */
-    static void withdraw_exception(void) {
-        if (PyThreadState_Get()->async_exc == violation_class)
-            PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), NULL);
     }
 
     /* Whatever calls Python code from now on may be told of it. */
@@ -100,6 +97,26 @@ cdef extern from *:
         if (other)
             PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), other);
         Py_XDECREF(other);
+    }
+
+    /* It is raised by other means.  An asynchronous exception that is taken back leaves the interpreter of Python 3.11
+     * and 3.12 looking for it for ever, and a function that is traced never gets beyond its first instruction.  So
+     * another one takes its place, and is raised in a function that does nothing; what signal handlers raise there
+     * instead comes later. */
+    static void withdraw_exception(void) {
+        PyThreadState *mine = PyThreadState_Get();
+        PyObject *other = NULL;
+        if (mine->async_exc != violation_class)
+            return;
+        PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), withdrawn_class);
+        while (mine->async_exc == withdrawn_class) {
+            PyObject *result = PyObject_CallNoArgs(python_function);
+            if (!result && !PyErr_ExceptionMatches(withdrawn_class))
+                Py_XSETREF(other, Py_NewRef(PyErr_Occurred()));
+            Py_XDECREF(result);
+            PyErr_Clear();
+        }
+        hand_over_exception(other);
     }
 
     /* -- Slots: of memoryview and of ndarray, and of subtypes that have them by inheritance -- */
@@ -257,7 +274,7 @@ cdef extern from *:
     }
     """
     ctypedef int (*raiser)() except -1
-    void install_hooks(PyObject *cls, raiser raise_it)
+    void install_hooks(PyObject *cls, PyObject *withdrawn, PyObject *function, raiser raise_it)
     void withdraw_exception()
     void hand_over_exception(PyObject *other)
     ps_violation_t *violation_of_thread "ps_violation"() nogil
@@ -294,6 +311,10 @@ class Violation(_errors.ProtectionError):
         return _errors._restore, (_errors.ProtectionError, self.args, dict(self.__dict__))
 
 
+class _Withdrawn(BaseException):
+    """Seen by nobody."""
+
+
 Violation.__name__ = Violation.__qualname__ = "ProtectionError"
 Violation.__module__ = "pyshare"
 
@@ -321,9 +342,11 @@ cdef expect_violations():
     global raising
     if not raising:
         raising = True
-        Py_INCREF(Violation)
+        function = eval("lambda: None", {})  # no function of this module, where the interpreter looks for nothing
+        for kept in (Violation, _Withdrawn, function):
+            Py_INCREF(kept)
         hold_views()
-        install_hooks(<PyObject *>Violation, raise_pending)
+        install_hooks(<PyObject *>Violation, <PyObject *>_Withdrawn, <PyObject *>function, raise_pending)
     wrap_numpy()
 
 

@@ -11,6 +11,9 @@ import os
 import pickle
 import signal
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -734,3 +737,28 @@ def test_strays_while_everything_changes(region: Region, joined: Callable[..., C
     assert counts["missed"] == 0
     assert counts["raised"] > 10
     assert is_untouched(region)
+
+
+def test_a_program_that_is_traced_goes_on() -> None:
+    """A violation that was raised leaves nothing behind for which the interpreter would look for ever."""
+    program = """
+        import sys, pyshare
+        region = pyshare.create(size=1, prot=pyshare.READ, on_violation="raise")
+        for _ in range(3):
+            try:
+                region.buf[0] = 1
+            except pyshare.ProtectionError:
+                pass
+        lines = []
+        def function():
+            return 1
+        sys.settrace(lambda frame, event, _: lines.append(event))
+        function()
+        sys.settrace(None)
+        region.close()
+        print(lines)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "['call']\n"
