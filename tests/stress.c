@@ -495,7 +495,10 @@ static void *fork_and_kill(void *argument) {
     return NULL;
 }
 
-static void settle_and_compare(void) {
+/* When nobody else is left: a stray that is alive still would go on changing pages between two looks. */
+static void settle_and_compare(int strays_end) {
+    char byte;
+    CHECK(!read(strays_end, &byte, 1), "%d", errno);
     for (int i = 0; i < HOLDERS; i++)
         change(holder[i], 0, 1, PROT_READ);
     for (int i = 0; i < HOLDERS; i++)
@@ -503,7 +506,7 @@ static void settle_and_compare(void) {
             look(holder[i], page, ps_protection(holder[0], page), ps_generation(holder[0]));
 }
 
-static void crowd(void) {
+static void crowd(int strays_end) {
     uint64_t number[JOINERS + 1], taker[TAKERS], looper[LOOPS], turns = 0;
     int made = 0;
     for (int i = 0; i < HOLDERS; i++)
@@ -528,7 +531,7 @@ static void crowd(void) {
     forked = true;
     while (made)
         pthread_join(thread[--made], NULL);
-    settle_and_compare();
+    settle_and_compare(strays_end);
     for (int i = 0; i < CALLERS; i++) {
         CHECK(caller[i].turns, "caller %d never came to its turn", i);
         turns += caller[i].turns;
@@ -561,7 +564,7 @@ static uint64_t strays(uint64_t seed) {
 }
 
 int main(int argc, char **argv) {
-    int status;
+    int status, alive[2]; /* a pipe whose writing end goes with the last stray */
     CHECK(argc == 3, "usage: stress SECONDS SEED");
     end = ps_sys_now() + (int64_t)(atof(argv[1]) * 1000) * PS_MS;
     struct ps_creation wanted = {
@@ -574,12 +577,15 @@ int main(int argc, char **argv) {
     };
     int rc = ps_create(&wanted, &memory);
     CHECK(!rc, "ps_create: %d", rc);
+    CHECK(!pipe(alive), "%d", errno);
     pid_t pid = fork();
     if (!pid) {
-        crowd();
+        close(alive[1]);
+        crowd(alive[0]);
         return 0;
     }
     uint64_t killed = strays(strtoull(argv[2], NULL, 0) + 1);
+    close(alive[1]);
     CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && !WEXITSTATUS(status), "the crowd ended with %x",
           status);
     printf(", strays killed %lu\n", killed);
