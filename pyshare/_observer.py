@@ -106,6 +106,14 @@ def colour(bits: int) -> tuple[str, str]:
     return COLOURS["EXEC" if bits & 4 else "READ_WRITE" if bits & 2 else "READ" if bits & 1 else "NONE"]
 
 
+def positive(text: str) -> int:
+    """A number of things, of a command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def in_bytes(observer: _core.Observer, first: int, count: int) -> tuple[int, int]:
     """(offset, length), the last page as far as it goes."""
     return first * PAGE, min(count * PAGE, observer.size() - first * PAGE)

@@ -40,7 +40,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyshare import _core, _observer, _status, show
-from pyshare._observer import duration
+from pyshare._observer import duration, positive
 
 NAME = "top"
 
@@ -253,19 +253,11 @@ def interval(text: str) -> float:
     return number
 
 
-def count(text: str) -> int:
-    """How many looks are shown."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``top``."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="of a region: show its participants")
     parser.add_argument("--interval", type=interval, default=1.0, metavar="S", help="seconds between two looks (1)")
-    parser.add_argument("--count", type=count, metavar="N", help="end after N")
+    parser.add_argument("--count", type=positive, metavar="N", help="end after N")
     parser.add_argument("--json", action="store_true", help="print one object a line, for a program to read")
 
 

@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from pyshare import _core, _observer
+from pyshare._observer import positive
 
 NAME = "trace"
 
@@ -244,14 +245,6 @@ class Objects:
 
 
 # -- The command -----------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """A number of changes."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def generation(text: str) -> int:

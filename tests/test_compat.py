@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,6 +334,7 @@ def test_blocks_of_a_killed_manager_are_gone() -> None:
     server = manager._process  # type: ignore[attr-defined]
     server.kill()
     server.join()
+    shutil.rmtree(os.path.dirname(manager.address))  # of its socket, which nobody else removes
     with pytest.raises(FileNotFoundError):
         SharedMemory(name)
 

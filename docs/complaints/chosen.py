@@ -5,6 +5,7 @@ Lives here: what all of them have in common.  What each shows is its own.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ if PEER:
 else:
     from pyshare.compat import ShareableList, SharedMemory
 
-__all__ = ["IN_CHILD", "PEER", "ShareableList", "SharedMemory", "command", "run"]
+__all__ = ["IN_CHILD", "PEER", "ShareableList", "SharedMemory", "command", "run", "tell_whether_there"]
 
 
 def command(*words: str) -> list[str]:
@@ -29,3 +30,16 @@ def command(*words: str) -> list[str]:
 def run(*words: str) -> int:
     """Its exit status, when it and whatever it has started are gone; what it says on stderr is not shown."""
     return subprocess.run(command(*words), stderr=subprocess.PIPE, check=False).returncode
+
+
+def tell_whether_there(block: SharedMemory) -> None:
+    """Says whether its name still leads to it, and ends it."""
+    try:
+        SharedMemory(block.name).close()
+    except FileNotFoundError:
+        print("the block is gone")
+    else:
+        print("the block is there")
+    block.close()
+    with contextlib.suppress(FileNotFoundError):
+        block.unlink()

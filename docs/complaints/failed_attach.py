@@ -1,10 +1,9 @@
 """Attaching fails, for want of address space, and the block is unlinked for everybody (gh-153279)."""
 
-import contextlib
 import resource
 import sys
 
-from chosen import IN_CHILD, SharedMemory, run
+from chosen import IN_CHILD, SharedMemory, run, tell_whether_there
 
 if IN_CHILD:
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
@@ -16,12 +15,4 @@ if IN_CHILD:
 
 block = SharedMemory(create=True, size=4 << 30)  # nothing of it is touched
 assert run(block.name), "it did not fail"
-try:
-    SharedMemory(block.name).close()
-except FileNotFoundError:
-    print("the block is gone")
-else:
-    print("the block is there")
-block.close()
-with contextlib.suppress(FileNotFoundError):
-    block.unlink()
+tell_whether_there(block)
