@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from conftest import Child
+from conftest import PATIENCE, Child
 
 import pyshare
-from pyshare import NONE, READ, READ_WRITE
+from pyshare import NONE, READ, READ_WRITE, _core, _observer
 
 PAGE = 4096
 SIZE = 16 * PAGE
@@ -100,9 +100,12 @@ async def ticks(during: asyncio.Task[Any]) -> int:
     return count
 
 
-async def queued(*tasks: asyncio.Task[Any]) -> None:
-    """They have come as far as they get by themselves; the waiter has had the time to look, too."""
-    await asyncio.sleep(0.01)
+async def queued(region: pyshare.Region, *tasks: asyncio.Task[Any]) -> None:
+    """The first of them is asleep in the waiter, until somebody gives something up."""
+    observer, deadline = _core.Observer(region.fileno()), time.monotonic() + PATIENCE
+    while not any(slot.pid == os.getpid() and slot.waits_for for slot in _observer.slots(observer)):
+        assert time.monotonic() < deadline, "nobody waits"
+        await asyncio.sleep(0)
     assert not any(task.done() for task in tasks)
 
 
@@ -208,7 +211,7 @@ def test_what_a_task_has_waited_for_is_its_threads(one: pyshare.Region) -> None:
     async def main() -> None:
         locks = one.lock(0), one.lease(0, PAGE)
         tasks = [asyncio.create_task(keep(one.lock_async(0))), asyncio.create_task(keep(one.lease_async(0, PAGE)))]
-        await queued(*tasks)
+        await queued(one, *tasks)
         for lock in locks:
             lock.release()
         held = [await task for task in tasks]
@@ -268,8 +271,7 @@ def test_the_loop_runs_on_while_another_process_holds_it(
 
     async def main() -> None:
         task = asyncio.create_task(wanted())
-        await asyncio.sleep(0.02)
-        assert not task.done()
+        await queued(region, task)
         other.say()
         assert other.hear() == "released"
         await ticks(task)
@@ -285,7 +287,7 @@ def test_a_dead_holder_leaves_it_abandoned(one: pyshare.Region, joined: Callable
     async def main() -> None:
         lock = asyncio.create_task(taken(one.lock_async(0)))
         lease = asyncio.create_task(taken(one.lease_async(0, PAGE)))
-        await queued(lock, lease)
+        await queued(one, lock, lease)
         other.kill()
         assert await lock
         assert await lease
@@ -309,7 +311,7 @@ def test_no_thread_each(one: pyshare.Region) -> None:
         """More words than one sleep of the kernel's can watch."""
         locks = [one.lock(index) for index in range(300)]
         tasks = [asyncio.create_task(take(index)) for index in range(300)]
-        await queued(*tasks)
+        await queued(one, *tasks)
         assert threads() <= before + 1
         for lock in locks:
             lock.release()
@@ -390,7 +392,7 @@ def test_a_timeout_names_the_holder(region: pyshare.Region, joined: Callable[...
                 assert caught.value.generation is None
         # Whoever stands behind somebody in the queue has a time of its own.
         first = asyncio.create_task(taken(region, SOON))
-        await queued(first)
+        await queued(region, first)
         with pytest.raises(pyshare.PropagationTimeout):
             await taken(region, 0.02)
         other.say()
@@ -431,7 +433,7 @@ def test_a_region_in_use_does_not_close(one: pyshare.Region) -> None:
     async def main() -> None:
         lock = one.lock(0)
         task = asyncio.create_task(wanted())
-        await queued(task)
+        await queued(one, task)
         lock.release()  # the task has not been told
         with pytest.raises(BufferError, match="task"):
             one.close()
@@ -470,7 +472,7 @@ def test_cancelled_while_it_waits(what: str, region: pyshare.Region, run: Run, j
     async def main() -> None:
         for _ in range(20):
             task = asyncio.create_task(wish(region, what))
-            await queued(task)
+            await queued(region, task)
             task.cancel("enough")
             with pytest.raises(asyncio.CancelledError, match="enough"):
                 await task
@@ -572,7 +574,7 @@ def test_a_coroutine_that_nobody_runs_any_more_leaves_nothing(one: pyshare.Regio
         tasks = [asyncio.ensure_future(wish(one, what)) for what in WISHES]
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
-        await queued(*tasks)
+        await queued(one, *tasks)
 
     loop.run_until_complete(main())
     loop.close()
@@ -588,7 +590,7 @@ def test_a_loop_keeps_nothing_of_ours(one: pyshare.Region, run: Run) -> None:
         of_the_loop = eventfds()
         lock = one.lock(0)
         task = asyncio.create_task(wish(one, "lock"))
-        await queued(task)
+        await queued(one, task)
         assert len(eventfds()) == len(of_the_loop) + 1
         lock.release()
         await task
@@ -679,7 +681,7 @@ def test_a_forked_child_waits_for_itself_alone(region: pyshare.Region, fork: Cal
 
     async def in_child(child: Child) -> None:
         task = asyncio.create_task(wish(region, "lock"))
-        await queued(task)
+        await queued(region, task)
         child.say("waits")
         await task
         await region.mprotect_async(PAGE, PAGE, READ)
@@ -687,7 +689,7 @@ def test_a_forked_child_waits_for_itself_alone(region: pyshare.Region, fork: Cal
     async def main() -> None:
         lock = region.lock(0)
         tasks = [asyncio.create_task(wish(region, "lock")) for _ in range(3)]
-        await queued(*tasks)
+        await queued(region, *tasks)
         assert eventfds()
         child = fork(body)
         loop = asyncio.get_running_loop()
@@ -790,7 +792,7 @@ def test_changes_end_with_the_region(one: pyshare.Region, run: Run) -> None:
 
     async def main(close: Callable[[], Any]) -> None:
         task = asyncio.create_task(read())
-        await queued(task)
+        await asyncio.sleep(0)  # it has begun to wait
         await one.mprotect_async(0, PAGE, READ)
         last = one.mprotect(0, PAGE, READ_WRITE)
         close()
@@ -806,7 +808,7 @@ def test_an_observer_sees_changes_too(region: pyshare.Region) -> None:
         with pyshare.attach(region.fileno(), readonly=True) as observer:
             stream = observer.changes()
             task = asyncio.ensure_future(first(2, stream))
-            await queued(task)
+            await asyncio.sleep(0)  # it has begun to wait
             await region.mprotect_async(0, PAGE, READ_WRITE)
             await region.mprotect_async(0, PAGE, READ)
             assert [change.prot for change in await task] == [READ_WRITE, READ]
@@ -820,7 +822,7 @@ def test_changes_end_when_another_thread_closes(one: pyshare.Region) -> None:
     async def main() -> None:
         stream = one.changes()
         task = asyncio.ensure_future(anext(stream))
-        await queued(task)
+        await asyncio.sleep(0)  # it has begun to wait
         thread = threading.Thread(target=one.close)
         thread.start()
         with pytest.raises(StopAsyncIteration):
@@ -836,7 +838,7 @@ def test_changes_can_be_given_up_and_taken_up_again(one: pyshare.Region) -> None
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.01)
         waiting = asyncio.ensure_future(anext(stream))
-        await queued(waiting)
+        await asyncio.sleep(0)  # it has begun to wait
         with pytest.raises(RuntimeError, match="another task"):
             await anext(stream)
         one.mprotect(0, PAGE, READ)
