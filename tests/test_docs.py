@@ -32,7 +32,7 @@ def as_reader(directory: Path, *arguments: str | Path, status: int = 0) -> str:
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-u", *arguments],  # -u: as at a terminal, where each line is out at once
             cwd=directory,
             env={
                 **os.environ,

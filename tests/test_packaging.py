@@ -124,7 +124,8 @@ def test_readme_as_typed(clean: Path, tmp_path: Path) -> None:
     """Its first example, in a file, in an environment that has nothing else."""
     (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)[:1]
     (tmp_path / "example.py").write_text(example)
-    said = succeed(clean / "python", "-W", "ignore::DeprecationWarning", "example.py", cwd=tmp_path)
+    # -u: at a terminal each line is out at once, also of the process that dies.
+    said = succeed(clean / "python", "-u", "-W", "ignore::DeprecationWarning", "example.py", cwd=tmp_path)
     assert said.startswith("b'hello'\n"), said
     assert "is READ since change 1 by pid" in said
     assert "pyshare: forbidden store to region 'pool' at offset 0: page 0 is READ since change 1" in said
