@@ -139,14 +139,16 @@ def test_the_slowest_is_named(region: Region, joined: Joined) -> None:
     """The one of two that is stopped; the change is told when the caller has given up, with the time that took."""
     _, stopped = joined(), joined()
     stopped.stop()
+    before = time.monotonic()
     with pytest.raises(PropagationTimeout):
         region.mprotect(0, PAGE, READ, timeout=AT_ONCE)
+    took = time.monotonic() - before
     stopped.resume()
     region.mprotect(0, PAGE, NONE)
     _, events = told("--since", "0", "--count", "2")
     assert events[0]["slowest"] == stopped.pid
     assert "pytest" in events[0]["slowest_command"]
-    assert AT_ONCE / 2 < events[0]["seconds"] < PATIENCE
+    assert 0 < events[0]["seconds"] <= took
     assert events[1]["slowest"] != os.getpid()
 
 
