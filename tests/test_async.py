@@ -415,11 +415,9 @@ def test_a_silent_participant_is_named_and_holds_up_nobody_else(
         with pyshare.create(size=SIZE) as elsewhere:
             late = asyncio.create_task(region.mprotect_async(0, PAGE, NONE, timeout=1.5))
             await asyncio.sleep(0.01)
-            begun = time.monotonic()
             for _ in range(50):
                 await elsewhere.mprotect_async(0, PAGE, NONE)
             assert not late.done()
-            assert time.monotonic() - begun < 1
             with pytest.raises(pyshare.PropagationTimeout) as caught:
                 await late
             assert caught.value.pids == [other.pid]
@@ -554,10 +552,10 @@ def test_a_change_that_is_published_is_made_when_it_is_cancelled(
             await asyncio.sleep(0.001)
         begun = time.monotonic()
         task.cancel()
-        assert await ticks(task) > 3  # it goes on for 20 ms, and so does the loop
+        assert await ticks(task) > 1  # it goes on for 20 ms, and so does the loop
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < SOON / 2
         region.lease(PAGE, PAGE, timeout=0).release()
 
     asyncio.run(main())
