@@ -414,7 +414,8 @@ def test_a_silent_participant_is_named_and_holds_up_nobody_else(
     async def main() -> None:
         with pyshare.create(size=SIZE) as elsewhere:
             late = asyncio.create_task(region.mprotect_async(0, PAGE, NONE, timeout=1.5))
-            await asyncio.sleep(0.01)
+            while not region.generation:
+                await asyncio.sleep(0)
             for _ in range(50):
                 await elsewhere.mprotect_async(0, PAGE, NONE)
             assert not late.done()
