@@ -101,21 +101,25 @@ cdef extern from *:
 
     /* It is raised by other means.  An asynchronous exception that is taken back leaves the interpreter of Python 3.11
      * and 3.12 looking for it for ever, and a function that is traced never gets beyond its first instruction.  So
-     * another one takes its place, and is raised in a function that does nothing; what signal handlers raise there
-     * instead comes later. */
+     * another one takes its place, and is raised in a function that does nothing, at the recursion limit too; what
+     * signal handlers raise there instead comes later.  Where there is no memory for the call it is taken back. */
     static void withdraw_exception(void) {
         PyThreadState *mine = PyThreadState_Get();
         PyObject *other = NULL;
         if (mine->async_exc != violation_class)
             return;
         PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), withdrawn_class);
-        while (mine->async_exc == withdrawn_class) {
+        mine->recursion_headroom++; /* as the interpreter does where it makes a RecursionError */
+        for (int calls = 0; calls < 8 && mine->async_exc == withdrawn_class; calls++) {
             PyObject *result = PyObject_CallNoArgs(python_function);
             if (!result && !PyErr_ExceptionMatches(withdrawn_class))
                 Py_XSETREF(other, Py_NewRef(PyErr_Occurred()));
             Py_XDECREF(result);
             PyErr_Clear();
         }
+        mine->recursion_headroom--;
+        if (mine->async_exc == withdrawn_class)
+            PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), NULL);
         hand_over_exception(other);
     }
 

@@ -762,3 +762,33 @@ def test_a_program_that_is_traced_goes_on() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "['call']\n"
+
+
+def test_a_violation_at_the_recursion_limit_ends() -> None:
+    """Where not even the exception can be made, the RecursionError comes instead, and nothing waits for a call."""
+    program = """
+        import sys, pyshare
+        region = pyshare.create(size=1, prot=pyshare.READ, on_violation="raise")
+        view, reached, told = region.buf, 0, 0
+        def deep(depth):
+            global reached
+            if depth:
+                deep(depth - 1)
+            else:
+                reached += 1
+                view[0] = 1
+        for depth in range(sys.getrecursionlimit()):
+            try:
+                try:
+                    deep(depth)
+                except RecursionError:
+                    (lambda: None)()  # what is due comes here
+            except pyshare.ProtectionError:
+                told += 1
+        print(reached - told < 10, region.read(0, 1))
+        region.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "True b'\\x00'\n"
