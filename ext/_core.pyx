@@ -117,6 +117,18 @@ cdef extern from "core.h" nogil:
         PyObject *code
         PyObject *other
         int line
+    enum:
+        PS_VIOLATIONS
+    struct ps_shm_violation:
+        uint64_t time
+        uint64_t offset
+        uint64_t generation
+        uint32_t pid
+        uint8_t prot
+        uint8_t outcome
+        uint8_t known
+        char *command
+    int ps_violations(ps_region *region, ps_shm_violation *kept)
     bint ps_quarantined(const ps_region *region)
     void ps_quarantine_leave()
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
@@ -257,6 +269,7 @@ include "_dlpack.pxi"
 
 PAGE_SIZE = 4096
 POLICIES = {"die": PS_DIE, "raise": PS_RAISE, "wait": PS_WAIT}
+OUTCOMES = {PS_DIE: "died", PS_RAISE: "raised", PS_WAIT: "waited"}
 ENGINES = {"auto": PS_ENGINE_AUTO, "mprotect": PS_ENGINE_MPROTECT, "uffd": PS_ENGINE_UFFD}
 THP, LOCK, RESERVED = PS_REGION_THP, PS_REGION_LOCK, PS_REGION_RESERVED
 MAX_PARTICIPANTS = PS_SLOTS_MAX
@@ -549,6 +562,23 @@ cdef class Mapped:
         if fd < 0:
             raise_code(fd, "fileno")
         return fd
+
+    def _violations(self):
+        """[(time in ns, pid, command, offset, protection, generation, outcome)]; None: longer ago than is known."""
+        cdef ps_shm_violation kept[PS_VIOLATIONS]
+        cdef int i, count
+        self.enter("violations")
+        try:
+            count = ps_violations(self.region, kept)
+        finally:
+            self.leave()
+        if count == -errno.EBADF and self.readonly:
+            raise_blind("violations")
+        if count < 0:
+            raise_code(count, "violations")
+        return [(kept[i].time, kept[i].pid, (<bytes>kept[i].command).decode(errors="replace"), kept[i].offset,
+                 kept[i].prot, kept[i].generation if kept[i].known else None, OUTCOMES[kept[i].outcome])
+                for i in range(count)]
 
     # Each in its own way:
 

@@ -166,6 +166,9 @@ bool ps_quarantined(const struct ps_region *region); /* some pages are private *
 struct ps_violation *ps_violation(void);             /* of the calling thread */
 void ps_quarantine_leave(void); /* what the calling thread stored where it may not is gone; it sees shared data again */
 
+/* The latest forbidden accesses of all participants, the oldest first: how many.  Of an observer's handle too. */
+int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOLATIONS]);
+
 /* For a system call that is to store into pages.
  * ps_own_lease: the calling thread's over all of them: 1, 2 where stores go by the window; 0: over none; PS_ENESTED.
  * ps_await_writable: until the map allows it, where the policy is to wait; else, or after the deadline, PS_EREFUSED.

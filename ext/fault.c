@@ -113,6 +113,17 @@ static int refuse(struct ps_region *region, uint64_t page, bool store, struct ps
     return allows(refusal->actual, store) || leased_for(region, page, refusal->actual, store) ? 0 : PS_EREFUSED;
 }
 
+/* For whoever looks at the region later. */
+static void keep(struct ps_region *region, uint64_t offset, bool store, enum ps_policy outcome) {
+    struct ps_refusal refusal;
+    if (!ps_running(region) || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
+        return; /* it is not mapped, or will not be in a moment */
+    refuse(region, offset / PS_PAGE, store, &refusal);
+    if (region->fenced)
+        refusal.actual = PROT_NONE;
+    ps_violation_keep(region, offset, &refusal, outcome);
+}
+
 /* The map allows it, but this process could not follow the map there. */
 static int unreachable(struct ps_region *region, uint64_t page, bool store, struct ps_refusal *refusal) {
     refuse(region, page, store, refusal);
@@ -321,6 +332,8 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
         put(&text, ": page ");
         put_number(&text, at / PS_PAGE / region->shape.unit);
         put_reason(&text, region, at / PS_PAGE);
+        if (signal != SIGBUS)
+            keep(region, at, registers[REG_ERR] & (1 << 1), PS_DIE);
     }
     put(&text, "\n");
     if (write(STDERR_FILENO, text.at, text.length) < 0)
@@ -541,6 +554,8 @@ static enum fate raise_it(const struct ps_hooks *hooks, struct ps_region *region
     if (violation->count++)
         return GO;
     describe(region, offset, store, violation);
+    if (!interrupted) /* else it is kept as what waited */
+        keep(region, offset, store, PS_RAISE);
     hooks->tell(violation);
     return GO;
 }
@@ -561,6 +576,7 @@ static int sleep_on_map(struct ps_region *region) {
 }
 
 static enum fate wait_for_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store) {
+    keep(region, offset, store, PS_WAIT);
     void *token = hooks->release();
     uint64_t page = offset / PS_PAGE;
     bool interrupted = false;

@@ -25,7 +25,7 @@
 #include <stdint.h>
 
 #define PS_MAGIC 0x0065726168737970u /* "pyshare\0", little endian */
-#define PS_VERSION 4u
+#define PS_VERSION 5u
 
 #define PS_NAME_MAX 200   /* characters of a region's name */
 #define PS_SLOTS_MAX 2047 /* slot + 1 fits 11 bits of an owner word */
@@ -35,8 +35,10 @@
 #define PS_LOCKS 1024   /* user locks of a region */
 #define PS_SNAPSHOTS 8u /* at the same time; fewer where so many areas do not fit into an address range */
 #define PS_SNAPSHOT_BYTE                                                                                               \
-    (UINT64_C(1) << 62) /* of the memfd, behind all of it: + k is read-locked (OFD) by who has snapshot k */
-#define PS_CLOSERS 64u  /* changes that wait for leases at the same time; one bit each in a mask */
+    (UINT64_C(1) << 62)   /* of the memfd, behind all of it: + k is read-locked (OFD) by who has snapshot k */
+#define PS_VIOLATIONS 16u /* the latest forbidden accesses that are kept */
+#define PS_COMMAND 80     /* bytes of a process's command line, as they have it, with a NUL */
+#define PS_CLOSERS 64u    /* changes that wait for leases at the same time; one bit each in a mask */
 
 /* An owner word names a participant for ever (until its slot's epoch wraps,
  * after 2^20 joins of one slot): WAITING | epoch | slot + 1.  0: nobody. */
@@ -94,16 +96,17 @@ enum ps_policy { PS_DIE = 0, PS_RAISE = 1, PS_WAIT = 2 };
 
 enum ps_section_kind {
     PS_SEC_END = 0,
-    PS_SEC_SLOTS = 1, /* ps_shm_slot[slots] */
-    PS_SEC_RING = 2,  /* ps_shm_ring[PS_RING] */
-    PS_SEC_CUR = 3,   /* one byte a page: protection ^ initial protection */
-    PS_SEC_OLD = 4,   /* the same, frozen while the record is open */
-    PS_SEC_LEASE = 5, /* one held word (below) a page */
-    PS_SEC_LOCK = 6,  /* struct ps_shm_lock[PS_LOCKS] */
-    PS_SEC_KEPT = 7,  /* one byte a page: as CUR, what it was before the freeze that is in force */
-    PS_SEC_STATE = 8, /* per snapshot area one byte a page (enum ps_saved), each area's from a page boundary on */
-    PS_SEC_STAMP = 9, /* one word a page: the generation at which it was last known to be written */
-    PS_SEC_LAST = PS_SEC_STAMP,
+    PS_SEC_SLOTS = 1,      /* ps_shm_slot[slots] */
+    PS_SEC_RING = 2,       /* ps_shm_ring[PS_RING] */
+    PS_SEC_CUR = 3,        /* one byte a page: protection ^ initial protection */
+    PS_SEC_OLD = 4,        /* the same, frozen while the record is open */
+    PS_SEC_LEASE = 5,      /* one held word (below) a page */
+    PS_SEC_LOCK = 6,       /* struct ps_shm_lock[PS_LOCKS] */
+    PS_SEC_KEPT = 7,       /* one byte a page: as CUR, what it was before the freeze that is in force */
+    PS_SEC_STATE = 8,      /* per snapshot area one byte a page (enum ps_saved), each area's from a page boundary on */
+    PS_SEC_STAMP = 9,      /* one word a page: the generation at which it was last known to be written */
+    PS_SEC_VIOLATION = 10, /* struct ps_shm_violation[PS_VIOLATIONS] */
+    PS_SEC_LAST = PS_SEC_VIOLATION,
 };
 
 /* A snapshot's word: serial << PS_SNAPSHOT_BITS | one of these. */
@@ -161,6 +164,24 @@ struct ps_shm_lock {
      * the same before and after.  Crash: an earlier holder's. */
     _Atomic uint64_t since;
     uint64_t pad[6]; /* W: nobody.  R: nobody */
+};
+
+/* One of the latest forbidden accesses; number n lies at n % PS_VIOLATIONS.  Whoever made it writes all of the entry,
+ * in a signal handler and in no order, and may be killed, stopped, or overtaken by the one that comes PS_VIOLATIONS
+ * later: so whatever a reader finds is an entry only where `check` is what follows from the rest. */
+struct ps_shm_violation {
+    uint64_t check;      /* W: whoever made the access, at once with the rest.  R: anybody; compared.  Crash: wrong */
+    uint64_t number;     /* W: as check; from the header's `violations`.  R: anybody; compared */
+    uint64_t time;       /* W: as check; CLOCK_REALTIME ns.  R: anybody */
+    uint64_t offset;     /* W: as check; byte of the data.  R: anybody; checked */
+    uint64_t generation; /* W: as check; the change that forbids it, where that is known.  R: anybody */
+    uint32_t pid;        /* W: as check; in its own pid namespace.  R: anybody */
+    uint8_t prot;        /* W: as check; of the page.  R: anybody; masked */
+    uint8_t outcome;     /* W: as check; enum ps_policy: the process was about to die, the thread was to be told, or
+                            began to wait.  R: anybody; checked */
+    uint8_t known;       /* W: as check; 0: `generation` means nothing, the change is too long ago.  R: anybody */
+    uint8_t pad;         /* W: nobody.  R: nobody */
+    char command[PS_COMMAND]; /* W: as check; NUL terminated.  R: anybody; cut */
 };
 
 /* A change that is going to take place, or does: nobody takes a lease on its pages. */
@@ -368,6 +389,11 @@ struct ps_shm_header {
     /* Line 41: the snapshots. */
     /* W: as its fields say.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_snapshot snapshot[PS_SNAPSHOTS];
+
+    /* Line 43: how many forbidden accesses there have been. */
+    /* W: whoever made one, + 1, relaxed, before it writes the entry.  R: anybody, relaxed, after the entries: what is
+     * not of the latest PS_VIOLATIONS was overtaken.  Crash: an entry that is none. */
+    _Alignas(PS_LINE) _Atomic uint64_t violations;
 };
 
 static_assert(sizeof(struct ps_shm_section) == 24, "section");
@@ -377,6 +403,7 @@ static_assert(sizeof(struct ps_shm_slot) == 4 * PS_LINE, "slot: four lines");
 static_assert(sizeof(struct ps_shm_lock) == PS_LINE, "lock: one line");
 static_assert(sizeof(struct ps_shm_closer) == 24, "closer");
 static_assert(sizeof(struct ps_shm_snapshot) == 16, "snapshot");
+static_assert(sizeof(struct ps_shm_violation) == 2 * PS_LINE, "violation: no byte is left between the fields");
 static_assert(sizeof(struct ps_shm_header) <= 4096, "header: one page");
 static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "atomics are plain words");
 static_assert((PS_RING & (PS_RING - 1)) == 0, "ring: a power of two");

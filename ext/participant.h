@@ -387,6 +387,10 @@ struct ps_copied {
 struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
 void ps_fault_stack(void);
 
+/* violations.c: what is kept of them; of a participant, async-signal-safe */
+void ps_violation_keep(struct ps_region *region, uint64_t offset, const struct ps_refusal *refusal,
+                       enum ps_policy outcome);
+
 /* waiter.c: sleeping, wherever the core does; in a call of the waiter another call runs meanwhile */
 int ps_sleep(struct ps_watch watch, int64_t deadline);
 int ps_sleep_two(struct ps_watch first, struct ps_watch second, int64_t deadline);
@@ -444,6 +448,7 @@ const struct ps_hooks *ps_process_hooks(void); /* NULL: none */
 struct ps_region *
 ps_process_next(struct ps_region *region); /* of those that were ever open; NULL: the first, the end */
 int ps_process_tid(void);                  /* of the calling thread */
+const char *ps_process_command(void);      /* PS_COMMAND bytes: its command line, of when it had its first region */
 int ps_process_holder(void);               /* as whom it takes words */
 struct ps_proxy *ps_process_proxy(void);   /* NULL: it is itself */
 void ps_process_set_proxy(struct ps_proxy *proxy);

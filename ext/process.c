@@ -44,6 +44,7 @@ static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a proc
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int start_result;
 static uint32_t forks;
+static char command[PS_COMMAND];
 
 struct ps_chain *ps_process_chain(int signal) {
     return &chains[signal == SIGBUS];
@@ -82,6 +83,10 @@ int ps_process_tid(void) {
     if (!thread_id)
         thread_id = ps_sys_gettid();
     return thread_id;
+}
+
+const char *ps_process_command(void) {
+    return command;
 }
 
 struct ps_proxy *ps_process_proxy(void) {
@@ -259,6 +264,7 @@ static void start(void) {
         return;
     }
     start_result = -pthread_atfork(before_fork, NULL, in_child);
+    ps_sys_command(command, sizeof command);
     PS_POINT_RELOAD();
     atomic_store_explicit((_Atomic uint32_t *)page, 1, memory_order_relaxed);
     atomic_store_explicit(&known, page, memory_order_release);

@@ -63,6 +63,8 @@ static uint64_t section_length(enum ps_section_kind kind, uint64_t pages, uint32
         return areas * whole_pages(pages);
     case PS_SEC_STAMP:
         return pages * sizeof(uint64_t);
+    case PS_SEC_VIOLATION:
+        return PS_VIOLATIONS * sizeof(struct ps_shm_violation);
     default:
         return 0;
     }

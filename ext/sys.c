@@ -55,7 +55,8 @@
 #ifndef CLOSE_RANGE_UNSHARE
 #define CLOSE_RANGE_UNSHARE (1U << 1)
 #endif
-#define WAITV_32 2 /* FUTEX2_SIZE_U32, not private */
+#define WAITV_32 2        /* FUTEX2_SIZE_U32, not private */
+#define COMMAND_LINE 1024 /* bytes of it that are read */
 
 struct waitv {
     uint64_t value, address;
@@ -90,6 +91,10 @@ int64_t ps_sys_now(void) {
 
 uint64_t ps_sys_boottime(void) {
     return clock_ns(CLOCK_BOOTTIME);
+}
+
+uint64_t ps_sys_realtime(void) {
+    return clock_ns(CLOCK_REALTIME);
 }
 
 uint64_t ps_sys_coarse(void) {
@@ -543,6 +548,21 @@ uint64_t ps_sys_pid_namespace(void) {
 }
 
 /* A /proc of another pid namespace (a container's) speaks of other processes under our numbers. */
+void ps_sys_command(char *to, size_t size) {
+    char line[COMMAND_LINE];
+    int length = read_file("/proc/self/cmdline", line, sizeof line);
+    size_t word = 0, end = 0;
+    for (int i = 0; i < length; i++) {
+        if (line[i] == '/')
+            end = word;
+        else if (end < size - 1)
+            to[end++] = line[i] ? line[i] : ' ';
+        if (!line[i])
+            word = end;
+    }
+    to[end && to[end - 1] == ' ' ? end - 1 : end] = 0; /* each word ends with a NUL, the last one too */
+}
+
 static bool proc_is_ours(void) {
     char text[24], mine[24], *end = mine;
     ssize_t length = readlink("/proc/self", text, sizeof text - 1);

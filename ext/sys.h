@@ -27,6 +27,7 @@ struct ps_watch {
 
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
+uint64_t ps_sys_realtime(void); /* CLOCK_REALTIME, ns */
 uint64_t ps_sys_coarse(void);   /* CLOCK_MONOTONIC_COARSE, ns: some milliseconds late, and a third of the price */
 void ps_sys_pause(void);
 void ps_sys_yield(void); /* a tenth of a millisecond, for whoever waits for what nobody wakes for */
@@ -112,6 +113,8 @@ int ps_sys_socket_wait(int socket, int64_t deadline);
 /* Who a process is, beyond its pid. 0 where /proc does not say. */
 uint64_t ps_sys_start_time(int pid);
 uint64_t ps_sys_pid_namespace(void);
+/* The words of this process's command line, each without the folders before it, as far as there is room; or "". */
+void ps_sys_command(char *to, size_t size);
 /* Can no thread of that process of our own pid namespace store any more? Unknown counts as no. */
 bool ps_sys_process_gone(int pid, uint64_t start);
 

@@ -17,7 +17,7 @@ from pyshare._errors import (
     ShareError,
 )
 from pyshare._image import Image
-from pyshare._mapped import Participant, Prot
+from pyshare._mapped import Participant, Prot, Violation
 from pyshare._names import names, unlink
 from pyshare._readonly import Observer
 from pyshare._region import Region, attach, create
@@ -51,6 +51,7 @@ __all__ = [
     "RegionNotFound",
     "ShareError",
     "Snapshot",
+    "Violation",
     "attach",
     "create",
     "names",

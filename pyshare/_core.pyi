@@ -19,6 +19,7 @@ MAX_PARTICIPANTS: Final[int]
 NAME_MAX: Final[int]
 LARGE: Final[int]
 POLICIES: Final[dict[str, int]]
+OUTCOMES: Final[dict[int, str]]
 ENGINES: Final[dict[str, int]]
 
 class _Default(enum.Enum):
@@ -52,6 +53,7 @@ class Mapped:
     def _protection(self, page: int) -> int: ...
     def _runs(self, pages: int) -> list[tuple[int, int, int]]: ...
     def _read(self, offset: int, length: int) -> bytes: ...
+    def _violations(self) -> list[tuple[int, int, str, int, int, int | None, str]]: ...
 
 @disjoint_base
 class Handle(Mapped):

@@ -76,6 +76,40 @@ class Participant:
         return None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Violation:
+    """A forbidden access that some participant made, of the latest 16 that the region remembers.
+
+    Attributes:
+        time: when, seconds since 1970 by that machine's clock, as ``time.time()`` has it.
+        pid: of the process that made it, as that process sees itself; it may be gone.
+        command: its command line, of when it had its first region: each word without the folders before it, the first
+            79 bytes; "" where it could not be read.
+        offset: the byte, from the start of the region.
+        protection: of its page at that moment; NONE where the process was fenced.
+        generation: the change that set it; 0 is the creation; None if that is older than the latest 1,024 changes.
+        outcome: "died": the process was about to end by the signal; "raised": the thread was told by a
+            ProtectionError; "waited": the thread began to wait at ``time`` until the access is allowed, or it is
+            interrupted.
+    """
+
+    time: float
+    pid: int
+    command: str
+    offset: int
+    protection: Prot
+    generation: int | None
+    outcome: str
+
+
+def violations(mapped: _core.Mapped) -> list[Violation]:
+    """Those that the region remembers, the newest last."""
+    return [
+        Violation(time / 1e9, pid, command, offset, Prot(prot), generation, outcome)
+        for time, pid, command, offset, prot, generation, outcome in mapped._violations()
+    ]
+
+
 class Mapped(_core.Mapped):
     """What a participant and an observer have in common."""
 
@@ -163,6 +197,20 @@ class Mapped(_core.Mapped):
             Participant(pid=pid, applied=applied, alive=alive, engine=engine, fenced=fenced, tid=tid)
             for pid, tid, applied, alive, engine, fenced in self._participants()
         ]
+
+    def violations(self) -> list[Violation]:
+        """The latest 16 forbidden accesses of all participants, the newest last, whatever became of those.
+
+        So who takes part, or observes, can tell of what a process died that is gone. Of the accesses that a thread
+        makes until it is told by an exception, the first is kept. What ``read`` and ``write`` refuse is no violation,
+        nor is an access that a change forbids which is undone. Where a process is killed in the middle of keeping one,
+        that one is missing.
+
+        Raises:
+            RegionClosed.
+            OSError: EBADF: the program has closed the observer's descriptor.
+        """
+        return violations(self)
 
     # -- Life ------------------------------------------------------------------------------------------------------
 

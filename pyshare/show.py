@@ -17,7 +17,9 @@ before), ``locks`` (``index``, ``seconds``), ``waits_for`` (a pid), ``waits_seco
 keep the region); and of the whole ``writer`` (the pid that is changing something), ``under_way`` ({offset, length} of
 a change that is not over), ``leased`` ({offset, length, pid, dead}), ``closers`` (changes, freezes and snapshots that
 wait for leases or keep them away: {pid, kind, offset, length}), ``freeze`` ({pid, generation}), ``snapshots`` ({area,
-state, generation}).  Null: not known, or none.
+state, generation}), ``violations`` (the latest 16 forbidden accesses, the newest last: {time in seconds since 1970,
+pid, command, offset, protection, generation, outcome}; outcome is "died", "raised" or "waited", all as
+``Region.violations`` has it).  Null: not known, or none.
 
 The exit status is 0, or 1 where there is no such region to be seen.
 """
@@ -28,11 +30,13 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from typing import Any
 
 from rich.text import Text
 
 from pyshare import _core, _observer, _status
+from pyshare._mapped import violations
 from pyshare._observer import duration
 from pyshare._status import Look, Participant
 
@@ -47,6 +51,7 @@ STYLES = {
     "joining": "",
     "unseen": "dim",
 }
+VIOLATIONS = ("VIOLATION", ">PID", "OUTCOME", ">OFFSET", "PROTECTION", ">CHANGE", "COMMAND")
 FEW = 6  # locks of one participant that are told
 
 
@@ -82,6 +87,10 @@ def whole(observer: _core.Observer) -> dict[str, Any]:
         "freeze": {"pid": table.pid(freeze[0]), "generation": freeze[1] + 1} if freeze else None,
         "snapshots": [
             {"area": area, "state": state, "generation": moment} for area, state, moment in observer.snapshots()
+        ],
+        "violations": [
+            {**dataclasses.asdict(one), "protection": _observer.protection(one.protection)}
+            for one in violations(observer)
         ],
     }
 
@@ -126,6 +135,19 @@ def row(one: Participant) -> list[str | Text]:
         f"{one.waits_for} ({duration(one.waits_seconds)})" if one.waits_for else "-",
         one.user or "?",
         one.command,
+    ]
+
+
+def violation_row(one: dict[str, Any]) -> list[str]:
+    """Cells."""
+    return [
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["time"])),
+        str(one["pid"]),
+        one["outcome"],
+        str(one["offset"]),
+        one["protection"],
+        "?" if one["generation"] is None else str(one["generation"]),
+        _observer.printable(one["command"]) or "?",
     ]
 
 
@@ -175,6 +197,8 @@ def draw(observer: _core.Observer, seen: Look, rest: dict[str, Any]) -> None:
     console.print(_observer.table(COLUMNS, map(row, seen.participants)))
     for line in lines(rest):
         console.print(Text(line))
+    if rest["violations"]:
+        console.print(_observer.table(VIOLATIONS, map(violation_row, rest["violations"])))
     for status, meaning in MEANINGS.items():
         if seen.count(status):
             console.print(Text(f"{status}: {meaning}", "dim"))

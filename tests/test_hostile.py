@@ -35,6 +35,7 @@ SECTIONS, LOCK, GENERATION, SLOTS_USED = 288, 704, 768, 832
 ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24, 32))
 CLOSERS, CLOSER = 960, 1024
 SNAPSHOTS, FREEZER, THAWING, FROZEN, SNAPSHOT = 976, 2560, 2564, 2568, 2624  # a snapshot: word, dirty, generation
+VIOLATIONS = 2752  # how many there have been
 LEASE_COUNT, SAVING = 192, 196  # in a slot
 ACK, ERROR, LIVE, STATUS, PID = 0, 16, 64, 68, 128  # in a slot
 SLOT_SIZE, RING_ENTRY, RING = 256, 64, 1024
@@ -43,7 +44,7 @@ RING_AT = 2 * PAGE
 CUR_AT = RING_AT + RING * RING_ENTRY
 OLD_AT, LEASES_AT, LOCKS_AT = (CUR_AT + i * PAGE for i in (1, 2, 3))
 KEPT_AT = LOCKS_AT + 16 * PAGE
-STATE_AT, STAMP_AT = KEPT_AT + PAGE, KEPT_AT + 9 * PAGE
+STATE_AT, STAMP_AT, VIOLATION_AT = (KEPT_AT + i * PAGE for i in (1, 9, 10))
 AREAS = 8
 
 
@@ -173,12 +174,13 @@ def test_offsets(fd: int) -> None:
         assert peek(fd, RING_AT + 3 * RING_ENTRY) == 3
         assert os.pread(fd, 4, CUR_AT) == bytes([pyshare.READ ^ pyshare.READ_WRITE] * 3 + [0])
         assert os.pread(fd, 3, OLD_AT) == bytes(3)
-        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 10, SECTIONS), 24 * i) for i in range(10)]
+        kinds = [struct.unpack_from("<IIQQ", os.pread(fd, 24 * 11, SECTIONS), 24 * i) for i in range(11)]
         assert [(kind, at) for kind, _, at, _ in kinds] == [
             (1, SLOTS_AT), (2, RING_AT), (3, CUR_AT), (4, OLD_AT), (5, LEASES_AT), (6, LOCKS_AT), (7, KEPT_AT),
-            (8, STATE_AT), (9, STAMP_AT), (0, 0),
+            (8, STATE_AT), (9, STAMP_AT), (10, VIOLATION_AT), (0, 0),
         ]  # fmt: skip
-        assert os.fstat(fd).st_size == STAMP_AT + PAGE + (1 + AREAS) * PAGES * PAGE
+        assert os.fstat(fd).st_size == VIOLATION_AT + PAGE + (1 + AREAS) * PAGES * PAGE
+        assert peek(fd, VIOLATIONS) == 0
 
 
 def look_at(snapshot: pyshare.Snapshot) -> None:
@@ -209,6 +211,7 @@ def use(region: Region, timeout: float = SHORT) -> list[BaseException]:
     attempt(lambda: look_at(region.snapshot(timeout=timeout)))
     attempt(lambda: region.dirty(0))
     attempt(region.participants)
+    attempt(region.violations)
     attempt(region.protections)
     attempt(lambda: region.protection(3 * PAGE))
     attempt(lambda: region.generation)
@@ -247,6 +250,7 @@ BLOWS = {
     "freezer": (FREEZER, OWNERS),
     "thawing": (THAWING, OWNERS),
     "frozen": (FROZEN, [1, 4, 1 << 31, LAST]),
+    "violations": (VIOLATIONS, [1, 17, 1 << 63, LAST]),
     "snapshots": (SNAPSHOTS, [1, 0xFF, 1 << 8, LAST]),
     "snapshot": (SNAPSHOT, [*range(16), *(1 << 4 | state for state in range(16)), 0xFFFFFFF1, 0xFFFFFFF2]),
     "dirty pages": (SNAPSHOT + 4, [1, 0xFFFFFFFF]),
@@ -380,6 +384,8 @@ def somewhere(rng: random.Random) -> int:
             LEASES_AT + rng.randrange(0, 8 * 2, 4),
             LOCKS_AT + 3 * 64 + rng.randrange(0, 8, 4),
             rng.randrange(CLOSERS, CLOSER + 3 * 24, 4),
+            VIOLATIONS,
+            VIOLATION_AT + rng.randrange(0, 128, 4),
         ]
     )
 
@@ -457,7 +463,7 @@ def test_scribbler(fork: Callable[..., Child]) -> None:
     fd, seconds = new_region(), 4.0
 
     def scribble(child: Child) -> None:
-        rng, words = random.Random(SEED), mmap.mmap(fd, LOCKS_AT + PAGE)
+        rng, words = random.Random(SEED), mmap.mmap(fd, VIOLATION_AT + PAGE)
         child.say()
         while not select.select([child._receive], [], [], 0)[0]:
             for _ in range(100):

@@ -119,6 +119,7 @@ MAY_CALL = {
         "write",
     }
     | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
+    "violations.c": {"pread"},
     "waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap", "swapcontext"},
 }
 
@@ -166,7 +167,8 @@ def fields(body: str) -> Iterator[tuple[str, str]]:
 def test_every_shared_field_has_its_contract() -> None:
     structs = re.findall(r"^struct (ps_shm_\w+) \{\n(.*?)^\};", (EXT / "layout.h").read_text(), re.S | re.M)
     assert [name for name, _ in structs] == [
-        f"ps_shm_{end}" for end in ("snapshot", "lock", "closer", "section", "record", "ring", "slot", "header")
+        f"ps_shm_{end}"
+        for end in ("snapshot", "lock", "violation", "closer", "section", "record", "ring", "slot", "header")
     ]
     for name, body in structs:
         declared = list(fields(body))
@@ -260,6 +262,7 @@ SIGNATURES = {
     "Region.protection": "(self, offset)",
     "Region.protections": "(self)",
     "Region.participants": "(self)",
+    "Region.violations": "(self)",
     "Region.on_violation": "(self, policy=None)",
     "Region.guard": "(self)",
     "Region.read": "(self, offset, length)",
