@@ -206,7 +206,7 @@ def ours(*suffixes: str) -> list[Path]:
     rooms = ["docs", "ext", "pyshare", "tests", "spec", "examples", ".ci"]
     found = [path for path in ROOT.iterdir() if path.is_file()]
     found += [path for room in rooms for path in (ROOT / room).rglob("*")]
-    found = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    found = [path for path in found if path.is_file() and "__pycache__" not in path.parts and path.name != ".git"]
     return sorted(path for path in found if path.suffix in suffixes)
 
 
