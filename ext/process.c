@@ -16,6 +16,7 @@
  * Runs in: caller, fork child; the look-ups also in the signal handler.
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +26,7 @@
 #include "participant.h"
 #include "point.h"
 
-#define STACK (256u * 1024u) /* of a thread of ours */
+#define STACK (256u * 1024u) /* what a thread of ours has for itself */
 
 static struct ps_region regions[PS_REGIONS_MAX];
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
@@ -42,6 +43,7 @@ static _Thread_local const struct ps_region *agent_of;
 static _Atomic uint32_t borrow_lock;      /* lock.c */
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+static size_t (*least_stack)(const pthread_attr_t *); /* NULL: libc has no such function */
 static int start_result;
 static uint32_t forks;
 static char command[PS_COMMAND];
@@ -105,13 +107,20 @@ struct ps_waiter *ps_process_waiter(void) {
     return &waiter;
 }
 
+/* glibc takes the thread-local variables of all libraries from a thread's stack, and refuses one that has no room for
+ * them, or gives a thread what is left.  It says how much that is by a function that is not in its headers.  Other
+ * libcs add it by themselves. */
+static size_t stack_size(const pthread_attr_t *attributes) {
+    return STACK + (least_stack ? least_stack(attributes) : 0);
+}
+
 int ps_process_spawn(void *(*body)(void *), void *argument) {
     pthread_t thread;
     pthread_attr_t attributes;
     sigset_t all, before;
     sigfillset(&all);
     pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_attr_setstacksize(&attributes, stack_size(&attributes));
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int rc = pthread_create(&thread, &attributes, body, argument);
@@ -265,6 +274,7 @@ static void start(void) {
     }
     start_result = -pthread_atfork(before_fork, NULL, in_child);
     ps_sys_command(command, sizeof command);
+    *(void **)&least_stack = dlsym(RTLD_DEFAULT, "__pthread_get_minstack");
     PS_POINT_RELOAD();
     atomic_store_explicit((_Atomic uint32_t *)page, 1, memory_order_relaxed);
     atomic_store_explicit(&known, page, memory_order_release);

@@ -117,10 +117,13 @@ class Region(Mapped, _core.Handle):
     def __del__(self) -> None:
         if not self._is_forsaken():
             return
-        if not self._is_let_go:
-            warnings.warn(f"unclosed region {self!r}", ResourceWarning, source=self, stacklevel=2)
-        with contextlib.suppress(BufferError):
-            self.close()
+        try:
+            what = repr(self)
+        finally:
+            with contextlib.suppress(BufferError):
+                self.close()
+        if not self._is_let_go:  # last: where warnings are errors, nothing after it is done
+            warnings.warn(f"unclosed region {what}", ResourceWarning, source=self, stacklevel=2)
 
     def __reduce__(self) -> Any:
         return _rebuild, (reduction.DupFd(self.fileno()),)

@@ -12,6 +12,7 @@ Invariant: no wait is for longer than PATIENCE, and none sleeps for a guess.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -49,11 +50,13 @@ class Child:
         to_child, self._send = os.pipe()
         self._receive, to_parent = os.pipe()
         self._status: int | None = None
+        self._pidfd = -1
         self.pid = os.fork()
         if self.pid == 0:
             self._become(body, to_child, to_parent)
         os.close(to_child)
         os.close(to_parent)
+        self._pidfd = os.pidfd_open(self.pid)  # the pid may be another process's as soon as it is reaped
 
     def _become(self, body: Callable[[Child], object], to_child: int, to_parent: int) -> None:
         code = 1
@@ -93,20 +96,28 @@ class Child:
         return line[:-1].decode()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """It has been sent this signal."""
-        os.kill(self.pid, number)
+        """It has been sent this signal; nothing happens where it has ended."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):  # reaped by somebody else
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def stop(self) -> None:
-        """None of its threads runs when this returns, until ``resume``."""
+        """None of its threads runs when this returns, until ``resume``; AssertionError where it has ended."""
         self.kill(signal.SIGSTOP)
         self.wait_stopped()
 
     def wait_stopped(self) -> None:
-        """It is stopped, by whomever, when this returns; AssertionError where it has ended."""
-        _, status = os.waitpid(self.pid, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            self._status = os.waitstatus_to_exitcode(status)
+        """It is stopped, by whomever, when this returns; AssertionError where it has ended, or after PATIENCE s."""
+        until(lambda: self._status is not None or self._changed())
+        if self._status is not None:
             raise AssertionError(f"process {self.pid} is not stopped, but has ended with {self._status}")
+
+    def _changed(self) -> bool:
+        """It has been stopped, or has ended, since the last look."""
+        pid, status = os.waitpid(self.pid, os.WUNTRACED | os.WNOHANG)
+        if pid and not os.WIFSTOPPED(status):
+            self._status = os.waitstatus_to_exitcode(status)
+        return pid != 0
 
     def resume(self) -> None:
         """It runs again after ``stop``."""
@@ -115,10 +126,7 @@ class Child:
     def wait(self) -> int:
         """Its exit code, or the signal that ended it, negative, once it has ended; AssertionError after PATIENCE s."""
         if self._status is None:
-            pidfd = os.pidfd_open(self.pid)
-            ended = select.select([pidfd], [], [], PATIENCE)[0]
-            os.close(pidfd)
-            if not ended:
+            if not select.select([self._pidfd], [], [], PATIENCE)[0]:
                 raise AssertionError(f"process {self.pid} did not end within {PATIENCE} s")
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self._status
@@ -129,6 +137,6 @@ class Child:
             self.kill()
             self.wait()
         if self._send >= 0:
-            os.close(self._send)
-            os.close(self._receive)
-            self._send = self._receive = -1
+            for fd in (self._send, self._receive, self._pidfd):
+                os.close(fd)
+            self._send = self._receive = self._pidfd = -1

@@ -116,6 +116,26 @@ def test_an_unclosed_region_warns_and_is_closed(use: Callable[[Region], object])
     assert "unclosed" not in pyshare.names()
 
 
+@pytest.mark.parametrize("take", [None, "lease", "lock", "frozen"])
+def test_where_warnings_are_errors_what_is_dropped_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, take: str | None
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: told.append(str(about.exc_value)))
+    region = pyshare.create("dropped", size=PAGE)
+    held = [region if take is None else getattr(region, take)(*{"lease": (0, PAGE), "lock": (0,)}.get(take, ()))]
+    if take is None:
+        del region
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drop(held)
+    assert len(told) == 1
+    assert told[0].startswith("unclosed region <pyshare.Region 'dropped', 4096 bytes, gen") == (take is None)
+    if take is not None:
+        region.close()
+    assert "pyshare.dropped" not in os.listdir("/dev/shm")
+
+
 def test_closing_again_does_nothing_and_warns_of_nothing() -> None:
     held = [pyshare.create(size=PAGE)]
     held[0].close()

@@ -96,7 +96,7 @@ MAY_CALL = {
     "names.c": DESCRIPTORS,
     "observe.c": {"madvise", "mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
-    "process.c": {"getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
+    "process.c": {"dlsym", "getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
     | {"sigfillset", "pthread_create", "pthread_sigmask"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize", "setdetachstate")},
     "quarantine.c": set(),

@@ -67,6 +67,36 @@ def test_who_has_ended_is_not_stopped() -> None:
     assert child.wait() == 0
 
 
+def test_who_was_reaped_gets_no_signal() -> None:
+    """Its pid may be another process's by then."""
+    with Child(lambda child: None) as child:  # noqa: ARG005
+        assert child.wait() == 0
+        child.kill()
+        child.resume()
+        with pytest.raises(AssertionError, match="has ended with 0"):
+            child.stop()
+    child.kill()
+
+
+def test_a_child_has_no_process_to_signal() -> None:
+    """What it has is its parent's object, with a pid of 0: a signal to that would be one to all of them."""
+
+    def body(child: Child) -> None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            child.kill(0)
+
+    with Child(body) as child:
+        assert child.wait() == 0
+
+
+def test_who_does_not_stop_is_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Child(lambda child: child.hear()) as child:
+        monkeypatch.setattr(testing, "PATIENCE", 0.01)
+        with pytest.raises(AssertionError, match="did not come true"):
+            child.wait_stopped()
+        monkeypatch.undo()
+
+
 def test_nothing_is_left_of_a_child() -> None:
     before = os.listdir("/proc/self/fd")
     with Child(lambda child: child.hear()) as child:
