@@ -39,7 +39,6 @@ cdef extern from "core.h" nogil:
     ps_call *ps_mailbox_take(ps_mailbox *box)
     void ps_mailbox_settle(ps_mailbox *box)
     int ps_lease_try(ps_region *region, ps_lease *lease, bint passes, ps_outcome *outcome, ps_refusal *refusal)
-    void ps_lease_remember(const ps_region *region, uint64_t page)
 
 
 @cython.final
@@ -148,7 +147,6 @@ cdef class Call:
     cdef got(self):
         if self.call.kind == PS_CALL_LEASE:
             self.held.pages = self.call.lease
-            ps_lease_remember(self.handle.region, self.call.first)
         self.held.left = self.call.abandoned
         self.held.begin(self.handle)
 

@@ -372,7 +372,7 @@ def dirty_pages(Handle handle not None, since):
         with nogil:
             rc = ps_dirty(handle.region, snapshot, generation, map)
         if rc:
-            raise_code(rc, "dirty", handle.corrupt_field())
+            raise_lost(rc, "dirty")
         page = 0
         while page < pages:
             first = page
@@ -397,8 +397,12 @@ def put_pages(Handle handle not None, uint64_t offset, data):
         check_pages(offset, source.len, ps_size(handle.region) if handle.region is not NULL else 0, PS_PAGE_SIZE)
         handle.enter("restore")
         try:
-            with nogil:
-                rc = ps_put(handle.region, offset, source.buf, <uint64_t>source.len)
+            while True:
+                with nogil:
+                    rc = ps_put(handle.region, offset, source.buf, <uint64_t>source.len)
+                if rc != PS_ESIGNAL:
+                    break
+                handle.serve_signals("restore")  # nothing of it is there
             if rc:
                 raise_code(rc, "restore", handle.corrupt_field())
         finally:

@@ -190,6 +190,20 @@ bool ps_change_undecided(const struct ps_region *region) {
     return ps_generation(region) <= attempt && atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
 }
 
+/* The change whose record is open, published or not; false: there is none, or it changes no map.  For who has looked at
+ * the map: whatever part of a change was seen there is of this one, or of one that is published. */
+bool ps_change_under_way(const struct ps_region *region, uint64_t *generation, uint64_t *first, uint64_t *count) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    atomic_thread_fence(memory_order_acquire); /* pairs with C4: who saw the map of a change sees its attempt */
+    *generation = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    *first = atomic_load_explicit(&record->first, memory_order_relaxed);
+    *count = atomic_load_explicit(&record->count, memory_order_relaxed);
+    uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed);
+    atomic_thread_fence(memory_order_acquire); /* the arguments before the look whether they are an open record's */
+    return ps_change_open(region) && atomic_load_explicit(&record->attempt, memory_order_relaxed) == *generation &&
+           !(prot & PS_FOLLOWS) && *first < region->shape.pages && *count <= region->shape.pages - *first;
+}
+
 /* Has the open change of the record, if there is one, set this page already? */
 static bool set_by_record(const struct ps_region *region, uint64_t page, struct ps_author *author) {
     struct ps_shm_record *record = &ps_header(region)->record;

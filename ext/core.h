@@ -185,7 +185,8 @@ struct ps_lease {
     uint64_t first, count; /* pages */
     bool window;           /* asked for: stores go by ps_window, the page tables at the public address stay */
     bool in_place;         /* results: the page tables had to be opened; */
-    bool abandoned;        /* somebody died with one of the pages */
+    bool abandoned;        /* somebody died with one of the pages; */
+    int taker;             /* the thread that has it, whoever gives it back (or, until it is handed over, a call) */
 };
 int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
                   struct ps_refusal *refusal);
@@ -240,7 +241,6 @@ void ps_mailbox_settle(struct ps_mailbox *box);          /* nobody uses it any m
 /* As ps_lease_take with PS_TRY, for a task among the others of its thread: whether it has a lease is for it to say. */
 int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
                  struct ps_refusal *refusal);
-void ps_lease_remember(const struct ps_region *region, uint64_t page); /* the calling thread has a lease of it */
 
 /* Snapshots: a copy-on-write image of the whole data at one moment, as one of its holders has it.  Independent of the
  * region's handle: it reads through a description of its own, whose lock on the snapshot's byte says that somebody
@@ -273,11 +273,11 @@ int ps_snapshot_data(const struct ps_snapshot *snapshot, bool area, uint64_t *pa
 uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot); /* pages that need not be saved any more */
 void ps_snapshot_close(struct ps_snapshot *snapshot);
 bool ps_snapshot_of(const struct ps_region *region, const struct ps_snapshot *snapshot); /* the same region's? */
-/* Of each page a byte: not 0 where it may have been written since the generation: by a lease that ended at it or later,
- * or is held; or, where it may have been writable for all since, at all.  With a snapshot, of that generation, the
- * latter only where it differs. */
+/* Of each page a byte: 1 where it may have been written since the generation and before the call: under a lease that
+ * ended at it or later, or is held; by ps_put; or, where it may have been writable for all since, at all.  With a
+ * snapshot, of that generation, the latter only where it differs.  PS_ECORRUPT: the snapshot was given up. */
 int ps_dirty(struct ps_region *region, const struct ps_snapshot *since, uint64_t generation, uint8_t *map);
-/* Pages are these bytes, whatever their protection: the caller has the region frozen. */
+/* Pages are these bytes, whatever their protection: the caller has the region frozen.  PS_ESIGNAL: again. */
 int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length);
 void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */
 

@@ -45,6 +45,11 @@ static int state_of(const struct ps_snapshot *snapshot) {
     return (int)state;
 }
 
+int ps_snapshot_alive(const struct ps_snapshot *snapshot) {
+    int rc = state_of(snapshot);
+    return rc < 0 ? rc : 0;
+}
+
 bool ps_snapshot_complete(const struct ps_snapshot *snapshot) {
     return state_of(snapshot) == PS_SNAPSHOT_COMPLETE;
 }
@@ -138,7 +143,7 @@ int ps_snapshot_read(const struct ps_snapshot *snapshot, uint64_t offset, void *
             return rc;
         if (rc == PS_SNAPSHOT_COMPLETE) {
             rc = read_all(snapshot, area_offset(snapshot) + offset, at, length);
-            return rc ? rc : (rc = state_of(snapshot)) < 0 ? rc : 0;
+            return rc ? rc : ps_snapshot_alive(snapshot);
         }
         bool area = in_area(snapshot, offset / PS_PAGE);
         uint64_t part = stretch(snapshot, offset, length, area);
@@ -151,8 +156,7 @@ int ps_snapshot_read(const struct ps_snapshot *snapshot, uint64_t offset, void *
         at += part;
         length -= part;
     }
-    int rc = state_of(snapshot);
-    return rc < 0 ? rc : 0;
+    return ps_snapshot_alive(snapshot);
 }
 
 /* Only a page that is SAVED, or any of a complete one, can have been written since. */

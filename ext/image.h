@@ -17,8 +17,9 @@ static inline bool ps_all_zero(const char *bytes, size_t length) {
     return !bytes[0] && !memcmp(bytes, bytes + 1, length - 1);
 }
 
-/* How much of each of these pages of the data is other than the snapshot's; with a snapshot that is held. */
+/* Is this page of the data other than the snapshot's?  What is found counts only where it is alive afterwards. */
 int ps_snapshot_differs(const struct ps_snapshot *snapshot, uint64_t page, bool *differs);
+int ps_snapshot_alive(const struct ps_snapshot *snapshot); /* 0; PS_ECORRUPT: it was given up */
 int ps_snapshot_map(struct ps_snapshot *snapshot, const struct ps_shape *shape);
 
 #endif

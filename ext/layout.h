@@ -297,9 +297,10 @@ struct ps_shm_slot {
     uint64_t pad3[2];        /* W: nobody.  R: nobody */
 
     /* Line 3: what it holds. */
-    /* W: owner's threads: + 1, seq_cst, before a lease's words are taken; - 1, seq_cst, after they are given back, and
-     * wakes who sleeps on it where a closer is there.  R: snapshotter, seq_cst after its closer: 0: no lease is held
-     * by it.  Crash: too high; ignored once the owner is dead. */
+    /* W: owner's threads: + 1, seq_cst, when a lease's words are taken, or before the pages of a frozen region are
+     * stored to, and before the look at the closers; - 1, seq_cst, after the words are given back, and wakes who sleeps
+     * on it where a closer is there.  R: snapshotter, seq_cst after its closer: 0: no lease is held by it.  Crash: too
+     * high; ignored once the owner is dead. */
     _Atomic uint32_t leases;
     /* W: owner's threads: + 1, seq_cst, before they look at a snapshot's word; - 1, release, when what they save for it
      * lies in its area.  R: snapshotter at S1, seq_cst: not 0: somebody may still write to an area that was in use.

@@ -42,26 +42,23 @@ struct wait {
     uint32_t blocker;      /* owner word of whom we waited for in vain */
 };
 
-/* The calling thread has a lease, of those that it remembers. */
+/* Does the calling thread have a lease?  One that it is about to take is none: its words are ours before it is known
+ * whether it can be had, so the words do not tell. */
 static bool thread_holds(const struct ps_region *region) {
     const struct ps_proxy *proxy = ps_process_proxy();
     if (proxy)
         return proxy->passes;
-    const struct ps_taken *taken = ps_process_taken();
-    for (int i = 0; i < PS_TAKEN; i++)
-        if (taken[i].region == region && taken[i].page < region->shape.pages && ps_here_own(region, taken[i].page))
-            return true;
-    return false;
+    _Atomic uint32_t *counts = atomic_load_explicit(&region->counts, memory_order_acquire);
+    /* seq_cst: after count_lease.  As long as we find a lease here, whoever gives it back has not uncounted it in the
+     * slot, and we have counted there already: so a snapshot never finds 0 in between. */
+    return counts && atomic_load_explicit(&counts[ps_process_tid()], memory_order_seq_cst);
 }
 
-/* In the place of one that has ended. */
-void ps_lease_remember(const struct ps_region *region, uint64_t page) {
-    struct ps_taken *taken = ps_process_taken();
-    for (int i = 0; i < PS_TAKEN; i++)
-        if (taken[i].region != region || taken[i].page >= region->shape.pages || !ps_here_own(region, taken[i].page)) {
-            taken[i] = (struct ps_taken){region, page};
-            return;
-        }
+/* A thread has a lease more, or (-1) less.  Of what a call has, the task knows (proxy.passes). */
+static void count_for(struct ps_region *region, int holder, int32_t change) {
+    _Atomic uint32_t *counts = atomic_load_explicit(&region->counts, memory_order_acquire);
+    if ((uint32_t)holder < PS_TIDS)
+        atomic_fetch_add_explicit(&counts[holder], (uint32_t)change, memory_order_seq_cst);
 }
 
 static struct wait begin_wait(struct ps_region *region, int64_t deadline) {
@@ -278,7 +275,8 @@ static int bury(struct wait *wait, struct ps_shm_closer *closer, uint32_t dead) 
     if (!atomic_compare_exchange_strong_explicit(&closer->owner, &dead, wait->mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
-    int rc = ps_freeze_finish(wait->region, wait->deadline, &wait->blocker);
+    bool freezes = !atomic_load_explicit(&closer->drain, memory_order_relaxed); /* or may have: not a snapshot */
+    int rc = freezes ? ps_freeze_finish(wait->region, wait->deadline, &wait->blocker) : 0;
     if (!rc && ps_change_open(wait->region))
         rc = ps_change_finish(wait->region, wait->deadline, &wait->blocker);
     if (!rc)
@@ -440,7 +438,8 @@ void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer) {
  *
  * It does not look at words, which are as many as pages: each participant counts the leases that it has or is about to
  * have.  A lease-taker counts before it looks at the closers, a snapshot publishes its closer before it looks at the
- * counts.  A thread that has a lease passes, so that it can come to its end. */
+ * counts.  A thread that has a lease passes, so that it can come to its end: it counts that lease as long as it has it,
+ * so the snapshot waits still.  Who waits for words counts nothing: it may be stopped, and holds up nobody. */
 
 static _Atomic uint32_t *own_leases(const struct ps_region *region) {
     return &ps_slot(region, region->slot)->leases;
@@ -450,12 +449,41 @@ static void count_lease(struct ps_region *region) {
     atomic_fetch_add_explicit(own_leases(region), 1, memory_order_seq_cst);
 }
 
-static void uncount_lease(struct ps_region *region) {
+/* Of a snapshot that waits for leases, or NULL. */
+static struct ps_shm_closer *find_drain(struct ps_region *region) {
     struct ps_shm_header *header = ps_header(region);
+    /* seq_cst: after the count. */
+    for (uint64_t mask = atomic_load_explicit(&header->closers, memory_order_seq_cst); mask; mask &= mask - 1) {
+        struct ps_shm_closer *closer = &header->closer[__builtin_ctzll(mask)];
+        if (atomic_load_explicit(&closer->drain, memory_order_relaxed))
+            return closer;
+    }
+    return NULL;
+}
+
+static void uncount_lease(struct ps_region *region) {
     atomic_fetch_sub_explicit(own_leases(region), 1, memory_order_seq_cst);
-    for (uint64_t mask = atomic_load_explicit(&header->closers, memory_order_seq_cst); mask; mask &= mask - 1)
-        if (atomic_load_explicit(&header->closer[__builtin_ctzll(mask)].drain, memory_order_relaxed))
-            ps_sys_wake(own_leases(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    if (find_drain(region))
+        ps_sys_wake(own_leases(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
+/* Whoever has the region frozen stores without a lease: its stores come before a snapshot's moment, or after it. */
+int ps_lease_enter(struct ps_region *region) {
+    struct wait wait = begin_wait(region, PS_NEVER);
+    for (;;) {
+        count_lease(region);
+        struct ps_shm_closer *closer = find_drain(region);
+        if (!closer)
+            return ps_waited(0);
+        uncount_lease(region);
+        int rc = wait_for_closer(&wait, closer);
+        if (rc)
+            return ps_waited(rc == -ETIMEDOUT ? PS_ESIGNAL : rc);
+    }
+}
+
+void ps_lease_leave(struct ps_region *region) {
+    uncount_lease(region);
 }
 
 /* Until the participant has none, or is gone. */
@@ -532,12 +560,21 @@ static int take_pages(struct wait *wait, struct ps_lease *lease) {
     return 0;
 }
 
-/* What a call has taken is from now on the thread's for which it did. */
-void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid) {
+static void hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid) {
     const uint64_t kept = ~(UINT64_C(0xffffffff) & ~(uint64_t)(PS_HERE_HELD | PS_HERE_IN_PLACE));
     for (uint64_t at = first; at < first + count; at++)
         atomic_store_explicit(&region->here[at], (ps_here(region, at) & kept) | (uint64_t)tid << 2,
                               memory_order_release);
+}
+
+void ps_lease_hand_over(struct ps_region *region, struct ps_lease *lease, int tid) {
+    hand_over(region, lease->first, lease->count, tid);
+    lease->taker = tid;
+    count_for(region, tid, 1);
+}
+
+void ps_user_lock_hand_over(struct ps_region *region, uint32_t index, int tid) {
+    hand_over(region, region->shape.pages + index, 1, tid);
 }
 
 static bool nested(const struct ps_region *region, const struct ps_lease *lease) {
@@ -551,16 +588,18 @@ static bool nested(const struct ps_region *region, const struct ps_lease *lease)
 static int take_open_pages(struct wait *wait, struct ps_lease *lease) {
     struct ps_region *region = wait->region;
     for (;;) {
-        count_lease(region);
         int rc = take_pages(wait, lease);
-        struct ps_shm_closer *closer = rc && rc != -EBUSY ? NULL : closer_over(region, lease->first, lease->count);
-        if (!closer && !rc)
-            return 0;
-        if (!rc)
-            give_pages(region, lease->first, lease->first + lease->count);
-        uncount_lease(region);
         if (rc && rc != -EBUSY)
             return rc;
+        if (!rc)
+            count_lease(region);
+        struct ps_shm_closer *closer = closer_over(region, lease->first, lease->count);
+        if (!closer && !rc)
+            return 0;
+        if (!rc) {
+            give_pages(region, lease->first, lease->first + lease->count);
+            uncount_lease(region);
+        }
         if (!closer)
             continue; /* it went meanwhile */
         rc = wait->deadline == PS_TRY ? -EAGAIN : wait_for_closer(wait, closer);
@@ -643,8 +682,8 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
     struct wait wait = begin_wait(region, deadline);
     if (!atomic_load_explicit(&header->leases, memory_order_relaxed)) /* seq_cst: before our words */
         atomic_store_explicit(&header->leases, 1, memory_order_seq_cst);
-    int rc = 0;
-    if (deadline != PS_TRY) /* before anybody is waited for */
+    int rc = region->counts ? 0 : ps_region_map_counts(region);
+    if (!rc && deadline != PS_TRY) /* before anybody is waited for */
         rc = ps_freeze_own(region) ? PS_EFROZEN : nested(region, lease) ? PS_ENESTED : 0;
     if (!rc && lease->window)
         rc = ps_lease_window(region, wait.deadline);
@@ -659,7 +698,8 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
             uncount_lease(region);
         } else {
             tell_taken(region);
-            ps_lease_remember(region, lease->first);
+            lease->taker = ps_process_holder();
+            count_for(region, lease->taker, 1);
         }
     }
     return ps_waited(rc ? tell(&wait, rc, lease_word(region, lease->first), lease->count, outcome) : 0);
@@ -682,6 +722,7 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
         give(region, lease_word(region, page), 0);
     }
     tell_ended(region);
+    count_for(region, lease->taker, -1); /* before the slot's count: thread_holds */
     uncount_lease(region);
     return 0;
 }

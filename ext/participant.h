@@ -28,6 +28,7 @@
 #define PS_GUARD (64u * 1024u)  /* before the data, no-access: its first page is the canary (borrow.c) */
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
+#define PS_TIDS (1u << 22)      /* no thread has such an id, or a greater one (PID_MAX_LIMIT, linux/threads.h) */
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
@@ -125,6 +126,9 @@ struct ps_region {
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
      * the shared word, release.  R: anybody, acquire. */
     _Atomic uint64_t *here;
+    /* Private memory, made by the first lease: how many leases each thread of ours has, by its id (lease.c).  NULL:
+     * none was ever taken. */
+    _Atomic(_Atomic uint32_t *) counts;
     uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
@@ -166,6 +170,7 @@ int ps_region_map_shadow(struct ps_region *region);
 int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 uint64_t ps_region_skip_data(struct ps_region *region, uint64_t at, uint64_t end);
+int ps_region_map_counts(struct ps_region *region);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
 int ps_region_map_canary(struct ps_region *region, int own);
@@ -278,6 +283,7 @@ bool ps_change_read(const struct ps_region *region, uint64_t generation, struct 
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
 bool ps_change_open(const struct ps_region *region);
 bool ps_change_undecided(const struct ps_region *region);
+bool ps_change_under_way(const struct ps_region *region, uint64_t *generation, uint64_t *first, uint64_t *count);
 
 int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 bool ps_frozen(const struct ps_region *region);
@@ -303,8 +309,13 @@ int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
-void ps_here_hand_over(struct ps_region *region, uint64_t first, uint64_t count, int tid); /* from its proxy */
-int ps_lease_window(struct ps_region *region, int64_t deadline);                           /* there is one */
+/* While a thread stores to pages as a lease does, but has none.  0; PS_ESIGNAL: again. */
+int ps_lease_enter(struct ps_region *region);
+void ps_lease_leave(struct ps_region *region);
+/* What a proxy has taken is from now on the thread's for which it did. */
+void ps_lease_hand_over(struct ps_region *region, struct ps_lease *lease, int tid);
+void ps_user_lock_hand_over(struct ps_region *region, uint32_t index, int tid);
+int ps_lease_window(struct ps_region *region, int64_t deadline); /* there is one */
 
 /* snapshot.c: saving pages before they are stored to */
 int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
@@ -464,14 +475,6 @@ struct ps_region *ps_process_claim(void);
 struct ps_region *ps_process_find(uintptr_t address);
 struct ps_chain *ps_process_chain(int signal);
 struct ps_faults *ps_process_faults(void);
-
-/* Leases that the calling thread took, by a page of each: as many as it may hold and still pass a snapshot. */
-#define PS_TAKEN 8
-struct ps_taken {
-    const struct ps_region *region;
-    uint64_t page;
-};
-struct ps_taken *ps_process_taken(void);
 
 /* A word of `here`, by page or pages + lock; does the calling thread, or who it is the proxy of, hold that? */
 static inline uint64_t ps_here(const struct ps_region *region, uint64_t index) {

@@ -35,7 +35,6 @@ static _Thread_local struct ps_faults faults;
 static _Thread_local struct ps_violation violation;
 static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
-static _Thread_local struct ps_taken taken[PS_TAKEN];
 static _Thread_local struct ps_patience patience;
 static _Thread_local struct ps_proxy *proxy;
 static struct ps_waiter waiter;
@@ -66,10 +65,6 @@ void ps_set_hooks(const struct ps_hooks *given) {
 
 const struct ps_hooks *ps_process_hooks(void) {
     return atomic_load_explicit(&hooks, memory_order_acquire);
-}
-
-struct ps_taken *ps_process_taken(void) {
-    return taken;
 }
 
 struct ps_patience *ps_process_patience(void) {
@@ -194,6 +189,7 @@ struct ps_region *ps_process_claim(void) {
         regions[i].memory.fd = regions[i].entry.fd = regions[i].userfault.fd = -1;
         regions[i].corrupt = NULL;
         regions[i].here = NULL;
+        regions[i].counts = NULL;
         /* Fails where another thread has raised it past i already. */
         while (used <= i && !atomic_compare_exchange_weak_explicit(&regions_used, &used, i + 1, memory_order_acq_rel,
                                                                    memory_order_acquire))

@@ -581,6 +581,20 @@ static int map_here(struct ps_region *region) {
     return madvise(got, length, MADV_WIPEONFORK) || madvise(got, length, MADV_DONTDUMP) ? -errno : 0;
 }
 
+/* A forked child finds it zero as well.  Where another thread of ours makes it too, the first is the one. */
+int ps_region_map_counts(struct ps_region *region) {
+    const uint64_t length = PS_TIDS * sizeof(uint32_t);
+    _Atomic uint32_t *none = NULL;
+    void *got = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED)
+        return -errno;
+    int rc = madvise(got, length, MADV_WIPEONFORK) || madvise(got, length, MADV_DONTDUMP) ? -errno : 0;
+    if (rc || !atomic_compare_exchange_strong_explicit(&region->counts, &none, got, memory_order_acq_rel,
+                                                       memory_order_relaxed))
+        munmap(got, length);
+    return rc;
+}
+
 /* -- Attach, close ------------------------------------------------------------------------------------------- */
 
 int ps_cached_identify(struct ps_cached *cached, enum ps_cached_kind kind, int fd) {
@@ -691,6 +705,9 @@ void ps_release(struct ps_region *region) {
     if (region->here)
         munmap((void *)region->here, here_length(region));
     region->here = NULL;
+    if (region->counts)
+        munmap((void *)region->counts, PS_TIDS * sizeof *region->counts);
+    region->counts = NULL;
     atomic_store_explicit(&region->use, PS_UNUSED, memory_order_release);
 }
 

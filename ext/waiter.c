@@ -35,7 +35,6 @@
 #define STACK (128u * 1024u)
 #define SPARES 8u           /* stacks that are kept for the next calls */
 #define SLACK (PS_MS / 4)   /* backstops that come within it are one */
-#define HOLDERS (1u << 22)  /* and above: no thread has such an id (PID_MAX_LIMIT, linux/threads.h) */
 #define BUSY (1000 * PS_MS) /* a watch looks often for so long after a change, and then now and then: */
 #define OFTEN PS_MS         /* who changes page tables from outside wakes nobody */
 #define RARELY (20 * PS_MS)
@@ -186,9 +185,9 @@ static int carry_out(struct ps_call *call) {
         rc = attempt(call);
     while (rc == PS_ESIGNAL && !is_cancelled(call));
     if (!rc && call->kind == PS_CALL_LEASE)
-        ps_here_hand_over(region, call->lease.first, call->lease.count, call->tid);
+        ps_lease_hand_over(region, &call->lease, call->tid);
     else if (!rc && call->kind == PS_CALL_LOCK)
-        ps_here_hand_over(region, region->shape.pages + call->first, 1, call->tid);
+        ps_user_lock_hand_over(region, (uint32_t)call->first, call->tid);
     return rc;
 }
 
@@ -251,7 +250,7 @@ static int begin(struct scheduler *scheduler, struct ps_call *call) {
     struct fiber *fiber = take_stack(scheduler);
     if (!fiber)
         return -ENOMEM;
-    uint32_t holder = HOLDERS + scheduler->serial++ % HOLDERS;
+    uint32_t holder = PS_TIDS + scheduler->serial++ % PS_TIDS;
     *fiber = (struct fiber){
         .proxy = {.holder = (int)holder, .passes = call->passes}, .back = &scheduler->stack, .call = call};
     prepare(fiber);

@@ -242,12 +242,14 @@ class Region(Mapped, _core.Handle):
     def dirty(self, since: int | Snapshot) -> list[tuple[int, int]]:
         """Runs of (offset, length), ascending, of the pages that may have been written since; bytes.
 
-        Never less than what was written; never a page that nobody has touched; who touches a huge page touches all of
-        it. Since a snapshot of this region it is exactly what differs where pages are writable for all, and what was
-        leased elsewhere; since a generation, also all that may have been writable for all meanwhile.
+        Never less than what was written before the call, pages that were restored included; never a page that nobody
+        has touched; who touches a huge page touches all of it. Since a snapshot of this region it is exactly what
+        differs where pages are writable for all, and what was leased elsewhere; since a generation, also all that may
+        have been writable for all meanwhile.
 
         Raises:
             ValueError: a generation that has not come yet, or a snapshot of another region.
+            CorruptRegion: the snapshot was given up, because there was no memory to save a page.
             RegionClosed: the region or the snapshot is closed.
         """
         if not isinstance(since, Snapshot):

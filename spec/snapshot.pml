@@ -3,6 +3,7 @@
  * Lives here: a snapshot of ext/snapshot.c, from its preparation to its end: a snapshotter, two
  * participants that store, each with its agent, and one who reads the image.  Page 0 may be
  * written by all; page 1 is READ, and written by a lease.
+ * Not here: who restores pages (P1_put), and who asks what is dirty (D1_look).
  * Assertion: what is read of the image is what the data was when the snapshot's moment was told;
  * who waits for ever, or may not store any more, is an invalid end state.
  *

@@ -18,14 +18,15 @@ from typing import Protocol
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Child, idle
+from conftest import PATIENCE, Child, idle, until
 
 import pyshare
-from pyshare import READ, Prot, Region, _core
+from pyshare import READ, Prot, Region, _core, _observer
 
 PAGE = 4096
 SECTIONS, LOCK, GENERATION = 288, 704, 768  # offsets in ext/layout.h: in line 4, lines 11 and 12
 ATTEMPT, COMPLETE, CLOSERS = 896, 904, 960  # lines 14 and 15
+SNAPSHOTS = 2624  # line 41: the words of all snapshots, 16 bytes apart
 LEASES, LOCKS = 5, 6  # kinds of sections
 WAITING = 0x80000000  # in an owner word: somebody sleeps on it
 
@@ -117,6 +118,12 @@ def held(region: Region, kind: int, index: int) -> tuple[int, int]:
     section = word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
     value = word(region, section + index * (8 if kind == LEASES else 64), "Q")
     return value & ~WAITING & 0xFFFFFFFF, value >> 32 & ~WAITING
+
+
+def sleeping(region: Region, pid: int | None = None) -> None:
+    """A thread of this process (or of that one) sleeps until another participant gives something up."""
+    observer, wanted = _core.Observer(region.fileno()), pid or os.getpid()
+    until(lambda: any(slot.pid == wanted and slot.waits_for for slot in _observer.slots(observer)))
 
 
 def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:

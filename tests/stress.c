@@ -342,7 +342,6 @@ static void end_call(struct ps_call *call, uint32_t taker) {
     if (call->rc)
         return;
     if (call->kind == PS_CALL_LEASE) {
-        ps_lease_remember(call->region, call->lease.first);
         store(call->region, &call->lease);
         be_inside(taker, call->lease.first - OTHERS_FIRST, call->lease.count);
         give_lease(call->region, &call->lease);
