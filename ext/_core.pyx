@@ -164,8 +164,9 @@ cdef extern from "core.h" nogil:
         PS_ENGINE_AUTO
         PS_ENGINE_MPROTECT
         PS_ENGINE_UFFD
-    int ps_attach(int fd, int name_fd, engine_t engine, int64_t deadline, ps_region **region, ps_outcome *outcome,
-                  const char **field)
+    int ps_attach(int fd, int name_fd, engine_t engine, ps_region **region, const char **field)
+    int ps_join(ps_region *region, int64_t deadline, ps_outcome *outcome, const char **field)
+    void ps_join_abandon(ps_region *region)
     void ps_fault_install()
     int ps_close_begin(ps_region *region)
     void ps_close(ps_region *region)
@@ -380,6 +381,10 @@ cdef raise_code(int code, str doing, str field=None):
         raise OSError(errno.ENOMEM if limit else errno.EPERM,
             f"{doing}: the region's memory is to be locked, and this process may lock {limit} bytes in all "
             "(RLIMIT_MEMLOCK; ulimit -l); that has to be more than its data and control segment")
+    if code == -errno.EOWNERDEAD:
+        raise OSError(errno.EOWNERDEAD,
+            f"{doing}: the native thread that follows changes was ended as it began; a seccomp filter that ends threads "
+            "does that, and this one has to let it pass")
     if code == PS_EREGIONS:
         raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
     raise OSError(-code, f"{doing}: {os.strerror(-code)}")
@@ -610,13 +615,28 @@ cdef class Handle(Mapped):
         cdef ps_outcome outcome
         cdef int rc
         self.come(doing)
-        with nogil:
-            rc = ps_ready(self.region, &outcome)
+        rc = self.ready(&outcome)
         if rc:
             self.leave()
             if rc == PS_ETIMEOUT:
                 raise_timeout(&outcome, f"{doing}: rejoining after fork")
             raise_code(rc, doing, self.corrupt_field())
+
+    cdef int ready(self, ps_outcome *outcome) except? -1:
+        """As ps_ready, serving signals; when a handler raises we have come in vain."""
+        cdef int rc = PS_ESIGNAL
+        try:
+            while rc == PS_ESIGNAL:
+                with nogil:
+                    rc = ps_ready(self.region, outcome)
+                if rc == PS_ESIGNAL:
+                    PyErr_CheckSignals()
+                    if self.region is NULL:  # a child that a handler forked may have closed it
+                        return PS_ECLOSED
+        except BaseException:
+            self.leave()
+            raise
+        return rc
 
     cdef come(self, str doing):
         """As `enter`, without becoming a participant: does not wait."""
@@ -647,6 +667,7 @@ cdef class Handle(Mapped):
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
                 "or another thread or task is using it; release them first")
         while self.sweeps:
+            PyErr_CheckSignals()
             with nogil:
                 ps_sys_pause()
         self.let_go()
@@ -1520,6 +1541,26 @@ def allocate(int fd, numa, uint64_t at):
     return at
 
 
+cdef int join(ps_region *region, int64_t deadline, ps_outcome *outcome, const char **field) except? -1:
+    """As ps_join, serving signals: where a handler raises, nothing is left of the region."""
+    cdef uint32_t forks = ps_forks()
+    cdef int rc = PS_ESIGNAL
+    while True:
+        with nogil:
+            rc = ps_join(region, deadline, outcome, field)
+        if rc != PS_ESIGNAL:
+            return rc
+        try:
+            PyErr_CheckSignals()
+        except BaseException:
+            if forks == ps_forks():
+                with nogil:
+                    ps_join_abandon(region)
+            raise
+        if forks != ps_forks():  # in a handler: a child has no part in what its parent was about to open
+            return PS_ECLOSED
+
+
 def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     """A participant: an instance of `cls`, which derives from Handle."""
     cdef ps_outcome outcome
@@ -1530,7 +1571,9 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     hold_arrays()
     hold_handlers()
     with nogil:
-        rc = ps_attach(fd, name_fd, <engine_t>engine, deadline, &region, &outcome, &field)
+        rc = ps_attach(fd, name_fd, <engine_t>engine, &region, &field)
+    if not rc:
+        rc = join(region, deadline, &outcome, &field)
     if rc == PS_ETIMEOUT:
         raise_timeout(&outcome, "attach")
     if rc == -EOPNOTSUPP and engine == PS_ENGINE_UFFD:

@@ -30,8 +30,11 @@
 #include "participant.h"
 #include "point.h"
 
-#define PIECE (4u * PS_CHUNK)  /* pages */
-#define LOOK_AGAIN (2 * PS_MS) /* while failed: does anybody still undo for us? */
+#define PIECE (4u * PS_CHUNK)   /* pages */
+#define LOOK_AGAIN (2 * PS_MS)  /* while failed: does anybody still undo for us? */
+#define SLICE (20 * PS_MS)      /* of the agent's own waits: does anybody still want it? */
+#define ENDED (50 * PS_MS)      /* until a starter looks whether the thread was ended: it is woken otherwise */
+#define PATIENCE (1000 * PS_MS) /* a signal that came while we did not sleep is not seen here */
 
 /* -- Following ------------------------------------------------------------------------------------------------- */
 
@@ -141,24 +144,25 @@ int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadl
 
 /* A change that failed here is undone by a new generation; where the caller gave up instead, nobody undoes it,
  * and we must not keep rights that the map took away. */
-void ps_agent_settle(struct ps_region *region) {
-    if (!region->failed || ps_pages_take(region, PS_NEVER))
+void ps_agent_settle(struct ps_region *region, int64_t deadline) {
+    if (!region->failed || ps_pages_take(region, deadline))
         return;
     if (region->failed && nobody_undoes(region, ps_applied(region)))
         fence(region);
     ps_pages_give(region);
 }
 
-/* For a lease that ends, and whose pages cannot be closed otherwise. */
+/* For a lease that ends, and whose pages cannot be closed otherwise.  Without the claim, which a stopped process may
+ * have: marks are all that it can take away, and what is no-access has no use for them. */
 void ps_agent_fence(struct ps_region *region) {
-    if (ps_pages_take(region, PS_NEVER))
-        return;
+    ps_page_lock(region, PS_NEVER);
     fence(region);
-    ps_pages_give(region);
+    ps_page_unlock(region);
 }
 
-/* Everything, for a joiner, under the writer lock. */
+/* Everything, for a joiner, under the writer lock: so nobody but an earlier owner of the slot can have its claim. */
 static int sync_all(struct ps_region *region) {
+    ps_claim_void(region);
     int rc = ps_pages_take(region, PS_NEVER);
     if (rc)
         return rc;
@@ -257,6 +261,25 @@ static int join_locked(struct ps_region *region) {
     return rc;
 }
 
+static bool is_wanted(const struct ps_region *region) {
+    return atomic_load_explicit(&region->agent, memory_order_relaxed) == PS_AGENT_STARTING;
+}
+
+/* In slices: whoever called for us may have been interrupted. */
+static int lock(struct ps_region *region) {
+    for (;;) {
+        int64_t slice = ps_sys_now() + SLICE, end = region->join_deadline;
+        uint32_t owner;
+        int rc = ps_lock(region, slice < end ? slice : end, &owner);
+        if (rc != -ETIMEDOUT)
+            return rc;
+        if (slice >= end || !is_wanted(region)) {
+            region->blocker = ps_owner_pid(region, owner);
+            return rc;
+        }
+    }
+}
+
 static int join_slot(struct ps_region *region) {
     int rc = mark_death(region);
     if (!rc)
@@ -267,26 +290,35 @@ static int join_slot(struct ps_region *region) {
         rc = ps_region_map_canary(region, region->own);
     if (!rc)
         rc = offer(region);
-    if (rc)
-        return rc;
-    uint32_t owner;
-    rc = ps_lock(region, region->join_deadline, &owner);
-    if (rc == -ETIMEDOUT)
-        region->blocker = ps_owner_pid(region, owner);
+    if (!rc)
+        rc = lock(region);
     return rc ? rc : join_locked(region);
 }
 
-/* Access ends, then the slot; `own` too, so that only the mapping of the control segment still keeps the slot's
- * byte. Whoever called for it takes that away (ps_region_reserve). */
+/* Access ends, then the slot.  The mapping of the control segment still keeps the slot's byte: ps_region_reserve takes
+ * that away.  Under the page lock: a thread may end a quarantine just now. */
+static void end_access(struct ps_region *region) {
+    ps_region_unmap_data(region);
+    ps_quarantine_forget(region);
+    PS_POINT(L1_unmap);
+    ps_slot_leave(region);
+}
+
+/* As before the join.  Under the page lock. */
+static void undo_join(struct ps_region *region) {
+    if (region->epoch)
+        end_access(region);
+    if (region->uffd)
+        ps_engine_forget(region);
+    ps_region_reserve(region);
+}
+
 static void leave(struct ps_region *region) {
     if (region->epoch) {
-        ps_page_lock(region, PS_NEVER); /* against a thread that ends a quarantine just now */
-        ps_region_unmap_data(region);
-        ps_quarantine_forget(region);
-        ps_page_unlock(region);
-        PS_POINT(L1_unmap);
         ps_name_write_row(region, false);
-        ps_slot_leave(region);
+        ps_page_lock(region, PS_NEVER);
+        end_access(region);
+        ps_page_unlock(region);
         ps_sys_mark_nothing(&region->robust);
     }
     close(region->own);
@@ -330,18 +362,14 @@ static int join(struct ps_region *region) {
         rc = join_slot(region);
     if (rc) {
         leave(region);
-        ps_region_reserve(region);
+        ps_page_lock(region, PS_NEVER);
+        undo_join(region);
+        ps_page_unlock(region);
     }
     return rc;
 }
 
 /* -- The thread ------------------------------------------------------------------------------------------------ */
-
-static void set_state(struct ps_region *region, enum ps_agent_state state) {
-    /* release: the starter or stopper (acquire) finds join_result and everything that the agent did. */
-    atomic_store_explicit(&region->agent, state, memory_order_release);
-    ps_sys_wake(&region->agent, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
-}
 
 static void follow_for_ever(struct ps_region *region) {
     _Atomic uint64_t *word = &ps_header(region)->generation;
@@ -352,32 +380,103 @@ static void follow_for_ever(struct ps_region *region) {
         uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
         ps_borrow_answer(region);
         ps_fault_install(); /* before access ends: faulthandler may have come above us, or taken us away with itself */
-        ps_agent_follow(region, generation, PS_NEVER);
-        ps_agent_settle(region);
+        if (ps_agent_follow(region, generation, ps_sys_now() + SLICE))
+            continue; /* another process is stopped with our claim: a stopper of ours does not wait for that */
+        ps_agent_settle(region, ps_sys_now() + SLICE);
         PS_POINT(A1_wait);
         ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, bit,
                     region->failed ? ps_sys_now() + LOOK_AGAIN : PS_NEVER);
     }
 }
 
+/* release: whoever finds the new state (acquire) finds join_result, and everything that was done before. */
+static bool pass(struct ps_region *region, uint32_t from, enum ps_agent_state to) {
+    bool passed =
+        atomic_compare_exchange_strong_explicit(&region->agent, &from, to, memory_order_acq_rel, memory_order_relaxed);
+    if (passed)
+        ps_sys_wake(&region->agent, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+    return passed;
+}
+
 static void *agent_main(void *argument) {
     struct ps_region *region = argument;
     ps_process_become_agent(region);
     ps_sys_normal_priority();
-    int rc = join(region);
-    if (!rc)
+    region->join_result = join(region);
+    if (!region->join_result) {
         ps_name_write_row(region, true);
-    region->join_result = rc;
-    set_state(region, rc ? PS_AGENT_NONE : PS_AGENT_RUNNING);
-    if (!rc) {
+        pass(region, PS_AGENT_STARTING, PS_AGENT_RUNNING); /* or it is STOPPING by now */
         follow_for_ever(region);
         leave(region);
-        set_state(region, PS_AGENT_LEFT);
     }
+    if (!pass(region, PS_AGENT_STARTING, PS_AGENT_NONE))
+        pass(region, PS_AGENT_STOPPING, PS_AGENT_NONE);
     return NULL; /* the private table closes with the thread: own, and with it the OFD lock */
 }
 
-static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *outcome) {
+/* There is no such thread any more, however it ended.  Under the page lock: it is asked once for each. */
+static bool is_gone(struct ps_region *region) {
+    if (region->threaded && ps_process_ended(region->thread))
+        region->threaded = false;
+    return !region->threaded;
+}
+
+/* One of the threads that find it missing, or lost, starts it.  Under the page lock, lest another one start its
+ * successor too, and two follow one map. */
+static int start_missing(struct ps_region *region, int64_t deadline) {
+    int rc = ps_page_lock(region, deadline);
+    if (rc)
+        return rc;
+    uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
+    while (seen == PS_AGENT_NONE && !is_gone(region)) /* it has nothing more to do than to end */
+        ps_sys_pause();
+    if (seen == PS_AGENT_NONE || (seen == PS_AGENT_RUNNING && is_gone(region))) {
+        region->join_deadline = deadline;
+        region->blocker = (uint32_t)getpid(); /* until it knows better */
+        region->succeeds = region->epoch;
+        atomic_store_explicit(&region->agent, PS_AGENT_STARTING, memory_order_relaxed);
+        rc = ps_process_spawn(agent_main, region, &region->thread);
+        region->threaded = !rc;
+        if (rc)
+            pass(region, PS_AGENT_STARTING, PS_AGENT_NONE);
+    }
+    ps_page_unlock(region);
+    return rc;
+}
+
+/* Was the thread ended while it started?  A seccomp filter can do that.  What a joiner had so far goes; a successor had
+ * it from its predecessor, and leaves it to the next. */
+static void notice_end(struct ps_region *region) {
+    if (ps_page_lock(region, ps_sys_now() + PS_BACKSTOP))
+        return;
+    if (is_wanted(region) && is_gone(region)) {
+        region->join_result = -EOWNERDEAD;
+        if (!region->succeeds)
+            undo_join(region);
+        pass(region, PS_AGENT_STARTING, PS_AGENT_NONE);
+    }
+    ps_page_unlock(region);
+}
+
+/* The agent bounds itself by join_deadline.  PS_ESIGNAL: it goes on, and whoever calls may come again. */
+static int await_start(struct ps_region *region) {
+    int64_t end = ps_sys_now() + PATIENCE;
+    uint32_t seen;
+    while ((seen = atomic_load_explicit(&region->agent, memory_order_acquire)) == PS_AGENT_STARTING) {
+        int64_t now = ps_sys_now();
+        int rc = ps_sleep((struct ps_watch){&region->agent, seen}, now + ENDED);
+        if (rc == -EINTR || now >= end)
+            return PS_ESIGNAL;
+        if (rc == -ETIMEDOUT)
+            notice_end(region);
+    }
+    return seen == PS_AGENT_RUNNING ? 0 : seen == PS_AGENT_NONE ? region->join_result : PS_ECLOSED;
+}
+
+int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+    int rc = start_missing(region, deadline);
+    if (!rc)
+        rc = await_start(region);
     outcome->generation = outcome->silent = 0;
     if (rc != -ETIMEDOUT)
         return rc;
@@ -385,55 +484,41 @@ static int tell_blocker(struct ps_region *region, int rc, struct ps_outcome *out
     return PS_ETIMEOUT;
 }
 
-/* One of the threads that find it missing, or lost, starts it.  Under the page lock: between the look at a lost one
- * and the store, another thread may have started its successor, and two would follow one map. */
-static bool is_to_start(struct ps_region *region, int64_t deadline) {
-    if (ps_page_lock(region, deadline))
-        return false;
-    uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
-    bool missing = seen == PS_AGENT_NONE || (seen == PS_AGENT_RUNNING && ps_slot_lost(region));
-    if (missing)
-        atomic_store_explicit(&region->agent, PS_AGENT_STARTING, memory_order_relaxed);
-    ps_page_unlock(region);
-    return missing;
+/* It ended, though nobody asked it to.  The word in the slot is a hint that anybody can write, but two agents at once
+ * would pull the mapping from under each other.  The kernel marks it shortly before the thread is gone. */
+bool ps_agent_lost(struct ps_region *region) {
+    bool gone = false;
+    for (int look = 0; !gone && !ps_slot_marked(region) && look < 10; look++) {
+        if (look)
+            ps_sys_pause();
+        if (ps_page_lock(region, ps_sys_now() + PS_BACKSTOP))
+            continue;
+        gone = is_gone(region);
+        ps_page_unlock(region);
+    }
+    return gone;
 }
 
-int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
-    uint32_t seen;
-    if (is_to_start(region, deadline)) {
-        region->join_deadline = deadline;
-        int rc = ps_process_spawn(agent_main, region);
-        if (rc) {
-            set_state(region, PS_AGENT_NONE);
-            return rc;
-        }
+/* It may be about to sleep: wake again until it has ended. */
+static void await_end(struct ps_region *region) {
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    ps_page_lock(region, PS_NEVER);
+    while (!is_gone(region)) {
+        ps_page_unlock(region);
+        ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
+        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+        ps_page_lock(region, PS_NEVER);
     }
-    /* The agent bounds itself by join_deadline. */
-    while ((seen = atomic_load_explicit(&region->agent, memory_order_acquire)) == PS_AGENT_STARTING)
-        ps_sleep((struct ps_watch){&region->agent, seen}, PS_NEVER);
-    return seen == PS_AGENT_RUNNING ? 0 : tell_blocker(region, region->join_result, outcome);
 }
 
 void ps_agent_stop(struct ps_region *region) {
-    struct ps_outcome outcome;
-    if (ps_running(region) && ps_slot_lost(region))
-        ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, &outcome); /* so that there is one to leave */
-    uint32_t seen = PS_AGENT_RUNNING;
-    if (atomic_compare_exchange_strong_explicit(&region->agent, &seen, PS_AGENT_STOPPING, memory_order_acq_rel,
-                                                memory_order_acquire)) {
-        _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-        while (atomic_load_explicit(&region->agent, memory_order_acquire) != PS_AGENT_LEFT &&
-               ps_sys_thread_exists(region->tid)) {
-            /* It may be about to sleep: wake again until it says that it has left. */
-            ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
-            ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY,
-                        ps_sys_now() + PS_MS);
-        }
-        /* acquire: it may have left, and ended, between the two looks; what it did came before. */
-        (void)atomic_load_explicit(&region->agent, memory_order_acquire);
-    }
-    ps_page_lock(region, PS_NEVER);
+    if (!pass(region, PS_AGENT_STARTING, PS_AGENT_STOPPING))
+        pass(region, PS_AGENT_RUNNING, PS_AGENT_STOPPING);
+    await_end(region);
+    if (region->epoch) /* it was ended alone */
+        end_access(region);
     ps_quarantine_forget(region);
-    ps_region_reserve(region); /* without an agent to leave, this is the crash path: the byte is free, so we are dead */
+    ps_region_reserve(region);
+    atomic_store_explicit(&region->agent, PS_AGENT_NONE, memory_order_relaxed);
     ps_page_unlock(region);
 }

@@ -507,7 +507,7 @@ static int carry_out(struct ps_region *region, const struct change *change, stru
     waiting->outcome->failed_pid = waiting->outcome->error = 0; /* of another's change */
     begin(region, change);
     int rc = settle(region, waiting);
-    ps_agent_settle(region);
+    ps_agent_settle(region, PS_NEVER);
     return rc;
 }
 
@@ -525,7 +525,7 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     struct waiting waiting = patient(deadline, &outcome);
     if (ps_change_open(region))
         rc = settle(region, &waiting);
-    ps_agent_settle(region);
+    ps_agent_settle(region, PS_NEVER);
     leave(region, &waiting);
     return rc == PS_ECORRUPT ? rc : 0;
 }

@@ -117,17 +117,22 @@ struct ps_numa {
  * ps_create: nothing is allocated, nobody participates; of huge pages all are promised, or -ENOMEM.
  * ps_prefer: of what is allocated in the data from now on, by whomever; of huge pages ps_allocate's alone.
  * ps_allocate: so that nobody ever lacks the memory; a small piece from *at on, which is moved on.  1: there is more;
- * 0: that was all; -EINTR: a signal came, and the piece may be asked for again. */
+ * 0: that was all; -EINTR: a signal came, and the piece may be asked for again.
+ * ps_attach: *region is ready to join, and has no access yet.
+ * ps_join: it is a participant; PS_ESIGNAL: not yet, and the caller may go on with ps_join, or give up; after any other
+ * error the handle is void.  ps_join_abandon: nothing is left of it, no slot, no thread, no mapping. */
 int ps_create(const struct ps_creation *wanted, int *fd);
 int ps_prefer(int fd, const struct ps_numa *numa);
 int ps_allocate(int fd, const struct ps_numa *numa, uint64_t *at);
 uint64_t ps_footprint(const struct ps_creation *wanted); /* bytes that ps_allocate allocates of it */
-int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **region,
-              struct ps_outcome *outcome, const char **field);
+int ps_attach(int fd, int name_fd, enum ps_engine engine, struct ps_region **region, const char **field);
+int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome, const char **field);
+void ps_join_abandon(struct ps_region *region);
 int ps_close_begin(struct ps_region *region); /* 0: it is ours to close, or PS_ECLOSED */
 void ps_close(struct ps_region *region);      /* ... access ends; the address range stays reserved */
 void ps_release(struct ps_region *region);    /* ... until here; the handle is void */
-/* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant. */
+/* Joins if this process lost its place (fork with a full table, lost agent); 0 when it is a participant; PS_ESIGNAL:
+ * not yet, and the caller may go on with ps_ready. */
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
 int ps_ready_now(const struct ps_region *region); /* 1; 0: it takes the former; PS_ECLOSED */
 uint32_t ps_forks(void); /* how many forks lie between the first region's process and this one */

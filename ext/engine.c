@@ -313,14 +313,17 @@ static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count
     if (rc)
         return rc;
     bool arms = region->uffd && (!all_armed(region, first, count) || region->quarantines);
-    if (arms && (rc = ps_claim_own(region, deadline)))
-        goto out;
+    if (arms) {
+        ps_page_unlock(region);
+        rc = ps_pages_take(region, deadline);
+        if (rc)
+            return rc;
+    }
     if (region->unsynced)
         ps_engine_doubt(region);
     rc = region->fenced ? -EACCES : ps_engine_apply(region, first, count);
     if (arms)
         ps_claim_release(region, region->slot);
-out:
     ps_page_unlock(region);
     return rc;
 }

@@ -10,8 +10,8 @@
  *     `descriptor_lock` is held while the cached descriptors are looked at,
  *     fetched or forgotten: fork looks at them from any thread.  Lock order:
  *     the shared writer lock, page_lock, the own claim, descriptor_lock.
- *  3. Shared memory is mapped exactly while `agent` is RUNNING or STOPPING;
- *     in every other state the address range is reserved, no-access.
+ *  3. Callers use shared memory only while `agent` is RUNNING.  Without a slot
+ *     (`epoch` 0) nothing of it is mapped: the range is reserved, no-access.
  */
 #ifndef PS_PARTICIPANT_H
 #define PS_PARTICIPANT_H
@@ -84,11 +84,10 @@ enum ps_use { /* of a place in the table */
 };
 
 enum ps_agent_state {
-    PS_AGENT_NONE = 0,     /* detached: no slot, no access */
-    PS_AGENT_STARTING = 1, /* some thread is starting it */
+    PS_AGENT_NONE = 0, /* detached: no slot, no access; or a successor could not begin */
+    PS_AGENT_STARTING = 1,
     PS_AGENT_RUNNING = 2,
-    PS_AGENT_STOPPING = 3, /* asked to leave */
-    PS_AGENT_LEFT = 4,
+    PS_AGENT_STOPPING = 3, /* asked to leave, or to give up joining */
 };
 
 #define PS_QUARANTINES 64u
@@ -106,9 +105,12 @@ struct ps_region {
     struct ps_cached memory, entry, userfault; /* under descriptor_lock */
 
     _Atomic uint32_t agent;                        /* enum ps_agent_state, and the futex on which its starter waits */
+    bool threaded;                                 /* under page_lock: `thread` has not been found ended */
+    pthread_t thread;                              /* the agent's; under page_lock */
     int join_result;                               /* agent's, before it leaves STARTING */
     int64_t join_deadline;                         /* starter's, before STARTING */
-    uint32_t blocker;                              /* owner word that a join waited for in vain */
+    bool succeeds;                                 /* likewise: slot and mappings are an earlier agent's */
+    uint32_t blocker;                              /* pid that a join waited for in vain */
     int tid;                                       /* the agent's thread */
     int own, own_entry, own_userfault, own_socket; /* numbers in its table; -1: none */
     struct ps_robust robust;
@@ -231,7 +233,6 @@ static inline bool ps_running(const struct ps_region *region) {
 int ps_slot_claim(struct ps_region *region, int own);
 void ps_slot_live(struct ps_region *region);
 void ps_slot_leave(struct ps_region *region);
-bool ps_slot_lost(const struct ps_region *region);
 bool ps_slot_marked(const struct ps_region *region);
 bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
 void ps_slot_bury(struct ps_region *region, uint32_t slot, uint32_t status);
@@ -382,8 +383,9 @@ uint32_t ps_remote_change(struct ps_region *region, uint64_t generation, const s
 /* agent.c: following the map */
 int ps_agent_start(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 void ps_agent_stop(struct ps_region *region);
+bool ps_agent_lost(struct ps_region *region);
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
-void ps_agent_settle(struct ps_region *region);
+void ps_agent_settle(struct ps_region *region, int64_t deadline);
 void ps_agent_fence(struct ps_region *region);
 
 /* names.c */
@@ -422,6 +424,7 @@ struct ps_proxy {
 struct ps_waiter {
     _Atomic uint32_t lock;           /* lock.c: while it is started */
     _Atomic bool running;            /* W: under the lock, release.  R: acquire */
+    pthread_t thread;                /* under the lock */
     _Atomic uint32_t kicks;          /* W: who has something for it, + 1, release.  R: it sleeps on it, acquire */
     _Atomic(struct ps_call *) inbox; /* W: by CAS, release; it takes all.  The latest first, by `next` */
 };
@@ -465,7 +468,9 @@ struct ps_proxy *ps_process_proxy(void);   /* NULL: it is itself */
 void ps_process_set_proxy(struct ps_proxy *proxy);
 struct ps_waiter *ps_process_waiter(void);
 struct ps_patience *ps_process_patience(void);
-int ps_process_spawn(void *(*body)(void *), void *argument); /* a detached thread with all signals blocked */
+int ps_process_spawn(void *(*body)(void *), void *argument, pthread_t *thread); /* with all signals blocked */
+bool ps_process_ended(
+    pthread_t thread); /* also where a seccomp filter did it; true once: then it is no thread any more */
 void ps_process_become_agent(const struct ps_region *region);
 bool ps_process_is_agent(const struct ps_region *region); /* the calling thread, with the table that it has */
 _Atomic uint32_t *ps_process_borrow_lock(void);

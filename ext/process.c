@@ -109,19 +109,22 @@ static size_t stack_size(const pthread_attr_t *attributes) {
     return STACK + (least_stack ? least_stack(attributes) : 0);
 }
 
-int ps_process_spawn(void *(*body)(void *), void *argument) {
-    pthread_t thread;
+int ps_process_spawn(void *(*body)(void *), void *argument, pthread_t *thread) {
     pthread_attr_t attributes;
     sigset_t all, before;
     sigfillset(&all);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, stack_size(&attributes));
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(&thread, &attributes, body, argument);
+    int rc = pthread_create(thread, &attributes, body, argument);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return -rc;
+}
+
+/* The kernel clears a word of the thread's, whatever ends it, and that is what is looked at here. */
+bool ps_process_ended(pthread_t thread) {
+    return !pthread_tryjoin_np(thread, NULL);
 }
 
 void ps_process_become_agent(const struct ps_region *region) {
@@ -165,6 +168,7 @@ void ps_process_took(int fd) {
 /* As in a process that has just been forked: no agent, no slot, no lock held. */
 static void forget_participation(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
+    region->threaded = false;
     region->page_lock = region->descriptor_lock = 0;
     region->leased = 0;
     region->quarantines = 0;
@@ -252,7 +256,10 @@ static void in_child(void) {
             forget_participation(&regions[i]);
             ps_cached_forget(&regions[i], &regions[i].userfault); /* it changes our parent's page tables */
         }
-        if (use == PS_OPEN && !ps_agent_start(&regions[i], deadline, &outcome)) /* or detached: ps_ready tries again */
+        int rc = use == PS_OPEN ? PS_ESIGNAL : PS_ECLOSED;
+        while (rc == PS_ESIGNAL) /* handlers run when fork is over: until then nobody may use the memory */
+            rc = ps_agent_start(&regions[i], deadline, &outcome);
+        if (!rc) /* or detached: ps_ready tries again */
             ps_cached_get(&regions[i], &regions[i].userfault);
         if (use == PS_OPENING) /* by a thread that is not here */
             ps_region_discard(&regions[i]);

@@ -645,10 +645,18 @@ void ps_region_discard(struct ps_region *region) {
     ps_release(region);
 }
 
-int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, struct ps_region **out,
-              struct ps_outcome *outcome, const char **field) {
+/* What a participant needs before its agent begins. */
+static int fill(struct ps_region *region, int fd, int name_fd) {
+    int rc = cache(&region->memory, PS_MEMORY, fd);
+    if (!rc)
+        rc = cache(&region->entry, PS_ENTRY, name_fd);
+    if (!rc)
+        rc = ps_region_place(region);
+    return rc ? rc : map_here(region);
+}
+
+int ps_attach(int fd, int name_fd, enum ps_engine engine, struct ps_region **out, const char **field) {
     struct ps_shape shape;
-    outcome->silent = 0;
     int rc = ps_region_validate(fd, &shape, field);
     if (!rc)
         rc = ps_process_start();
@@ -660,15 +668,17 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, stru
     region->shape = shape;
     region->engine = engine;
     region->policy = shape.policy;
-    rc = cache(&region->memory, PS_MEMORY, fd);
-    if (!rc)
-        rc = cache(&region->entry, PS_ENTRY, name_fd);
-    if (!rc)
-        rc = ps_region_place(region);
-    if (!rc)
-        rc = map_here(region);
-    if (!rc)
-        rc = ps_agent_start(region, deadline, outcome);
+    rc = fill(region, fd, name_fd);
+    if (rc)
+        ps_region_discard(region);
+    *out = region;
+    return rc;
+}
+
+int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome, const char **field) {
+    int rc = ps_agent_start(region, deadline, outcome);
+    if (rc == PS_ESIGNAL)
+        return rc;
     if (rc) {
         *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
         ps_region_discard(region);
@@ -678,8 +688,12 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, int64_t deadline, stru
     ps_cached_get(region, &region->userfault); /* so that the marks do not go with the agent */
     ps_fault_stack();
     ps_fault_install();
-    *out = region;
     return 0;
+}
+
+void ps_join_abandon(struct ps_region *region) {
+    ps_agent_stop(region);
+    ps_region_discard(region);
 }
 
 /* At once, so that no fork comes in between: a child of a process that is closing it has no part in it. */
@@ -721,7 +735,7 @@ static int be_ready(struct ps_region *region, struct ps_outcome *outcome) {
     int rc = ps_ready_now(region);
     if (rc)
         return rc < 0 ? rc : 0;
-    if (ps_running(region) && !ps_slot_lost(region))
+    if (ps_running(region) && !ps_agent_lost(region))
         return 0;
     rc = ps_agent_start(region, ps_sys_now() + PS_JOIN_TIMEOUT, outcome);
     if (!rc)

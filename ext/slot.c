@@ -99,7 +99,8 @@ int ps_slot_claim(struct ps_region *region, int own) {
     _Atomic uint32_t nobody_wakes = 0;
     int rc;
     while (!(rc = claim_any(region, own))) {
-        if (ps_sys_now() >= region->join_deadline)
+        if (ps_sys_now() >= region->join_deadline ||
+            atomic_load_explicit(&region->agent, memory_order_relaxed) != PS_AGENT_STARTING) /* nobody wants it */
             return PS_EFULL;
         ps_sys_wait((struct ps_watch){&nobody_wakes, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
     }
@@ -131,21 +132,6 @@ void ps_slot_leave(struct ps_region *region) {
 bool ps_slot_marked(const struct ps_region *region) {
     return atomic_load_explicit(&ps_slot(region, region->slot)->live, memory_order_acquire) ==
            ((uint32_t)region->tid | FUTEX_WAITERS);
-}
-
-/* Our own agent ended, though nobody asked it to (a seccomp filter can do that).  The word is a hint that anybody
- * can write: two agents at once would pull the mapping from under each other.  The kernel marks it shortly before
- * the thread is gone. */
-bool ps_slot_lost(const struct ps_region *region) {
-    _Atomic uint32_t *live = &ps_slot(region, region->slot)->live;
-    uint32_t seen = atomic_load_explicit(live, memory_order_acquire);
-    for (int look = 0; seen != ((uint32_t)region->tid | FUTEX_WAITERS) && look < 10; look++) {
-        if (!ps_sys_thread_exists(region->tid))
-            return true;
-        ps_sys_wait((struct ps_watch){live, seen}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
-        seen = atomic_load_explicit(live, memory_order_acquire);
-    }
-    return false;
 }
 
 /* 1, 0, or 0 where it cannot be asked. Looks at the descriptor after the answer too: the program may have

@@ -178,7 +178,9 @@ static int attempt(struct ps_call *call) {
 static int carry_out(struct ps_call *call) {
     struct ps_region *region = call->region;
     call->outcome.generation = call->outcome.silent = call->outcome.error = 0;
-    int rc = call->kind == PS_CALL_WATCH ? 0 : ps_ready(region, &call->outcome);
+    int rc = call->kind == PS_CALL_WATCH ? 0 : PS_ESIGNAL;
+    while (rc == PS_ESIGNAL && !is_cancelled(call))
+        rc = ps_ready(region, &call->outcome);
     if (rc)
         return rc;
     do
@@ -405,7 +407,7 @@ static int start(struct ps_waiter *waiter) {
         return 0;
     int rc = ps_private_lock(&waiter->lock, PS_NEVER);
     if (!waiter->running && !rc) {
-        rc = ps_process_spawn(waiter_main, waiter);
+        rc = ps_process_spawn(waiter_main, waiter, &waiter->thread);
         atomic_store_explicit(&waiter->running, !rc, memory_order_release);
     }
     ps_private_unlock(&waiter->lock);

@@ -541,7 +541,9 @@ def attach(
         CorruptRegion: the descriptor is no region, or a damaged one.
         ParticipantLimit: every slot is taken.
         PropagationTimeout: the lock was held for the whole timeout.
-        OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM.
+        OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM. EOWNERDEAD: the thread that follows changes was ended
+            as it began (by a seccomp filter).
+        KeyboardInterrupt: after Ctrl-C; this process has no part in the region then.
     """
     wanted = _check_engine(engine)
     deadline = _core.deadline_of(timeout)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import itertools
 import mmap
 import os
@@ -113,6 +114,14 @@ def word(region: Region, offset: int, kind: str = "I") -> int:
     return int(struct.unpack(kind, os.pread(region.fileno(), struct.calcsize(kind), offset))[0])
 
 
+def wake(region: Region, offset: int) -> None:
+    """Everybody who sleeps on a word of the control segment."""
+    futex, wake = 202, 1
+    with mmap.mmap(region.fileno(), PAGE) as header:
+        at = ctypes.addressof(ctypes.c_char.from_buffer(header, offset))
+        assert libc.syscall(futex, ctypes.c_void_p(at), wake, 2**31 - 1, 0, 0, 0) >= 0
+
+
 def held(region: Region, kind: int, index: int) -> tuple[int, int]:
     """Who holds a page (LEASES) or a lock (LOCKS), and who is to have it next: owner words, 0 for nobody."""
     section = word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
@@ -124,6 +133,27 @@ def sleeping(region: Region, pid: int | None = None) -> None:
     """A thread of this process (or of that one) sleeps until another participant gives something up."""
     observer, wanted = _core.Observer(region.fileno()), pid or os.getpid()
     until(lambda: any(slot.pid == wanted and slot.waits_for for slot in _observer.slots(observer)))
+
+
+def slot_is_taken(region: Region, slot: int) -> bool:
+    """By an open file description that has the slot's byte locked."""
+    get, lock = 36, struct.Struct("hhqqi4x")  # F_OFD_GETLK, struct flock
+    answer = fcntl.fcntl(region.fileno(), get, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0))
+    return bool(lock.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def is_asleep(native_id: int, pid: str | int = "self") -> bool:
+    """That thread is in a futex call, which is where the core sleeps."""
+    try:
+        return Path(f"/proc/{pid}/task/{native_id}/syscall").read_text().split()[0] in {"202", "449", "455"}
+    except ProcessLookupError:
+        return False
+
+
+def until_waits(child: Child) -> None:
+    """Its main thread sleeps in the core, having said that it is about to."""
+    asleep = iter(lambda: is_asleep(child.pid, child.pid), None)
+    until(lambda: all(next(asleep) for _ in range(50)))
 
 
 def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:

@@ -102,9 +102,7 @@ static void threads_may_change(void) {
 static void threads_may_not_change(void) {
     pthread_rwlock_wrlock(&threads);
 }
-static void threads_changed(int tid) {
-    while (tid && ps_sys_thread_exists(tid))
-        sched_yield();
+static void threads_changed(void) {
     pthread_rwlock_unlock(&threads);
 }
 #else
@@ -112,8 +110,7 @@ static void threads_may_change(void) {
 }
 static void threads_may_not_change(void) {
 }
-static void threads_changed(int tid) {
-    (void)tid;
+static void threads_changed(void) {
 }
 #endif
 
@@ -142,9 +139,12 @@ static struct ps_region *attach(uint64_t number) {
     struct ps_outcome outcome;
     struct ps_region *region = NULL;
     const char *field = "";
-    int rc = ps_attach(memory, -1, number % 2 ? PS_ENGINE_MPROTECT : PS_ENGINE_AUTO, ps_sys_now() + TIMEOUT, &region,
-                       &outcome, &field);
+    int rc = ps_attach(memory, -1, number % 2 ? PS_ENGINE_MPROTECT : PS_ENGINE_AUTO, &region, &field);
     CHECK(!rc, "ps_attach: %d %s", rc, field);
+    int64_t deadline = ps_sys_now() + TIMEOUT;
+    while ((rc = ps_join(region, deadline, &outcome, &field)) == PS_ESIGNAL)
+        ;
+    CHECK(!rc, "ps_join: %d %s", rc, field);
     return region;
 }
 
@@ -158,7 +158,9 @@ static void leave(struct ps_region *region) {
 /* As the binding does: before each call a lost agent is started again; after a signal the call goes on. */
 static void be_ready(struct ps_region *region) {
     struct ps_outcome outcome;
-    int rc = ps_ready(region, &outcome);
+    int rc;
+    while ((rc = ps_ready(region, &outcome)) == PS_ESIGNAL)
+        ;
     CHECK(!rc, "ps_ready: %d", rc);
 }
 
@@ -430,15 +432,14 @@ static void *join_and_leave(void *argument) {
     for (count(&begun); !forked; count(&joins)) {
         threads_may_change();
         struct ps_region *region = attach(below(&state, 2));
-        threads_changed(0);
+        threads_changed();
         for (uint64_t i = below(&state, 4); i; i--) {
             change_others(region, &state);
             use_data(region, &state);
         }
-        int tid = region->tid;
         threads_may_change();
-        leave(region);
-        threads_changed(tid);
+        leave(region); /* and its agent has ended */
+        threads_changed();
     }
     return NULL;
 }
@@ -494,7 +495,7 @@ static void *fork_and_kill(void *argument) {
         pid_t pid = fork();
         if (!pid)
             change_until_killed(holder[0], ends, state);
-        threads_changed(0);
+        threads_changed();
         CHECK(pid > 0, "%d", errno);
         close(ends[1]);
         kill_at_work(pid, ends[0], &state);

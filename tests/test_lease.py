@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import random
 import re
@@ -35,6 +34,7 @@ from kernel import (
     in_background,
     libc,
     mapped,
+    slot_is_taken,
     tell,
     word,
 )
@@ -916,13 +916,6 @@ def test_a_child_has_no_window_and_nothing_else_comes_there(region: Region, cras
     with take(region, 3, window=True) as lease:
         lease.view[0] = 5
     assert window_of(region) == window
-
-
-def slot_is_taken(region: Region, slot: int) -> bool:
-    """By an open file description that has the slot's byte locked."""
-    get, lock = 36, struct.Struct("hhqqi4x")  # F_OFD_GETLK, struct flock
-    answer = fcntl.fcntl(region.fileno(), get, lock.pack(fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0))
-    return bool(lock.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 @co_operative

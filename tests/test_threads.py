@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from conftest import Child, idle
+from kernel import PAGE, slot_is_taken, tell
+
+import pyshare
+from pyshare import READ
+
+Fork = Callable[..., Child]
+Joined = Callable[..., Child]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -36,3 +46,53 @@ with pyshare.create(size=1 << 20) as region:
         LD_PRELOAD=str(library),
     )
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+# -- Ended alone, as a seccomp filter does it --------------------------------------------------------------------------
+
+JOINING = ["J1_claim", "J2_lock", "J3_apply", "J4_live"]
+
+
+@pytest.mark.parametrize("step", JOINING)
+def test_attach_tells_of_a_thread_that_is_ended_as_it_begins(fork: Fork, step: str) -> None:
+    name = f"threads-{os.getpid()}"
+
+    def body(child: Child) -> None:
+        idle(child)
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match=r"attach: the native thread .* was ended as it began") as caught:
+            pyshare.attach(name, timeout=None)
+        assert caught.value.errno == errno.EOWNERDEAD
+        assert len(os.listdir("/proc/self/task")) == 1
+        assert os.listdir("/proc/self/fd") == before
+        idle(child)
+        with pyshare.attach(name) as region:
+            region.mprotect(0, PAGE, READ)
+
+    child = fork(body, point=f"{step}=exit")
+    assert child.hear() == "ok"
+    with pyshare.create(name, size=16 * PAGE, max_participants=2) as region:
+        tell(child, "attach")
+        assert not slot_is_taken(region, 1)
+        assert region.mprotect(PAGE, PAGE, READ) == 1
+        child.say()
+        assert child.wait() == 0
+        assert region.generation == 2
+
+
+@pytest.mark.parametrize("step", JOINING)
+def test_a_fork_ends_where_the_childs_thread_does(fork: Fork, step: str) -> None:
+    with pyshare.create(size=16 * PAGE, max_participants=2) as region:
+        child = fork(lambda _: region.mprotect(0, PAGE, READ), point=f"{step}=exit")
+        assert child.wait() == 0  # its first call has joined again
+        assert region.mprotect(PAGE, PAGE, READ) == 2
+
+
+@pytest.mark.parametrize("step", ["A1_wait", "L1_unmap", "L2_leave"])
+def test_close_ends_where_its_thread_does(joined: Joined, step: str) -> None:
+    with pyshare.create(size=16 * PAGE, max_participants=2) as region:
+        child = joined(lambda child: (idle(child), region.close(), idle(child)), point=f"{step}=exit")
+        tell(child, "close")
+        assert not slot_is_taken(region, 1)
+        assert region.mprotect(PAGE, PAGE, READ) == 1
+        assert [one.pid for one in region.participants()] == [os.getpid()]

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import PATIENCE, Child, until
+from kernel import is_asleep, until_waits
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
@@ -31,20 +31,6 @@ def region(request: pytest.FixtureRequest) -> Iterator[Region]:
         region.write(0, OLD * region.size)
         region.mprotect(0, region.size, READ)
         yield region
-
-
-def is_asleep(native_id: int, pid: str | int = "self") -> bool:
-    """In a futex call, where the handler waits."""
-    try:
-        return Path(f"/proc/{pid}/task/{native_id}/syscall").read_text().split()[0] in {"202", "449", "455"}
-    except ProcessLookupError:
-        return False
-
-
-def until_waits(child: Child) -> None:
-    """Its main thread sleeps in the handler: where it was when it said that it would store."""
-    asleep = iter(lambda: is_asleep(child.pid, child.pid), None)
-    until(lambda: all(next(asleep) for _ in range(50)))
 
 
 # -- The thread sleeps, and goes on ------------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""Signals while a process joins a region, or leaves it: Ctrl-C ends each wait, and close() has none for others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Child, idle, until
+from kernel import GENERATION, PAGE, slot_is_taken, tell, until_waits, wake
+
+import pyshare
+from pyshare import READ, READ_WRITE, Region, RegionClosed
+
+Fork = Callable[..., Child]
+NAME = f"interrupts-{os.getpid()}"
+FAR = range(0x1000_0000_0000, 0x5000_0000_0000)  # where regions are mapped (ext/region.c)
+
+
+def left() -> tuple[list[str], list[str], list[str]]:
+    """Threads, descriptors and mappings of regions of this process."""
+    starts = (int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines())
+    far = [hex(start) for start in starts if start in FAR]
+    return os.listdir("/proc/self/task"), os.listdir("/proc/self/fd"), far
+
+
+def made(engine: str = "mprotect", max_participants: int = 3) -> Region:
+    return pyshare.create(NAME, size=16 * PAGE, engine=engine, max_participants=max_participants)
+
+
+def interrupted(child: Child, call: Callable[[], object]) -> None:
+    """The call ends by a Ctrl-C, for which this asks just before it."""
+    try:
+        child.say()
+        call()
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("it has not been interrupted")
+
+
+def stopped_with_the_lock(region: Region, fork: Fork) -> Child:
+    """A participant in the middle of a change."""
+    holder = fork(lambda child: (region.mprotect(0, PAGE, READ), idle(child)), point="C6_await=stop")
+    holder.wait_stopped()
+    return holder
+
+
+def test_ctrl_c_ends_attach_and_nothing_is_left(fork: Fork) -> None:
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        idle(child)
+        before = left()
+        interrupted(child, lambda: pyshare.attach(NAME, timeout=None))
+        assert left() == before
+        idle(child)
+        with pyshare.attach(NAME) as region:
+            idle(child)
+            region.mprotect(PAGE, PAGE, READ)
+        del region
+        assert left() == before
+        idle(child)
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    with made() as region:
+        holder = stopped_with_the_lock(region, fork)
+        tell(child, "attach")
+        until(lambda: slot_is_taken(region, 2))
+        until_waits(child)
+        child.kill(signal.SIGINT)
+        assert child.hear() == "ok"
+        assert not slot_is_taken(region, 2)
+        holder.kill()
+        tell(child, "attach again")
+        assert slot_is_taken(region, 1) or slot_is_taken(region, 2)
+        tell(child, "change, and close")
+        assert region.protections() == [(0, 2 * PAGE, READ), (2 * PAGE, 14 * PAGE, READ_WRITE)]
+
+
+def test_a_handler_that_returns_does_not_end_attach(fork: Fork) -> None:
+    def body(child: Child) -> None:
+        seen: list[int] = []
+        signal.signal(signal.SIGUSR1, lambda number, _: (seen.append(number), child.say("handled")))
+        idle(child)
+        child.say()
+        with pyshare.attach(NAME, timeout=None) as region:
+            assert seen == [signal.SIGUSR1]
+            region.mprotect(PAGE, PAGE, READ)
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    with made() as region:
+        holder = stopped_with_the_lock(region, fork)
+        tell(child, "attach")
+        until_waits(child)
+        child.kill(signal.SIGUSR1)
+        assert child.hear() == "handled"
+        holder.resume()
+        assert child.wait() == 0
+        assert region.generation == 2
+
+
+def test_a_child_that_a_handler_forks_has_no_part_in_what_is_being_attached(fork: Fork) -> None:
+    def body(child: Child) -> None:
+        forked: list[int] = []
+
+        def fork_here(*_: object) -> None:
+            forked.append(os.fork())
+            if forked[0]:
+                child.say("forked")
+
+        signal.signal(signal.SIGUSR1, fork_here)
+        idle(child)
+        child.say()
+        try:
+            with pyshare.attach(NAME, timeout=None) as region:
+                region.mprotect(PAGE, PAGE, READ)
+        except RegionClosed:
+            os._exit(7 if forked == [0] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 7
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    with made() as region:
+        holder = stopped_with_the_lock(region, fork)
+        tell(child, "attach")
+        until_waits(child)
+        child.kill(signal.SIGUSR1)
+        assert child.hear() == "forked"
+        holder.resume()
+        assert child.wait() == 0
+
+
+def test_ctrl_c_ends_a_call_that_joins_again(fork: Fork) -> None:
+    """It has no access, since there was no slot for it; now there is one, and nobody lets it in."""
+
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(pyshare.ParticipantLimit):
+            region.read(0, 1)
+        idle(child)
+        for _ in range(2):
+            interrupted(child, lambda: region.read(0, 1))
+            assert len(os.listdir("/proc/self/task")) == 2  # it goes on joining meanwhile
+        idle(child)
+        assert region.read(0, 1) == b"\x01"
+        region.close()
+        with pytest.raises(RegionClosed):
+            region.read(0, 1)
+
+    with made() as region:
+        region.write(0, b"\x01")
+        first = fork(idle)
+        assert first.hear() == "ok"
+        second = fork(lambda child: (idle(child), region.mprotect(0, PAGE, READ)), point="C6_await=stop")
+        assert second.hear() == "ok"
+        child = fork(body)
+        assert child.hear() == "ok"
+        first.say()
+        assert first.wait() == 0
+        second.say()
+        second.wait_stopped()
+        child.say()
+        for _ in range(2):
+            assert child.hear() == "ok"
+            until_waits(child)
+            child.kill(signal.SIGINT)
+        assert child.hear() == "ok"
+        second.resume()
+        assert second.wait() == 0
+        child.say()
+        assert child.wait() == 0
+
+
+def test_close_waits_for_no_other_process(fork: Fork) -> None:
+    """Its agent waits for its page tables, which a stopped caller has claimed."""
+
+    def leave(child: Child) -> None:
+        idle(child)
+        region.close()
+        idle(child)
+
+    with made("uffd", max_participants=4) as region:
+        # The first claim is of this process's page tables, the second of the leaver's.
+        leaver = fork(leave)
+        assert leaver.hear() == "ok"
+        caller = fork(lambda child: (idle(child), region.mprotect(0, PAGE, READ)), point="R1_claim=stop@2")
+        assert caller.hear() == "ok"
+        caller.say()
+        caller.wait_stopped()
+        wake(region, GENERATION)
+        tell(leaver, "close")
+        assert not slot_is_taken(region, 1)
+        caller.resume()
+        assert caller.wait() == 0
+        assert region.protection(0) == READ
