@@ -105,12 +105,21 @@ static void threads_may_not_change(void) {
 static void threads_changed(void) {
     pthread_rwlock_unlock(&threads);
 }
+/* In a forked child, before the core's own handler: ThreadSanitizer still counts its parent's agents, whose place in
+ * memory may be given to threads of the child's. */
+static void forget_agents(void) {
+    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
+        if (region->threaded)
+            pthread_detach(region->thread);
+}
 #else
 static void threads_may_change(void) {
 }
 static void threads_may_not_change(void) {
 }
 static void threads_changed(void) {
+}
+static void forget_agents(void) {
 }
 #endif
 
@@ -585,6 +594,7 @@ int main(int argc, char **argv) {
     int rc = ps_create(&wanted, &memory);
     CHECK(!rc, "ps_create: %d", rc);
     CHECK(!pipe(alive), "%d", errno);
+    CHECK(!pthread_atfork(NULL, NULL, forget_agents), "pthread_atfork");
     pid_t pid = fork();
     if (!pid) {
         close(alive[1]);
