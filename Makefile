@@ -2,13 +2,14 @@
 # and make; everything else goes into $(VENV). The build here has the crash points of ext/point.h, for the tests.
 PYTHON ?= python3
 VENV   ?= .venv
+SECONDS = 60
 BIN    := $(VENV)/bin
 BUILD  := pyproject.toml setup.cfg $(wildcard ext/*.pyx ext/*.pxi ext/*.[ch])
 C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test everywhere lint format sanitize spec bench docs figures wheels clean
+.PHONY: help demo test everywhere soak lint format sanitize spec bench docs figures wheels clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -33,6 +34,9 @@ format: $(VENV)/linted  ## what lint wants to see
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C)
+
+soak: $(VENV)/tested  ## random histories of processes, judged by an oracle (SECONDS=3600; ARGS='--seed 7', ARGS=--help)
+	PYTHONPATH=tests $(BIN)/python -m histories.soak --seconds $(SECONDS) $(ARGS)
 
 sanitize: $(VENV)/tested  ## the core's stress tests under ThreadSanitizer, AddressSanitizer and UBSan
 	$(BIN)/python -m pytest tests/test_sanitize.py --stress $(ARGS)

@@ -1,0 +1,203 @@
+"""A process of an episode: how it begins, its threads and signals, and the troubles that it makes for itself.
+
+Lives here: Actor, and what it does before and after its threads.  Not here: the steps (steps.py), troubles that come
+from outside (conductor.py).
+Invariants
+ 1. It dies with the conductor, and whatever it forks dies with it.
+ 2. The descriptors of the harness have high numbers, so that a program's closerange leaves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import resource
+import signal
+import sys
+import threading
+from typing import Any
+
+import pyshare
+from histories import words
+from histories.holding import Releaser
+from histories.log import Log
+from histories.loops import Loop
+from histories.plan import Plan
+from histories.stage import RESERVED, Stage
+from histories.steps import Worker
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1
+
+
+class Actor:
+    """What its threads share; lives in the forked process only."""
+
+    def __init__(self, stage: Stage, index: int, life: int) -> None:
+        self.stage, self.index, self.life = stage, index, life
+        self.plan, self.own = stage.plan, stage.plan["actors"][index]
+        self.folder = stage.folder
+        self.name = f"a{index}.{life}"
+        self.policy: str = self.own["policy"]
+        self.extras: list[str] = self.own["extras"]
+        self.boxes, self.own_boxes = stage.box_senders, stage.box_receivers
+        self.ways, self.own_ways = stage.way_senders, stage.way_receivers
+        self.soft = self.is_child = self.is_full = False
+        self.region = stage.region
+        self.releaser: Releaser | None = None
+
+    # -- Its life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All of it; the threads have ended when this returns."""
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.dup2(self.stage.errors, 2)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        faulthandler.register(signal.SIGUSR2, file=self.stage.errors, all_threads=True)  # where it hangs
+        sys.setswitchinterval(self.own["switch"])
+        main = Log(self.log_path("main"))
+        main.note("born", None, os.getpid(), self.policy)
+        self._join(main)
+        self.releaser = Releaser(Log(self.log_path("releaser")))
+        threads = [self._thread(plan, slot) for slot, plan in zip(self._slots(), self.own["threads"], strict=True)]
+        self._trouble_itself()
+        self.releaser.start()
+        self.stage.tell_ready(self.index)
+        for thread, _ in threads[1:]:
+            thread.start()
+        threads[0][1]()
+        for thread, _ in threads[1:]:
+            thread.join()
+        self.releaser.queue.put(None)
+        self.releaser.join()
+        self._leave(main)
+
+    def _slots(self) -> range:
+        before = sum(len(actor["threads"]) for actor in self.plan["actors"][: self.index])
+        return range(before, before + len(self.own["threads"]))
+
+    def _thread(self, plan: Plan, slot: int) -> tuple[threading.Thread, Any]:
+        log = Log(self.log_path(slot))
+        value = words.first_value(slot, self.life, 0)
+        if plan["kind"] == "loop":
+            loop = Loop(self, slot, log, value, slot)
+            body = lambda: loop.live(plan["tasks"])  # noqa: E731
+        else:
+            worker = Worker(self, slot, log, value, slot)
+            worker.is_main = slot == self._slots()[0]
+            worker.is_blocked = "blocked" in self.extras and not worker.is_main
+            body = lambda: self._live(worker, plan)  # noqa: E731
+        return threading.Thread(target=body, daemon=True), body
+
+    def _live(self, worker: Worker, plan: Plan) -> None:
+        if worker.is_blocked:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        worker.live(plan["steps"])
+
+    def _join(self, log: Log) -> None:
+        """It is a participant already, by the fork; or it leaves, and comes again by another way."""
+        if self.own["how"] != "fork":
+            inherited = self.stage.region
+            by = inherited.name if self.own["how"] == "name" and inherited.name else os.dup(inherited.fileno())
+            self.stage.region = self.region = None  # type: ignore[assignment]
+            number = log.begin(words.CLOSE, 0)
+            inherited.close()
+            log.end(number, words.OK)
+            engine = self.own["engine"] if self.plan["has_uffd"] else "auto"
+            number = log.begin(words.ATTACH, 0, engine, self.own["how"], 0)
+            try:
+                self.region = pyshare.attach(by, engine=engine)
+            except BaseException as error:
+                log.end(number, words.WRONG, (repr(error),))
+                raise
+            log.end(number, words.OK)
+            if not isinstance(by, str):
+                os.close(by)
+        self.region.on_violation(self.policy)
+
+    def _leave(self, log: Log) -> None:
+        """As at the end of a program that closes what it has used."""
+        sys.settrace(None)
+        sys.setprofile(None)
+        gc.set_threshold(700)
+        gc.collect()
+        number = log.begin(words.CLOSE, 0)
+        try:
+            self.region.close()
+            log.end(number, words.OK)
+        except BufferError as error:
+            log.end(number, words.WRONG, (repr(error),))
+
+    def is_over(self) -> bool:
+        return self.is_full or self.stage.is_over()
+
+    def log_path(self, part: int | str) -> str:
+        return os.path.join(self.folder, f"{self.name}={part}.log")
+
+    def become_child(self, name: str) -> None:
+        """In a forked child."""
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        self.name, self.is_child, self.releaser, self.soft = name, True, None, False
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.is_child:
+            return
+        self.stage.tell_handled(self.index, number)
+        if number == signal.SIGINT and self.soft:
+            self.soft = False
+            raise KeyboardInterrupt
+
+    # -- Its own troubles ----------------------------------------------------------------------------------------------
+
+    def _trouble_itself(self) -> None:
+        for extra in self.extras:
+            getattr(self, f"_{extra}", lambda: None)()
+
+    def _gc(self) -> None:
+        gc.set_threshold(1)
+
+    def _trace(self) -> None:
+        def trace(_frame: object, _event: str, _argument: object) -> Any:
+            return trace
+
+        threading.settrace(trace)
+        sys.settrace(trace)
+
+    def _profile(self) -> None:
+        def profile(_frame: object, _event: str, _argument: object) -> None:
+            return None
+
+        threading.setprofile(profile)
+        sys.setprofile(profile)
+
+    def _descriptors(self) -> None:
+        """All but a few are taken; after the threads' logs are open they need none."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = min(soft, 1024)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for fd in taken[-4 - len(self.own["threads"]) :]:
+            os.close(fd)
+
+    def _mappings(self) -> None:
+        """All but some hundred of those that vm.max_map_count allows."""
+        with open("/proc/sys/vm/max_map_count") as file:
+            limit = int(file.read())
+        with open("/proc/self/maps") as file:
+            free = limit - sum(1 for _ in file) - 150
+        LIBC.mmap.restype = ctypes.c_void_p
+        at = LIBC.mmap(None, ctypes.c_size_t(free * words.PAGE), 0, 0x4022, -1, ctypes.c_long(0))
+        for page in range(1, free, 2):
+            if LIBC.mprotect(ctypes.c_void_p(at + page * words.PAGE), ctypes.c_size_t(words.PAGE), 1):
+                break
+
+    def _closerange(self) -> None:
+        """As daemons do; the harness's own descriptors are above."""
+        os.closerange(3, RESERVED)

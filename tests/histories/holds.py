@@ -1,0 +1,192 @@
+"""Leases, locks and freezes: they exclude, they keep changes away, and they tell of the dead exactly.
+
+Lives here: those judgements, and that nothing is stored where nobody may.  Not here: how long a wait is (waits.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from histories import words
+from histories.facts import Facts, Hold, Intervals, finding
+from histories.history import FOREVER, Op
+from histories.rights import Rights, Span, is_done
+
+
+class Holds:
+    """Of one history."""
+
+    def __init__(self, facts: Facts, rights: Rights) -> None:
+        self._facts, self._rights = facts, rights
+
+    def judge(self) -> Iterator[str]:
+        facts = self._facts
+        for page in range(facts.hot):
+            on = [hold for hold in facts.leases if hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]]
+            yield from self._excludes(on, f"leases of hot page {page}")
+        for index in {hold.op.args[0] for hold in facts.locks}:
+            yield from self._excludes([hold for hold in facts.locks if hold.op.args[0] == index], f"lock {index}")
+        yield from self._excludes(facts.freezes, "freezes")
+        yield from self._keeps_changes_away()
+        yield from self._freeze_against_leases()
+        yield from self._abandoned()
+        yield from self._whole()
+        yield from self._nothing_changes()
+
+    # -- Exclusion -----------------------------------------------------------------------------------------------------
+
+    def _excludes(self, holds: list[Hold], what: str) -> Iterator[str]:
+        latest: Hold | None = None
+        for hold in sorted(holds, key=lambda hold: hold.certain[0]):
+            if hold.certain[0] >= hold.certain[1]:
+                continue
+            if latest is not None and hold.certain[0] < latest.certain[1]:
+                yield finding(f"{what}: two were held at once", latest.op, *over(latest), hold.op, *over(hold))
+            if latest is None or hold.certain[1] > latest.certain[1]:
+                latest = hold
+
+    def _keeps_changes_away(self) -> Iterator[str]:
+        """No change is made of pages that are leased, nor any while all is frozen."""
+        leases = [
+            Intervals(
+                (*hold.certain, hold)
+                for hold in self._facts.leases
+                if hold.certain[0] < hold.certain[1] and hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]
+            )
+            for page in range(self._facts.hot)
+        ]
+        frozen = Intervals((*hold.certain, hold) for hold in self._facts.freezes if hold.certain[0] < hold.certain[1])
+        for change in self._facts.changes:
+            if not is_done(change) or change.op.outcome != words.OK:
+                continue
+            op = change.op
+            for page in range(change.first, change.last + 1):
+                for hold in leases[page].meeting(op.begin, op.end):
+                    if hold.certain[0] < op.begin and op.end < hold.certain[1]:
+                        yield finding(f"hot page {page} was changed while it was leased", hold.op, *over(hold), op)
+            for hold in frozen.meeting(op.begin, op.end):
+                if hold.certain[0] < op.begin and op.end < hold.certain[1]:
+                    yield finding("a change was made while all was frozen", hold.op, *over(hold), op)
+
+    def _freeze_against_leases(self) -> Iterator[str]:
+        frozen = Intervals((*hold.certain, hold) for hold in self._facts.freezes if hold.certain[0] < hold.certain[1])
+        for hold in self._facts.leases:
+            if hold.certain[0] < hold.certain[1]:
+                for freeze in frozen.meeting(*hold.certain):
+                    yield finding(
+                        "a lease was held while all was frozen", freeze.op, *over(freeze), hold.op, *over(hold)
+                    )
+
+    # -- The dead ------------------------------------------------------------------------------------------------------
+
+    def _abandoned(self) -> Iterator[str]:
+        """Who takes what a dead holder had is told; who takes anything else is not."""
+        facts = self._facts
+        for page in range(facts.hot):
+            on = [hold for hold in facts.leases if hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]]
+            yield from self._must_be_told(on, f"hot page {page}")
+        yield from self._must_not_be_told(
+            facts.leases,
+            [(hold, range(hold.op.args[0], hold.op.args[0] + hold.op.args[1])) for hold in facts.leases if hold.died],
+            lambda hold: range(hold.op.args[0], hold.op.args[0] + hold.op.args[1]),
+        )
+        for index in {hold.op.args[0] for hold in facts.locks}:
+            locks = [hold for hold in facts.locks if hold.op.args[0] == index]
+            yield from self._must_be_told(locks, f"lock {index}")
+            dead = [(hold, range(1)) for hold in locks if hold.died]
+            yield from self._must_not_be_told(locks, dead, lambda _: range(1))
+
+    def _must_be_told(self, on: list[Hold], what: str) -> Iterator[str]:
+        """By the first one after a holder that certainly died with it, where nobody else can have come between."""
+        on = sorted(on, key=lambda hold: hold.op.begin)
+        begins = [hold.op.begin for hold in on]
+        for hold in on:
+            if not (hold.died and hold.over is None and hold.certain[0] and hold.op.outcome == words.OK):
+                continue
+            after = [h for h in on[bisect.bisect_right(begins, hold.certain[0]) :] if h is not hold]
+            after += [h for h in on if h is not hold and h.op.begin <= hold.certain[0] < h.op.end]
+            first = min((h for h in after if h.op.outcome == words.OK), key=lambda h: h.op.end, default=None)
+            if first is None or first.op.value[0]:
+                continue
+            if any(h.op.begin < first.op.end and h is not first for h in after):
+                continue  # somebody else may have been told
+            yield finding(f"{what}: its holder died, and the next one was not told", hold.op, first.op)
+
+    def _must_not_be_told(self, holds, dead, pages) -> Iterator[str]:  # type: ignore[no-untyped-def]
+        for hold in holds:
+            if hold.op.outcome != words.OK or not hold.op.value[0]:
+                continue
+            mine = pages(hold)
+            if not any(
+                other is not hold and other.op.begin < hold.op.end and set(theirs) & set(mine) for other, theirs in dead
+            ):
+                yield finding("a holder was told of somebody who died, and nobody did", hold.op)
+
+    # -- What is there -------------------------------------------------------------------------------------------------
+
+    def _whole(self) -> Iterator[str]:
+        """Under a lease the last transaction is there as a whole, unless one was told of the dead."""
+        leased = slice(len(self._facts.places) - len(words.LEASED_AT), None)
+        cut_off = self._cut_off()
+        for op in self._facts.by_kind[words.LOAD]:
+            if op.args[2] != "lease" or op.outcome != words.OK:
+                continue
+            taken = self._facts.by_id[op.args[3]]
+            if taken.value[0] or op.end > cut_off:
+                continue
+            for index, values in enumerate(self._facts.pages_of(op.value)):
+                if len(set(values[leased])) > 1:
+                    found = [hex(value) for value in values[leased]]
+                    what = f"hot page {op.args[0] + index}: a lease found half of a transaction: {found}"
+                    yield finding(what, taken, op)
+
+    def _cut_off(self) -> int:
+        """Since when half of a transaction may be in memory: one was cut off, or such an image was restored."""
+        facts = self._facts
+        leased = slice(len(facts.places) - len(words.LEASED_AT), None)
+        halves = {
+            name for name, pages in facts.contents.items() if any(len(set(values[leased])) > 1 for values in pages)
+        }
+        cut = [op.begin for op in facts.by_kind[words.TRANSACT] if op.outcome != words.OK]
+        cut += [op.begin for op in facts.by_kind[words.RESTORE] if op.outcome != words.OK or op.args[0] in halves]
+        return min(cut, default=FOREVER)
+
+    def _nothing_changes(self) -> Iterator[str]:
+        """Where no store is possible all loads find the same."""
+        frozen = self._rights.frozen_spans()
+        for page in range(self._facts.hot):
+            loads = [
+                (op, self._facts.pages_of(op.value)[page - op.args[0]])
+                for op in self._facts.by_kind[words.LOAD]
+                if op.args[0] <= page < op.args[0] + op.args[1] and op.outcome == words.OK
+                if not self._facts.is_private(op)
+            ]
+            loads.sort(key=lambda load: load[0].begin)
+            begins = [op.begin for op, _ in loads]
+            spans = [(span, "nobody could store") for span in self._rights.quiet(page)]
+            spans += [(span, "all was frozen") for span in frozen]
+            for span, why in spans:
+                yield from self._same_in(span, why, page, loads, begins)
+
+    def _same_in(
+        self, span: Span, why: str, page: int, loads: list[tuple[Op, list[int]]], begins: list[int]
+    ) -> Iterator[str]:
+        first: tuple[Op, list[int]] | None = None
+        for op, values in loads[bisect.bisect_right(begins, span[0]) :]:
+            if op.begin > span[1]:
+                return
+            if op.end >= span[1]:
+                continue
+            if first is None:
+                first = op, values
+            elif values != first[1]:
+                at = [place for place, a, b in zip(self._facts.places, first[1], values, strict=True) if a != b]
+                told = f"between {span[0] / 1e6:.3f} and {span[1] / 1e6:.3f} ms"
+                yield finding(f"hot page {page} has changed while {why}, at places {at}", first[0], op, told)
+                return
+
+
+def over(hold: Hold) -> list[Op]:
+    """What ended it, if anything did."""
+    return [hold.over] if hold.over else []

@@ -1,0 +1,196 @@
+"""Images of the whole region: a snapshot is of one moment, and stays; dirty() has all that was written.
+
+Lives here: those judgements.  Not here: single loads (registers.py).
+A moment of a snapshot is in its call; it is not while somebody holds a lease; and at it each place may have held what
+the snapshot says it held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from histories import words
+from histories.facts import Facts, finding
+from histories.history import Op
+from histories.registers import Registers
+
+Span = tuple[int, int]
+
+
+class Images:
+    """Of one history."""
+
+    def __init__(self, facts: Facts, registers: Registers) -> None:
+        self._facts, self._registers = facts, registers
+
+    def judge(self) -> Iterator[str]:
+        yield from self._the_same()
+        for op in self._facts.by_kind[words.SNAPSHOT]:
+            if op.outcome == words.OK and op.id in self._facts.contents:
+                yield from self._of_one_moment(op, self._facts.contents[op.id])
+        for op in self._facts.by_kind[words.DIRTY]:
+            if op.outcome == words.OK:
+                yield from self._dirty(op)
+
+    # -- Snapshots -----------------------------------------------------------------------------------------------------
+
+    def _the_same(self) -> Iterator[str]:
+        """Whenever it is read, by whomever."""
+        first: dict[str, Op] = {}
+        for op in sorted(self._facts.by_kind[words.LOOK], key=lambda op: op.end):
+            if op.outcome != words.OK:
+                continue
+            before = first.setdefault(op.args[0], op)
+            if before.value != op.value:
+                yield finding("a snapshot has changed", before, op, self._difference(before, op))
+
+    def _difference(self, before: Op, after: Op) -> str:
+        one, other = (self._facts.pages_of(op.value[0]) for op in (before, after))
+        found = [
+            f"hot page {page}, place {place}: {was:#x}, then {now:#x}"
+            for page, (a, b) in enumerate(zip(one, other, strict=True))
+            for place, was, now in zip(self._facts.places, a, b, strict=True)
+            if was != now
+        ]
+        return "; ".join(found[:4]) or "at none of the places"
+
+    def _of_one_moment(self, op: Op, pages: list[list[int]]) -> Iterator[str]:
+        spans: list[Span] = without([(op.begin, op.end)], self._leased(op))
+        if not spans:
+            yield finding("a snapshot came while leases were held all the time", op)
+            return
+        limits: dict[str, tuple[int, Op | None, str]] = {}
+        for page, values in enumerate(pages):
+            for place, value in zip(self._facts.places, values, strict=True):
+                left = meet(spans, self._registers.at(page, place).spans(value))
+                if not left:
+                    yield self._no_moment(op, page, place, value, spans, limits)
+                    return
+                self._note_limits(limits, page, place, value, spans, left)
+                spans = left
+
+    def _leased(self, op: Op) -> list[Span]:
+        """When leases were certainly held during the call."""
+        found = []
+        for hold in self._facts.leases:
+            begin, end = hold.certain
+            if begin < end and begin <= op.end and end >= op.begin:
+                found.append((begin + 1, end - 1))
+        return sorted(found)
+
+    def _note_limits(
+        self,
+        limits: dict[str, tuple[int, Op | None, str]],
+        page: int,
+        place: int,
+        value: int,
+        before: list[Span],
+        left: list[Span],
+    ) -> None:
+        """Which place has made the spans what they are, for whoever reads the finding."""
+        windows = self._registers.at(page, place).windows(value)
+        if left[0][0] > before[0][0] and (found := [w for w in windows if w.begin == left[0][0]]):
+            limits["not before"] = left[0][0], found[0].write.op, f"hot page {page}, place {place}: {value:#x}"
+        if left[-1][1] < before[-1][1]:
+            limits["not after"] = left[-1][1], None, f"hot page {page}, place {place}: {value:#x} was stored over"
+
+    def _no_moment(
+        self,
+        op: Op,
+        page: int,
+        place: int,
+        value: int,
+        spans: list[Span],
+        limits: dict[str, tuple[int, Op | None, str]],
+    ) -> str:
+        windows = self._registers.at(page, place).windows(value)
+        told = [f"{what} {at / 1e6:.3f} ms by {why}" for what, (at, _, why) in limits.items()]
+        told.append("moments left: " + "; ".join(f"{a / 1e6:.3f} to {b / 1e6:.3f}" for a, b in spans))
+        told.append(
+            f"hot page {page}, place {place}: {value:#x} was there "
+            + ("; ".join(f"{w.begin / 1e6:.3f} to {w.end / 1e6:.3f}" for w in windows[:4]) or "never")
+        )
+        ops = [who for _, who, _ in limits.values() if who] + [w.write.op for w in windows[:2] if w.write.op]
+        return finding("a snapshot is of no moment", op, *ops, *told)
+
+    # -- What is dirty -------------------------------------------------------------------------------------------------
+
+    def _dirty(self, op: Op) -> Iterator[str]:
+        kind = op.args[0]
+        found, _ = op.value
+        missing = [page for page in range(self._facts.hot) if page not in found]
+        if kind == "snapshot":
+            yield from self._differs(op, missing)
+        else:
+            yield from self._written_since(op, missing)
+
+    def _differs(self, op: Op, missing: list[int]) -> Iterator[str]:
+        """At each moment of the call the page was not what the snapshot holds: then it is dirty."""
+        pages = self._facts.contents.get(op.args[1])
+        if pages is None:
+            return
+        for page in missing:
+            for place, value in zip(self._facts.places, pages[page], strict=True):
+                if not self._registers.at(page, place).may_hold(value, op.begin, op.end):
+                    windows = self._registers.at(page, place).windows(value)
+                    last = max((w for w in windows if w.end < op.begin), key=lambda w: w.end, default=None)
+                    after = [w.op for w in self._registers.at(page, place).writes if last and w.end == last.end][:1]
+                    what = f"dirty(since a snapshot) misses hot page {page}: place {place} was {value:#x}"
+                    yield finding(what, op, self._facts.by_id[op.args[1]], *after)
+                    break
+
+    def _written_since(self, op: Op, missing: list[int]) -> Iterator[str]:
+        """Somebody has stored there after the generation had come, and before the call."""
+        since = self._generation_came(op.args[1])
+        for page in missing:
+            for place in self._facts.places:
+                for write in self._registers.at(page, place).writes:
+                    if not (write.certain and write.begin > since and write.end < op.begin and write.op):
+                        continue
+                    if write.op.kind == words.RESTORE and self._registers.at(page, place).may_hold(
+                        write.value, write.begin, write.end, without=write.op
+                    ):
+                        continue  # it may have been that already
+                    yield finding(f"dirty(since generation {op.args[1]}) misses hot page {page}", op, write.op)
+                    break
+                else:
+                    continue
+                break
+
+    def _generation_came(self, generation: int) -> int:
+        """It had, by then."""
+        if not hasattr(self, "_came"):
+            known: dict[int, int] = {0: 0}
+            for kind in (words.CHANGE, words.GENERATION, words.FREEZE):
+                for op in self._facts.by_kind[kind]:
+                    if op.outcome == words.OK:
+                        known[op.value] = min(op.end, known.get(op.value, op.end))
+            self._came = known
+        return self._came[generation]
+
+
+def meet(some: list[Span], others: list[Span]) -> list[Span]:
+    """What both have in common; the others are apart."""
+    found = []
+    for begin, end in some:
+        for other_begin, other_end in others:
+            if other_begin <= end and other_end >= begin:
+                found.append((max(begin, other_begin), min(end, other_end)))
+    return sorted(found)
+
+
+def without(some: list[Span], others: list[Span]) -> list[Span]:
+    """What is left of them; the others in order."""
+    found = []
+    for begin, end in some:
+        for other_begin, other_end in others:
+            if other_begin > end:
+                break
+            if other_end < begin:
+                continue
+            if other_begin > begin:
+                found.append((begin, other_begin - 1))
+            begin = max(begin, other_end + 1)
+        if begin <= end:
+            found.append((begin, end))
+    return found

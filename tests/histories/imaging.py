@@ -1,0 +1,247 @@
+"""What a thread does with images of the whole region: snapshots, files, restores, and what is dirty.
+
+Lives here: those steps, and what of a snapshot is written down.  Not here: which moment it can be of (images.py).
+Invariant: a snapshot that is restored, or is asked what is dirty since, has been looked at before, so the history
+knows what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import struct
+import warnings
+import zlib
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import pyshare
+from histories import words
+from histories.hands import FAILED
+from histories.holding import Holding
+from histories.plan import Step
+from histories.words import PAGE, WORD
+
+KEPT = 2  # snapshots that a thread has; eight are all that a region has
+
+
+class Kept(NamedTuple):
+    """One that this thread holds; its name is that of the operation that took it."""
+
+    name: str
+    snapshot: pyshare.Snapshot
+
+
+class Imaging(Holding):
+    """Snapshots, images, what is dirty; and descriptors that are read into the region."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kept: list[Kept] = []
+        self.files: list[tuple[str, str]] = []  # (snapshot, path)
+
+    def _which(self, step: Step) -> Kept | None:
+        return self.kept[step["which"] % len(self.kept)] if self.kept else None
+
+    # -- Snapshots -----------------------------------------------------------------------------------------------------
+
+    def do_snapshot(self, step: Step) -> None:
+        timeout, region = step["timeout"], self.on.region
+        number, snapshot, ended = self.do(words.SNAPSHOT, (timeout,), lambda: region.snapshot(timeout=timeout))
+        if snapshot is FAILED:
+            return
+        self.log.end(number, words.OK, snapshot.generation, at=ended)
+        kept = Kept(self.name_of(number), snapshot)
+        del snapshot
+        self.kept.append(kept)
+        for _ in range(step["looks"]):
+            if not self.look(kept, step["means"]):
+                break
+            self.spin(step["pause"])
+        del kept
+        if not step["keep"] or len(self.kept) > KEPT:
+            self.drop(-1 if not step["keep"] else 0, "close")
+
+    def look(self, kept: Kept, means: str) -> bool:
+        """All of it is read; False: something went wrong."""
+        snapshot = kept.snapshot
+
+        def read() -> tuple[bytes, int]:
+            whole = snapshot if means == "view" else snapshot.read(0, snapshot.size)
+            with memoryview(whole) as data:
+                hot = [self.words_of(data[page * PAGE : (page + 1) * PAGE]) for page in self.hot]
+                return b"".join(hot), zlib.crc32(data)
+
+        number, result, ended = self.do(words.LOOK, (kept.name, means), read)
+        if result is FAILED:
+            return False
+        self.log.end(number, words.OK, result, at=ended)
+        return True
+
+    def do_look(self, step: Step) -> None:
+        if kept := self._which(step):
+            self.look(kept, step["means"])
+
+    def drop(self, index: int, how: str) -> None:
+        """Close it, or let go of the last reference."""
+        kept = [self.kept.pop(index)]
+        name = kept[0].name
+
+        def end() -> None:
+            if how == "close":
+                kept[0].snapshot.close()
+            kept.clear()
+
+        number, result, ended = self.do(words.DROP, (name, how), end)
+        if result is not FAILED:
+            self.log.end(number, words.OK, at=ended)
+
+    def do_drop(self, step: Step) -> None:
+        if self.kept:
+            self.drop(step["which"] % len(self.kept), step["how"])
+
+    def do_save(self, step: Step) -> None:
+        kept = self._which(step)
+        if kept is None:
+            return
+        path = os.path.join(self.actor.folder, f"{self.actor.name}={self.slot}-{self.log.number}.image")
+        number, result, ended = self.do(words.SAVE, (kept.name, path), lambda: kept.snapshot.save(path))
+        if result is FAILED:
+            return
+        self.log.end(number, words.OK, at=ended)
+        self.files.append((kept.name, path))
+        if len(self.files) > KEPT:
+            os.unlink(self.files.pop(0)[1])
+
+    # -- From one process to another -----------------------------------------------------------------------------------
+
+    def do_pass(self, step: Step) -> None:
+        """Whoever adopts it finds a pickle in the box of that thread."""
+        kept = self._which(step)
+        if kept is None or self.actor.is_child or "descriptors" in self.actor.extras:
+            return  # a process that has no descriptors cannot send one, and whoever waits for it would not be told
+        boxes = self.actor.boxes
+        to = step["to"] % len(boxes)
+
+        def send() -> bool:
+            data = bytes(ForkingPickler.dumps(kept.snapshot))
+            with contextlib.suppress(BlockingIOError):
+                boxes[to].send(pickle.dumps((kept.name, data)), socket.MSG_DONTWAIT)
+                return True
+            return False
+
+        number, result, ended = self.do(words.PASS, (kept.name, to), send)
+        if result is not FAILED:
+            self.log.end(number, words.OK, result, at=ended)
+
+    def do_adopt(self, step: Step) -> None:
+        if self.actor.is_child:
+            return
+        try:
+            name, data = pickle.loads(self.actor.own_boxes[self.slot].recv(1 << 16, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return
+
+        def adopt() -> pyshare.Snapshot | None:
+            with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
+                found: pyshare.Snapshot = pickle.loads(data)
+                return found
+            return None  # its sender has died
+
+        number, snapshot, ended = self.do(words.ADOPT, (name,), adopt)
+        if snapshot is FAILED:
+            return
+        self.log.end(number, words.OK if snapshot else words.GONE, at=ended)
+        if snapshot is None:
+            return
+        self.kept.append(Kept(name, snapshot))
+        del snapshot
+        self.look(self.kept[-1], "read")
+        if not step["keep"] or len(self.kept) > KEPT:
+            self.drop(-1 if not step["keep"] else 0, "close")
+
+    # -- Restores, and what is dirty -----------------------------------------------------------------------------------
+
+    def do_restore(self, step: Step) -> None:
+        if step["file"] and self.files:
+            name, path = self.files[step["which"] % len(self.files)]
+            source: Any = path
+        elif kept := self._which(step):
+            name, source = kept
+        else:
+            return
+        timeout, region = step["timeout"], self.on.region
+        arguments = (name, isinstance(source, str), timeout)
+        number, result, ended = self.do(words.RESTORE, arguments, lambda: region.restore(source, timeout=timeout))
+        if result is not FAILED:
+            self.log.end(number, words.OK, at=ended)
+
+    def do_dirty(self, step: Step) -> None:
+        region = self.on.region
+        since: Any
+        if step["since"] == "snapshot":
+            kept = self._which(step)
+            if kept is None:
+                return
+            arguments, since = ("snapshot", kept.name), kept.snapshot
+        else:
+            since = self.generations[step["which"] % len(self.generations)]
+            arguments = ("generation", since)
+        number, runs, ended = self.do(words.DIRTY, arguments, lambda: region.dirty(since))
+        if runs is FAILED:
+            return
+        found = {page for offset, length in runs for page in range(offset // PAGE, -(-(offset + length) // PAGE))}
+        hot = [index for index, page in enumerate(self.hot) if page in found]
+        self.log.end(number, words.OK, (hot, len(found) - len(hot)), at=ended)
+
+    # -- What system calls store ---------------------------------------------------------------------------------------
+
+    def do_readinto(self, step: Step) -> None:
+        """A value by a pipe."""
+        value = self.next_value()
+        at, timeout, region = self.hot[step["at"]] * PAGE + WORD * self.cell, step["timeout"], self.on.region
+        reading, writing = self.pipe
+        with contextlib.suppress(BlockingIOError):  # what one that failed has left
+            os.read(reading, PAGE)
+        os.write(writing, struct.pack("@Q", value))
+        arguments = (step["at"], "readinto", value, self.cell, timeout)
+        number, result, ended = self.do(
+            words.READINTO, arguments, lambda: region.readinto(reading, at, WORD, timeout=timeout)
+        )
+        if result is not FAILED:
+            self.log.end(number, words.OK, result, at=ended)
+
+    def do_send(self, step: Step) -> None:
+        """Datagrams for another thread, each a value that nobody else stores."""
+        ways = self.actor.ways
+        to = step["to"] % len(ways)
+        for _ in range(step["count"]):
+            value = self.next_value()
+            number = self.log.begin(words.SEND, self.on.participant, to, value)
+            try:
+                ways[to].send(struct.pack("@Q", value), socket.MSG_DONTWAIT)
+                self.log.end(number, words.OK)
+            except (BlockingIOError, ConnectionError):
+                self.log.end(number, words.GONE)
+
+    def do_receive(self, step: Step) -> None:
+        """The next datagram, which is looked at first, into the own cell."""
+        if self.actor.is_child:
+            return
+        way, timeout, region = self.actor.own_ways[self.slot], step["timeout"], self.on.region
+        try:
+            value = struct.unpack("@Q", way.recv(WORD, socket.MSG_PEEK | socket.MSG_DONTWAIT))[0]
+        except BlockingIOError:
+            return
+        at = self.hot[step["at"]] * PAGE + WORD * self.cell
+        arguments = (step["at"], "recv_into", value, self.cell, timeout)
+        number, result, ended = self.do(
+            words.RECEIVE, arguments, lambda: region.recv_into(way, at, WORD, timeout=timeout)
+        )
+        if result is not FAILED:
+            self.log.end(number, words.OK, result, at=ended)
+
+
+warnings.filterwarnings("ignore", category=ResourceWarning)  # held objects are dropped on purpose

@@ -1,0 +1,238 @@
+"""A seed -> a plan: the region, its processes and their threads, what each does step by step, and which trouble comes.
+
+Lives here: everything that is decided at random.  Not here: how a step is done (steps.py); when, nobody decides.
+Invariants
+ 1. The same seed and choices are the same plan, on every machine; a plan is JSON, and can be shortened by hand.
+ 2. Nothing in a plan can wait for itself.  Locks come before leases, and leases in ascending order of pages; who holds
+    a lease changes only pages above it, and takes no lock, snapshot or freeze.  So a call that is patient, and times
+    out though nobody was stopped, is a finding.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from histories.words import READ, READ_WRITE
+
+Plan = dict[str, Any]
+Step = dict[str, Any]
+
+PATIENT = 3.0  # seconds: a timeout of this length comes only where somebody is stopped
+PROTECTIONS = [READ] * 8 + [READ_WRITE] * 8 + [0, 0, 2, 4, 5, 6, 7, 7]
+
+STORES = ["view", "view", "numpy", "ctypes", "write", "pack", "fill", "syscall"]
+LOADS = ["read", "read", "view", "numpy", "ctypes"]
+ENDS = ["release", "release", "with", "handed", "dropped"]
+ALL = [
+    "change", "store", "load", "transact", "nine", "lock", "freeze", "snapshot", "look", "save", "pass", "adopt",
+    "drop", "restore", "dirty", "generation", "readinto", "receive", "send", "fork", "attach", "observe",
+]  # fmt: skip
+SELDOM = {"fork": 0.1, "attach": 0.15, "observe": 0.2, "nine": 0.3, "save": 0.3, "pass": 0.3,
+          "restore": 0.5, "freeze": 0.5, "generation": 0.5}  # fmt: skip
+TROUBLES = ["kill", "stop", "term", "int", "point"]
+EXTRAS = ["gc", "trace", "profile", "descriptors", "mappings", "blocked", "closerange"]
+POINTS = [
+    "C1_lock", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "A2_apply", "R1_claim", "R2_remote",
+    "H1_take", "H2_open", "H3_close", "H4_release", "K1_close", "K2_wait", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
+    "S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open", "S6_save", "J1_claim", "J2_lock", "J3_apply",
+]  # fmt: skip
+
+
+class _Deviser:
+    """Devises the steps of one thread."""
+
+    def __init__(self, rng: random.Random, plan: Plan, weights: dict[str, float]) -> None:
+        self._rng, self._plan = rng, plan
+        self._names, self._weights = list(weights), list(weights.values())
+
+    def steps(self, count: int) -> list[Step]:
+        names = self._rng.choices(self._names, self._weights, k=count)
+        return [self._step(name) for name in names]
+
+    def _step(self, name: str) -> Step:
+        return {"do": name, **getattr(self, f"_{name}")()}
+
+    def _range(self, low: int = 0, most: int = 4) -> Step:
+        """Of hot pages from `low` on."""
+        rng, hot = self._rng, len(self._plan["hot"])
+        at = rng.randrange(low, hot)
+        return {"at": at, "count": min(rng.choice([1, 1, 1, 2, most, hot]), hot - at)}
+
+    def _patience(self) -> Step:
+        return {"timeout": PATIENT if self._rng.random() < 0.9 else self._rng.choice([0.0, 0.001, 0.03])}
+
+    def _page(self) -> Step:
+        return {"at": self._rng.randrange(len(self._plan["hot"]))}
+
+    def _pause(self) -> int:
+        """Turns of a loop, some 20 ns each."""
+        return int(10 ** self._rng.uniform(0, 3.5))
+
+    def _change(self, low: int = 0) -> Step:
+        return {**self._range(low), "prot": self._rng.choice(self._plan["protections"]), **self._patience()}
+
+    def _store(self) -> Step:
+        bold = self._rng.random() < 0.05  # also where it is forbidden
+        return {**self._page(), "means": self._rng.choice(STORES), "bold": bold}
+
+    def _load(self) -> Step:
+        return {**self._page(), "means": self._rng.choice(LOADS), "bold": self._rng.random() < 0.05}
+
+    def _transact(self, low: int = 0, depth: int = 0) -> Step:
+        rng, step = self._rng, {**self._range(low), **self._patience()}
+        step |= {"window": rng.random() < 0.4, "pause": self._pause(), "means": rng.choice(["view", "view", "numpy"])}
+        step |= {"end": rng.choice(ENDS), "inner": []}
+        above = step["at"] + step["count"]
+        if depth < 2 and above < len(self._plan["hot"]) and rng.random() < 0.25:
+            inner = rng.choice(["transact", "transact", "change"])
+            more = self._transact(above, depth + 1) if inner == "transact" else self._change(above)
+            step["inner"] = [{"do": inner, **more}]
+        return step
+
+    def _nine(self) -> Step:
+        return {"window": self._rng.random() < 0.5, "order": self._rng.sample(range(9), 9), **self._patience()}
+
+    def _lock(self) -> Step:
+        inner = [self._step("change" if self._rng.random() < 0.5 else "transact")] if self._rng.random() < 0.2 else []
+        step = {"index": self._rng.randrange(3), "pause": self._pause(), "end": self._rng.choice(ENDS), "inner": inner}
+        return {**step, **self._patience()}
+
+    def _freeze(self) -> Step:
+        return {
+            "looks": self._rng.randrange(4),
+            "pause": self._pause(),
+            "end": self._rng.choice(ENDS),
+        } | self._patience()
+
+    def _snapshot(self) -> Step:
+        return {"looks": self._rng.choice([1, 2, 2, 3]), "pause": self._pause(), "keep": self._rng.random() < 0.3} | (
+            self._patience() | {"means": self._rng.choice(["read", "read", "view"])}
+        )
+
+    def _look(self) -> Step:
+        return {"which": self._rng.randrange(8), "means": self._rng.choice(["read", "view"])}
+
+    def _save(self) -> Step:
+        return {"which": self._rng.randrange(8)}
+
+    def _pass(self) -> Step:
+        return {"which": self._rng.randrange(8), "to": self._rng.randrange(64)}
+
+    def _adopt(self) -> Step:
+        return {"keep": self._rng.random() < 0.3}
+
+    def _drop(self) -> Step:
+        return {"which": self._rng.randrange(8), "how": self._rng.choice(["close", "del"])}
+
+    def _restore(self) -> Step:
+        return {"which": self._rng.randrange(8), "file": self._rng.random() < 0.3} | self._patience()
+
+    def _dirty(self) -> Step:
+        return {"since": self._rng.choice(["generation", "snapshot"]), "which": self._rng.randrange(8)}
+
+    def _generation(self) -> Step:
+        return {}
+
+    def _readinto(self) -> Step:
+        return self._page() | self._patience()
+
+    def _receive(self) -> Step:
+        return self._page() | self._patience()
+
+    def _send(self) -> Step:
+        return {"to": self._rng.randrange(64), "count": self._rng.randrange(1, 4)}
+
+    def _few(self) -> list[Step]:
+        few = ["change", "store", "store", "load", "transact", "lock", "snapshot", "dirty", "freeze"]
+        return [self._step(name) for name in self._rng.choices(few, k=self._rng.randrange(1, 8))]
+
+    def _fork(self) -> Step:
+        return {"steps": self._few(), "end": self._rng.choice(["exit", "exit", "kill"])}
+
+    def _attach(self) -> Step:
+        engine = self._rng.choice(["auto", "mprotect", "uffd"])
+        return {"engine": engine, "by": self._rng.choice(["name", "fd"]), "steps": self._few()}
+
+    def _observe(self) -> Step:
+        return self._page()
+
+    # -- In an event loop ----------------------------------------------------------------------------------------------
+
+    def task(self, count: int) -> list[Step]:
+        steps = []
+        for _ in range(count):
+            name = self._rng.choice(["transact", "transact", "lock", "change"])
+            step = {"do": name, **getattr(self, f"_{name}")()}
+            step |= {"inner": [], "end": self._rng.choice(["release", "with", "handed", "dropped"])}
+            step["cancel"] = self._rng.choice([None, None, None, self._rng.uniform(0, 0.005)])  # seconds
+            steps.append(step)
+        return steps
+
+
+def _hot(rng: random.Random, pages: int) -> list[int]:
+    """The pages in which something happens: neighbours, perhaps over a border of 2 MiB, and perhaps the ends."""
+    count = rng.randrange(3, 13)
+    first = rng.choice([0, max(0, min(512, pages - 1) - count // 2), rng.randrange(max(1, pages - count))])
+    hot = set(range(first, min(first + count, pages)))
+    if rng.random() < 0.3:
+        hot |= {0, pages - 1}
+    return sorted(hot)
+
+
+def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int) -> list[dict[str, Any]]:
+    troubles, at = [], 0.0
+    mean = rng.choice([0.02, 0.1, 0.4])
+    while kinds and (at := at + rng.expovariate(1 / mean)) < seconds:
+        trouble: dict[str, Any] = {"at": round(at, 4), "what": rng.choice(kinds), "whom": rng.randrange(actors)}
+        if trouble["what"] == "stop":
+            trouble["for"] = round(rng.choice([0.002, 0.02, 0.2]) * rng.uniform(0.5, 1.5), 4)
+        troubles.append(trouble)
+    return troubles
+
+
+def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: list[int], extras: list[str]) -> Plan:
+    threads: list[Plan] = []
+    for slot in slots:
+        deviser = _Deviser(rng, plan, weights)
+        if slot != slots[0] and rng.random() < 0.2:
+            threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
+        else:
+            threads.append({"kind": "plain", "steps": deviser.steps(120)})
+    return {
+        "how": rng.choice(["fork", "name", "fd"]),
+        "engine": rng.choice(["auto", "uffd", "mprotect"]),
+        "policy": rng.choice(["die", "raise", "raise", "wait"]),
+        "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
+        "extras": [extra for extra in extras if rng.random() < 0.3],
+        "point": f"{rng.choice(POINTS)}={rng.choice(['kill', 'kill', 'stop'])}@{rng.randrange(1, 40)}",
+        "threads": threads,
+    }
+
+
+def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool | None = None) -> Plan:
+    """The plan of this seed.
+
+    Each has a few kinds of operations only, more of some than of others: a plan of everything seldom does twice in a
+    row what has to meet.  `only`: these kinds; `calm`: no trouble.
+    """
+    rng = random.Random(f"histories {seed}")
+    pages = rng.choice([16, 16, 64, 700, 1600, 4096])
+    plan: Plan = {"seed": seed, "seconds": seconds, "pages": pages, "hot": _hot(rng, pages)}
+    plan["tail"] = rng.choice([0, 0, 100])  # bytes of one more page, which the region does not have as a whole
+    plan["protections"] = rng.choice([PROTECTIONS, [READ, READ_WRITE], [READ]])
+    plan["prot"] = rng.choice([READ, READ, READ_WRITE])
+    plan["engine"] = rng.choice(["auto", "auto", "mprotect"])
+    plan["named"] = rng.random() < 0.5
+    plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs
+    chosen = only or [name for name in ALL if rng.random() < 0.5] or ALL
+    weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
+    quiet = rng.random() < 0.4 if calm is None else calm
+    extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]
+    counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
+    slots = iter(range(sum(counts)))
+    plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]
+    kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
+    plan["points"] = "point" in kinds
+    plan["troubles"] = _troubles(rng, seconds, [kind for kind in kinds if kind != "point"], len(counts))
+    return plan

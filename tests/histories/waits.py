@@ -1,0 +1,201 @@
+"""Everything comes to its end, in time, in the way it should: waits, exceptions, signals, deaths, datagrams, leftovers.
+
+Lives here: those judgements.  Not here: what the memory held, and who might what.
+A machine may be busy: how late the conductor was is taken off, twice; whoever overlaps with a stopped process may wait.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+from collections import Counter
+from collections.abc import Iterator
+
+from histories import words
+from histories.facts import ACCESSES, Facts, Intervals, finding
+from histories.history import FOREVER, Life, Op
+from histories.plan import PATIENT
+from histories.rights import Rights
+
+SECOND = 1_000_000_000
+GRACE = SECOND // 2  # beyond its timeout
+KILLED, SEGMENT, BUS = -9, -11, -7
+MORE_MEMORY = 1 << 20  # bytes: what the control segment, and pages that were touched first, may have grown by
+TIMEOUT_AT = {  # which argument is the timeout
+    words.CHANGE: 3, words.LEASE: 3, words.LOCK: 1, words.FREEZE: 0, words.SNAPSHOT: 0, words.RESTORE: 2,
+    words.READINTO: 4, words.RECEIVE: 4,
+}  # fmt: skip
+
+
+class Waits:
+    """Of one history."""
+
+    def __init__(self, facts: Facts, rights: Rights) -> None:
+        self._facts, self._rights, self._history = facts, rights, facts.history
+        self._stops = Intervals((begin, end, pid) for pid, begin, end in self._history.stops)
+        self._late = [(at, int(values[0] * SECOND)) for at, values in self._history.noted("late")]
+        self._snapshots = sorted(
+            op.begin
+            for op in facts.by_kind[words.SNAPSHOT]
+            if op.outcome in (words.OK, words.INTERRUPTED, None, words.NESTED)
+        )
+        self._late_at = [at for at, _ in self._late]
+
+    def judge(self) -> Iterator[str]:
+        for op in self._history.ops:
+            yield from self._came_out(op)
+            yield from self._in_time(op)
+        yield from self._signals()
+        for life in self._history.lives.values():
+            yield from self._death(life)
+        yield from self._datagrams()
+        yield from self._left()
+
+    # -- Outcomes ------------------------------------------------------------------------------------------------------
+
+    def _came_out(self, op: Op) -> Iterator[str]:
+        match op.outcome:
+            case words.WRONG:
+                yield finding("an exception that does not belong there", op, op.value[0][-1500:])
+            case words.FULL | words.CLOSED:
+                yield finding("an exception that does not belong there", op)
+            case words.KERNEL if not self._may_fail(op):
+                yield finding("the kernel refused, and there was no reason", op)
+            case words.NESTED if not self._holds_something(op) and not self._is_full(op):
+                yield finding("ShareError: the thread would not have waited for itself", op)
+            case words.REFUSED if op.value and op.kind in (words.READINTO, words.RECEIVE):
+                yield finding("it failed with EFAULT, though it holds its pages", op)
+            case words.OK | words.TIMEOUT if op.kind in (words.SNAPSHOT, words.FREEZE):
+                if holds := self._certain_leases(op):
+                    yield finding("it has a lease, and was not told that it would wait for itself", op, *holds)
+        patient = op.outcome == words.TIMEOUT and self._timeout(op) >= PATIENT
+        if patient and not self._was_stopped(op) and self._lateness(op.begin, op.end) < SECOND:
+            yield finding("it waited in vain, and nobody was stopped", op)
+
+    def _may_fail(self, op: Op) -> bool:
+        extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
+        number = op.value[0]
+        if number == errno.EMFILE:
+            return "descriptors" in extras
+        return number == errno.ENOMEM and "mappings" in extras
+
+    def _holds_something(self, op: Op) -> bool:
+        return any(
+            hold.op.thread == op.thread and hold.possible[0] <= op.end and hold.possible[1] >= op.begin
+            for holds in (self._facts.leases, self._facts.locks, self._facts.freezes)
+            for hold in holds
+        )
+
+    def _is_full(self, op: Op) -> bool:
+        """Eight snapshots may be alive."""
+        return op.kind == words.SNAPSHOT and bisect.bisect_right(self._snapshots, op.end) > 8
+
+    def _certain_leases(self, op: Op) -> list[Op]:
+        return [
+            hold.op
+            for hold in self._facts.leases
+            if hold.op.thread == op.thread and hold.op.participant == op.participant
+            if hold.certain[0] < op.begin and op.end < hold.certain[1]
+        ]
+
+    # -- Time ----------------------------------------------------------------------------------------------------------
+
+    def _timeout(self, op: Op) -> float:
+        at = TIMEOUT_AT.get(op.kind)
+        return float(op.args[at]) if at is not None else 0.0
+
+    def _was_stopped(self, op: Op) -> bool:
+        return self._stops.any_meeting(op.begin, op.end)
+
+    def _lateness(self, begin: int, end: int) -> int:
+        first = bisect.bisect_left(self._late_at, begin)
+        last = bisect.bisect_right(self._late_at, end + SECOND)
+        return sum(late for _, late in self._late[first:last])
+
+    def _in_time(self, op: Op) -> Iterator[str]:
+        took = min(op.end, self._history.ops[-1].end) - op.begin
+        if took < GRACE or op.outcome is None or self._was_stopped(op):
+            return
+        life = self._history.lives.get(op.process)
+        if op.kind == words.FORK or (op.kind in ACCESSES and life is not None and life.policy == "wait"):
+            return
+        allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
+        if op.kind in (words.ATTACH, words.OBSERVE):
+            allowed += PATIENT * SECOND
+        if took > allowed:
+            yield finding(f"it took {took / 1e9:.2f} s", op)
+
+    def _signals(self) -> Iterator[str]:
+        handled = {values[0]: at for at, values in self._history.noted("handled")}
+        over = [at for at, _ in self._history.noted("over")]
+        deaths = {life.pid: life.last for life in self._history.lives.values()}
+        for sent, (number, pid, signal) in self._history.noted("signal"):
+            end = min(handled.get(number, FOREVER), over[0] if over else FOREVER, deaths.get(pid, FOREVER))
+            if end - sent > SECOND + 2 * self._lateness(sent, end) and not self._stops.any_meeting(sent, end):
+                came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
+                yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
+
+    # -- Deaths --------------------------------------------------------------------------------------------------------
+
+    def _death(self, life: Life) -> Iterator[str]:
+        killed = {values[0] for _, values in self._history.noted("kill")}
+        for at, values in self._history.noted("hangs"):
+            if values[0] == life.pid and at > life.born:
+                yield finding(f"process {life.name} hangs, in: {values[1:]}", *self._under_way(life))
+        match life.status:
+            case 0 | None:
+                return
+            case -9:
+                if life.pid in killed or self._facts.plan["points"] or life.parent or self._hung(life):
+                    return
+                yield finding(f"process {life.name} was killed by nobody that is known", *self._under_way(life))
+            case -11:
+                accesses = [op for op in self._under_way(life) if op.kind in ACCESSES]
+                if not any(self._rights.may_be_refused(op) for op in accesses):
+                    yield finding(
+                        f"process {life.name} died by SIGSEGV without a forbidden access", *self._under_way(life)
+                    )
+                elif life.policy != "die":
+                    yield finding(f"process {life.name} died of an access, under {life.policy}", *self._under_way(life))
+            case _:
+                yield finding(f"process {life.name} ended with {life.status}", *self._under_way(life))
+
+    def _hung(self, life: Life) -> bool:
+        return any(values[0] == life.pid for _, values in self._history.noted("hangs"))
+
+    def _under_way(self, life: Life) -> list[Op]:
+        return [op for op in self._history.ops if op.process == life.name and op.outcome is None]
+
+    # -- Datagrams -----------------------------------------------------------------------------------------------------
+
+    def _datagrams(self) -> Iterator[str]:
+        """Each that was sent has arrived once, or is there still."""
+        received = self._facts.by_kind[words.RECEIVE]
+        arrived = Counter(op.args[2] for op in received if op.outcome == words.OK)
+        unsure = {op.args[2] for op in received if op.outcome in (words.INTERRUPTED, None)}
+        unread = {values[1] for _, values in self._history.noted("unread")}
+        for op in self._facts.by_kind[words.SEND]:
+            value = op.args[1]
+            if op.outcome == words.OK and value not in unsure:
+                count = arrived[value] + (value in unread)
+                if count != 1:
+                    tries = [other for other in received if other.args[2] == value]
+                    yield finding(f"a datagram has arrived {count} times", op, *tries)
+
+    # -- What is left --------------------------------------------------------------------------------------------------
+
+    def _left(self) -> Iterator[str]:
+        if not self._history.noted("end"):
+            yield finding("the conductor has not come to its end")
+        for _, (pids,) in self._history.noted("participants"):
+            if pids:
+                yield finding(f"participants that are gone are still there: {pids}")
+        for _, (there,) in self._history.noted("name"):
+            if there:
+                yield finding("the region's name is left")
+        for _, (before, after) in self._history.noted("own"):
+            if any(after[what] > before[what] for what in before):
+                yield finding(f"the conductor had {before} before, and {after} after it had closed the region")
+        blocks = [values[0] for _, values in self._history.noted("blocks")]
+        if len(blocks) == 2 and blocks[1] > blocks[0] + MORE_MEMORY:
+            yield finding(f"the region took {blocks[0]} bytes of memory, and in the end {blocks[1]}")
