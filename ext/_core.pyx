@@ -200,6 +200,7 @@ cdef extern from "core.h" nogil:
     int ps_name_find(int name_fd, int *region_fd)
     int ps_name_leads_to(int name_fd, int region_fd)
     int ps_name_of(int region_fd, char *name, const char **field)
+    void ps_name_let_go(ps_region *region)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -687,6 +688,13 @@ cdef class Handle(Mapped):
                 ps_close(self.left)
         if self.left is not NULL:
             ps_release(self.left)
+
+    def _let_go_of_name(self):
+        """At the end of the process: the name's entry is held by others, or by nobody."""
+        Mapped.enter(self, "end")
+        with nogil:
+            ps_name_let_go(self.region)
+        self.leave()
 
     # -- What it is --
 

@@ -379,6 +379,7 @@ static void follow_for_ever(struct ps_region *region) {
         /* acquire: pairs with C5 and U3: the map and the ring entry are those of this generation, or newer. */
         uint64_t generation = atomic_load_explicit(word, memory_order_acquire);
         ps_borrow_answer(region);
+        ps_name_answer(region);
         ps_fault_install(); /* before access ends: faulthandler may have come above us, or taken us away with itself */
         if (ps_agent_follow(region, generation, ps_sys_now() + SLICE))
             continue; /* another process is stopped with our claim: a stopper of ours does not wait for that */
@@ -499,13 +500,17 @@ bool ps_agent_lost(struct ps_region *region) {
     return gone;
 }
 
-/* It may be about to sleep: wake again until it has ended. */
-static void await_end(struct ps_region *region) {
+/* It may be about to sleep: whoever wants something of it wakes it again until it is done. */
+void ps_agent_wake(struct ps_region *region) {
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
+}
+
+static void await_end(struct ps_region *region) {
     ps_page_lock(region, PS_NEVER);
     while (!is_gone(region)) {
         ps_page_unlock(region);
-        ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
+        ps_agent_wake(region);
         ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
         ps_page_lock(region, PS_NEVER);
     }

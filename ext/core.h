@@ -351,7 +351,9 @@ int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked)
 /* Names: the entry's format is names.c's; the directory is _names.py's. */
 int ps_name_format(int name_fd, int region_fd);
 int ps_name_find(int name_fd, int *region_fd);
-int ps_name_leads_to(int name_fd, int region_fd);                              /* 1, 0 or an error */
+int ps_name_leads_to(int name_fd, int region_fd); /* 1, 0 or an error */
+/* This process does not hold the region's name any more, and is a participant still: what it does at its end. */
+void ps_name_let_go(struct ps_region *region);
 int ps_name_of(int region_fd, char name[PS_NAME_MAX + 8], const char **field); /* "" for none */
 
 #endif

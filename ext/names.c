@@ -12,10 +12,13 @@
  *     table: the entry is stale exactly when LOCK_EX can be had.
  *  2. Rows are written by one pwrite, so a reader that finds half a row finds
  *     one that leads nowhere.
+ *  3. An entry takes memory as its rows are needed: 63 slots share its first
+ *     page.  Who attaches has a slot only where there is memory for its row.
  * Runs in: caller, agent, fork child's agent.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/futex.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,6 +26,7 @@
 #include "participant.h"
 
 #define ENTRY_MAGIC 0x00656d616e737970u /* "pysname\0", little endian */
+#define PATIENCE (1000 * PS_MS)         /* with an agent that does not answer, at the end of a process */
 
 struct entry_header {
     uint64_t magic, device, inode, nonce[2];
@@ -57,7 +61,13 @@ int ps_name_format(int name_fd, int region_fd) {
                                   .slots = shape.slots};
     if (ftruncate(name_fd, row_offset(shape.slots)))
         return -errno;
-    return pwrite(name_fd, &header, sizeof header, 0) == (ssize_t)sizeof header ? 0 : -EIO;
+    return ps_sys_write_at(name_fd, &header, sizeof header, 0);
+}
+
+int ps_name_clear_row(const struct ps_region *region, uint32_t slot) {
+    int entry = atomic_load_explicit(&region->own_entry, memory_order_relaxed);
+    struct entry_row row = {0};
+    return entry < 0 ? 0 : ps_sys_write_at(entry, &row, sizeof row, (uint64_t)row_offset(slot));
 }
 
 void ps_name_write_row(struct ps_region *region, bool present) {
@@ -74,9 +84,35 @@ void ps_name_write_row(struct ps_region *region, bool present) {
             .start = atomic_load_explicit(&slot->start, memory_order_relaxed),
             .pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed),
         };
-    /* A row that could not be written makes this participant unreachable by name, and harms nobody. */
-    if (pwrite(region->own_entry, &row, sizeof row, row_offset(region->slot)) < 0)
+    /* It fails only in a forked child that found no memory for its row when it claimed its slot: the child takes part,
+     * keeps the name alive, and cannot be reached by it. */
+    ps_sys_write_at(region->own_entry, &row, sizeof row, (uint64_t)row_offset(region->slot));
+}
+
+/* The agent's part of ps_name_let_go. */
+void ps_name_answer(struct ps_region *region) {
+    int entry = region->own_entry;
+    if (entry < 0 || !atomic_load_explicit(&region->nameless, memory_order_acquire))
         return;
+    ps_name_write_row(region, false);
+    close(entry);
+    /* release: who finds -1 (acquire) finds the agent's lock on the entry gone. */
+    atomic_store_explicit(&region->own_entry, -1, memory_order_release);
+    ps_sys_wake((_Atomic uint32_t *)&region->own_entry, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
+}
+
+void ps_name_let_go(struct ps_region *region) {
+    _Atomic uint32_t *word = (_Atomic uint32_t *)&region->own_entry;
+    int64_t end = ps_sys_now() + PATIENCE;
+    atomic_store_explicit(&region->nameless, true, memory_order_release); /* pairs with the agent's look */
+    while (ps_process_known() && ps_running(region) && ps_sys_now() < end) {
+        uint32_t seen = atomic_load_explicit(word, memory_order_acquire);
+        if ((int)seen < 0)
+            break;
+        ps_agent_wake(region);
+        ps_sys_wait((struct ps_watch){word, seen}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+    }
+    ps_cached_forget(region, &region->entry); /* after the agent's, from which it would be fetched again */
 }
 
 static int read_header(int name_fd, struct entry_header *header) {

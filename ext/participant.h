@@ -112,7 +112,9 @@ struct ps_region {
     bool succeeds;                                 /* likewise: slot and mappings are an earlier agent's */
     uint32_t blocker;                              /* pid that a join waited for in vain */
     int tid;                                       /* the agent's thread */
-    int own, own_entry, own_userfault, own_socket; /* numbers in its table; -1: none */
+    int own, own_userfault, own_socket;            /* numbers in its table; -1: none */
+    _Atomic int own_entry;                         /* the same; who wants it let go sleeps on it */
+    _Atomic bool nameless;                         /* the agent is to let go of the name's entry */
     struct ps_robust robust;
 
     enum ps_engine engine; /* as asked for */
@@ -387,9 +389,12 @@ bool ps_agent_lost(struct ps_region *region);
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
 void ps_agent_settle(struct ps_region *region, int64_t deadline);
 void ps_agent_fence(struct ps_region *region);
+void ps_agent_wake(struct ps_region *region);
 
 /* names.c */
+int ps_name_clear_row(const struct ps_region *region, uint32_t slot); /* there is memory for it; else -errno */
 void ps_name_write_row(struct ps_region *region, bool present);
+void ps_name_answer(struct ps_region *region);
 
 /* fault.c: a copy that survives faults; the signal handlers */
 #define PS_COPY_NO_PAGE (UINT64_C(1) << 63) /* SIGBUS: allowed, but the kernel has no page for it */

@@ -176,7 +176,7 @@ static void forget_participation(struct ps_region *region) {
     region->frozen_by = 0;
     region->window = region->shadow = false;
     region->ahead = 0;
-    region->failed = region->fenced = region->unsynced = false;
+    region->failed = region->fenced = region->unsynced = region->nameless = false;
     region->epoch = region->slot = 0;
     region->tid = 0;
     region->own = region->own_entry = region->own_userfault = region->own_socket = -1;

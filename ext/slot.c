@@ -67,12 +67,25 @@ static bool leaving(struct ps_region *region, uint32_t index) {
            atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
 }
 
-/* 1: it is ours; 0: it has an owner; or an error. */
+/* Who attaches fails where there is no memory for its row: nobody could reach it by the name that it would keep.  A
+ * forked child goes on without: it has the memory already. */
+static int make_row(const struct ps_region *region, uint32_t index) {
+    int rc = ps_name_clear_row(region, index);
+    return atomic_load_explicit(&region->use, memory_order_relaxed) == PS_OPENING ? rc : 0;
+}
+
+/* 1: it is ours; 0: it has an owner; or an error, of this slot. */
 static int claim_one(struct ps_region *region, int own, uint32_t index) {
     int rc = ps_sys_ofd_take(own, index);
-    if (!rc)
-        take(region, index);
-    return !rc ? 1 : rc == -EAGAIN ? 0 : rc;
+    if (rc)
+        return rc == -EAGAIN ? 0 : rc;
+    rc = make_row(region, index);
+    if (rc) {
+        ps_sys_ofd_drop(own, index);
+        return rc;
+    }
+    take(region, index);
+    return 1;
 }
 
 /* A hint: the kernel looks through all bytes that are taken, each time we ask for one. */
@@ -81,18 +94,22 @@ static bool looks_free(struct ps_region *region, uint32_t index) {
     return state == PS_FREE || state == PS_DEAD;
 }
 
-/* 1: a slot is ours; 0: none is free, but one is going to be; or an error. */
+/* 1: a slot is ours; 0: none is free, but one is going to be; or an error: of the last one that could not be had.  The
+ * row of one may have no room where another, of a dead owner, has its row. */
 static int claim_any(struct ps_region *region, int own) {
-    int rest = PS_EFULL, rc = 0;
-    for (uint32_t index = 0; index < region->shape.slots && !rc; index++)
-        if (looks_free(region, index))
-            rc = claim_one(region, own, index);
-    for (uint32_t index = 0; index < region->shape.slots && !rc; index++) {
-        rc = claim_one(region, own, index);
-        if (leaving(region, index))
-            rest = 0;
-    }
-    return rc ? rc : rest;
+    int error = PS_EFULL;
+    bool soon = false;
+    for (int all = 0; all < 2; all++)
+        for (uint32_t index = 0; index < region->shape.slots; index++) {
+            int rc = all || looks_free(region, index) ? claim_one(region, own, index) : 0;
+            if (rc > 0)
+                return rc;
+            if (rc < 0)
+                error = rc;
+            else if (all && leaving(region, index))
+                soon = true;
+        }
+    return soon ? 0 : error;
 }
 
 int ps_slot_claim(struct ps_region *region, int own) {

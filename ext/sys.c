@@ -474,6 +474,11 @@ int ps_sys_ofd_take(int fd, uint32_t byte) {
     return rc == -EACCES ? -EAGAIN : rc;
 }
 
+void ps_sys_ofd_drop(int fd, uint64_t byte) {
+    struct flock lock = ofd_byte(F_UNLCK, byte);
+    fcntl(fd, F_OFD_SETLK, &lock);
+}
+
 int ps_sys_ofd_share(int fd, uint64_t byte) {
     struct flock lock = ofd_byte(F_RDLCK, byte);
     return result(fcntl(fd, F_OFD_SETLK, &lock));

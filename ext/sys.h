@@ -69,6 +69,7 @@ int ps_sys_mark_nothing(struct ps_robust *robust);
 
 /* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has it); free? */
 int ps_sys_ofd_take(int fd, uint32_t byte);
+void ps_sys_ofd_drop(int fd, uint64_t byte);
 int ps_sys_ofd_share(int fd, uint64_t byte); /* read-locked for it, together with others */
 int ps_sys_ofd_free(int fd, uint64_t byte);  /* 1, 0 or -errno */
 

@@ -15,13 +15,14 @@ import fcntl
 import os
 import socket
 import warnings
+import weakref
 from collections.abc import Iterator
-from multiprocessing import reduction
+from multiprocessing import reduction, util
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from pyshare import _core, _creation, _image, _names
 from pyshare._core import DEFAULT, Lease, Lock, Snapshot
-from pyshare._errors import RegionExists, ShareError
+from pyshare._errors import RegionClosed, ShareError
 from pyshare._image import Image
 from pyshare._mapped import Mapped, Prot
 from pyshare._readonly import Observer, observe
@@ -358,8 +359,15 @@ class Region(Mapped, _core.Handle):
 
 
 def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
-    region: Region = _core.attach(Region, fd, entry, engine, deadline)
+    try:
+        region: Region = _core.attach(Region, fd, entry, engine, deadline)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and entry >= 0:
+            raise _names.no_row(str(_core.name_of(fd))) from None
+        raise
     region._name, region._size, _, _ = region._facts()
+    if entry >= 0:
+        _holders.add(region)
     region._page = region._page_size()
     try:
         region._bring_in()
@@ -367,6 +375,36 @@ def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
         region._close()
         raise
     return region
+
+
+_holders: weakref.WeakSet[Region] = weakref.WeakSet()  # of names
+
+
+def _leave_names() -> None:
+    """At a normal end of this process: the names that nobody else holds are gone.
+
+    Their regions stay as they are until the kernel ends them: other threads may still use the memory.
+    """
+    names = set()
+    for region in list(_holders):
+        with contextlib.suppress(RegionClosed):
+            region._let_go_of_name()
+            names.add(str(region._name))
+    for name in names:
+        _names.clear(name)
+
+
+def _leave_names_later(*_: object) -> None:
+    """At the end of this process, when the processes that multiprocessing started in it, which may come to attach by a
+    name, have ended: its own exit function joins them, then calls this. It does so in its processes too, where nothing
+    of atexit is called.
+    """
+    util.Finalize(None, _leave_names, exitpriority=-1000)
+
+
+_leave_names_later()
+os.register_at_fork(after_in_child=_leave_names_later)
+util.register_after_fork(_leave_names, _leave_names_later)  # multiprocessing forgets what was registered before
 
 
 def _rebuild(dup: Any) -> Region:
@@ -430,7 +468,9 @@ def create(
         RegionExists: the name leads to a live region (a stale one is replaced).
         PermissionError: with ``replace``, the name is not yours.
         ValueError, TypeError: a wrong argument.
-        OSError: what the kernel refuses: EMFILE, ENOMEM, ENOSPC. ENOMEM also where ``reserve`` wants more than a memory
+        OSError: what the kernel refuses, with its errno: EMFILE, ENOMEM. Of a name, which needs a page in /dev/shm
+            (a region without a name needs none), with the path too: ENOSPC, EROFS, EACCES, ENOENT; EBUSY where
+            somebody was stopped while it removed the name. ENOMEM also where ``reserve`` wants more than a memory
             cgroup of this process (version 1 or 2, as far as it can be seen) or the machine has left, where too few
             huge pages are free, and where memory is to be locked above the limit (EPERM where that is 0); ENODEV where
             there are no huge pages of that size; EOPNOTSUPP for them with engine "uffd".
@@ -452,10 +492,7 @@ def create(
     if memory.huge and engine == "uffd":
         raise OSError(errno.EOPNOTSUPP, f"create: engine 'uffd' cannot change huge pages ({huge}) entry by entry")
     if name is not None and not replace:
-        with contextlib.suppress(FileNotFoundError), _names.live(name):
-            raise RegionExists(
-                f"the name {name!r} leads to a live region; attach it, choose another name, or say replace=True"
-            )
+        _names.check_free(name)
     mode = _names.masked(mode)
     fd = _creation.create(size, bits, max_participants, mode, policy, name or "", memory)
     try:
@@ -468,11 +505,11 @@ def create(
 
 
 def _create_named(fd: int, name: str, mode: int, replace: bool, engine: int, deadline: int) -> Region:
-    entry = _names.NewEntry(fd)
+    entry = _names.NewEntry(name, fd)
     try:
         region = _join(fd, entry.fd, engine, deadline)
         try:
-            entry.publish(name, mode, replace)
+            entry.publish(mode, replace)
         except BaseException:
             region._close()
             raise
@@ -541,8 +578,9 @@ def attach(
         CorruptRegion: the descriptor is no region, or a damaged one.
         ParticipantLimit: every slot is taken.
         PropagationTimeout: the lock was held for the whole timeout.
-        OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM. EOWNERDEAD: the thread that follows changes was ended
-            as it began (by a seccomp filter).
+        OSError: what the kernel refuses: EBADF, EMFILE, ENOMEM; ENOSPC where the name has no room for one more holder
+            (each 64 need a page in /dev/shm); FileNotFoundError with the path where there is no /dev/shm. EOWNERDEAD:
+            the thread that follows changes was ended as it began (by a seccomp filter).
         KeyboardInterrupt: after Ctrl-C; this process has no part in the region then.
     """
     wanted = _check_engine(engine)

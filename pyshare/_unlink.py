@@ -105,7 +105,8 @@ def remove(name: str) -> Outcome:
             alive = [one.pid for one in taking_part if one.status != "dead" and one.pid not in outcome.ended]
             outcome.kept = len(alive)
     except (ShareError, OSError, ValueError) as error:
-        outcome.error = getattr(error, "strerror", None) or str(error)
+        text, path = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+        outcome.error = f"{text}: {path}" if path else text
     return outcome
 
 

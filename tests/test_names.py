@@ -1,16 +1,20 @@
 """Names: they lead to a region as long as somebody holds it, and to nobody else's.
 
 Grouped by promise: a name leads to its region; it is gone with the last holder,
-however that went; other users neither get in nor get in the way; processes that
-do all of this at once never see a half of it.
+however that went; other users neither get in nor get in the way; a directory
+that has no room, or is none, is told as it is; processes that do all of this at
+once never see a half of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +28,7 @@ from pyshare import READ, Region
 PAGE = 4096
 NOBODY = 65534
 Fork = Callable[..., Child]
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 
@@ -260,6 +265,102 @@ def test_killing_a_creator_anywhere_leaves_only_what_the_next_clears(fork: Fork)
         assert entries() == set()
 
 
+@pytest.mark.parametrize("label", ["J1_claim", "J4_live", None])
+def test_create_sweeps_what_the_killed_have_left(label: str | None, fork: Fork) -> None:
+    with pyshare.create(size=1):
+        if label is None:
+            killed(fork, "killed")
+        else:
+            # Its first time is where the child joins the region above.
+            assert fork(make_and_leave, point=f"{label}=kill@2").wait() == -9
+        (left,) = entries()
+        assert (left == "pyshare.killed") == (label is None)  # else an entry that has no name yet
+
+        def is_swept() -> bool:  # not by each that comes within a moment of the one before
+            pyshare.create("other", size=PAGE).close()
+            return left not in entries()
+
+        until(is_swept)
+
+
+def test_a_sweep_looks_at_some_of_many_and_leaves_the_living(fork: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyshare._names._LOOKS", 2)
+    monkeypatch.setattr("pyshare._names._REST", 0)
+    with contextlib.ExitStack() as stack:
+        for number in range(5):
+            stack.enter_context(pyshare.create(f"alive{number}", size=1))
+        killed(fork, "stale")
+
+        def is_swept() -> bool:
+            pyshare.create("other", size=PAGE).close()
+            return "pyshare.stale" not in entries()
+
+        until(is_swept)
+        assert pyshare.names() == [f"alive{number}" for number in range(5)]
+
+
+AT_END = """
+import os, sys, threading, multiprocessing
+import pyshare
+
+def store_for_ever(region):
+    while True:
+        region.buf[0] = 1
+
+def outlive(parent):
+    os.read(parent, 1)  # until it is gone
+    print(pyshare.names(), flush=True)
+
+def look():
+    with pyshare.attach("ended") as region:
+        print(region.name, flush=True)
+
+if __name__ == "__main__":
+    how = sys.argv[1]
+    region = pyshare.create("ended", size=4096)
+    alive, parent = os.pipe()
+    if how == "daemon thread":
+        threading.Thread(target=store_for_ever, args=[region], daemon=True).start()
+    elif how == "error":
+        raise SystemExit(1)
+    elif how == "fork" and os.fork() == 0:
+        os.close(parent)
+        outlive(alive)
+    elif how == "multiprocessing":
+        def child(parent, alive):
+            os.close(parent)
+            outlive(alive)
+        multiprocessing.get_context("fork").Process(target=child, args=[parent, alive]).start()
+        os._exit(0)
+    elif how == "spawn":
+        multiprocessing.get_context("spawn").Process(target=look).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("nothing", ""),
+        ("daemon thread", ""),
+        ("error", ""),
+        ("fork", "['ended']\n"),
+        ("multiprocessing", "['ended']\n"),
+        ("spawn", "ended\n"),  # a child that the end waits for finds it
+    ],
+)
+def test_a_normal_end_of_the_last_holder_leaves_no_file(how: str, says: str, run_python: RunPython) -> None:
+    done = run_python(AT_END, how)
+    assert (done.stdout, done.stderr) == (says, "")
+    until(lambda: not entries())  # the last one may end after the one that we have started
+
+
+def test_the_end_of_one_holder_leaves_the_name_to_the_others(fork: Fork, run_python: RunPython) -> None:
+    held(fork, "shared")
+    assert run_python("import pyshare; region = pyshare.attach('shared')").returncode == 0
+    with pyshare.attach("shared") as region:
+        assert region.read(0, 4) == b"held"
+
+
 def test_the_name_survives_the_descriptors_of_its_only_holder(fork: Fork) -> None:
     def close_all(child: Child) -> None:
         region = pyshare.create("closed", size=PAGE)
@@ -447,6 +548,183 @@ def test_a_read_only_descriptor_gives_another_user_what_the_mode_says(mode: int,
     assert child.wait() == 0
     os.close(read_only)
     region.close()
+
+
+# -- A directory that has no room, or is none --------------------------------------------------------------------------
+
+
+def mount(options: bytes, *, at: bytes = b"/dev/shm", flags: int = 0) -> None:
+    """A file system that only this process sees."""
+    libc = ctypes.CDLL(None)
+    new_mounts, private = 0x20000, 0x44000
+    assert libc.unshare(new_mounts) == 0
+    assert libc.mount(b"none", b"/", None, private, None) == 0
+    assert libc.mount(b"none", at, b"tmpfs", flags, options) == 0
+
+
+def fill() -> None:
+    """There is no page left in /dev/shm."""
+    with contextlib.suppress(OSError), open("/dev/shm/full", "wb", buffering=0) as file:
+        while file.write(bytes(PAGE)):
+            pass
+
+
+def is_full() -> None:
+    mount(b"size=16k,mode=1777")
+    fill()
+
+
+def is_read_only() -> None:
+    mount(b"mode=1777", flags=1)
+
+
+def is_missing() -> None:
+    mount(b"mode=755", at=b"/dev")
+
+
+def is_anothers() -> None:
+    mount(b"mode=755")
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def is_kept_from_us() -> None:
+    mount(b"mode=700")
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def open_or_create(name: str) -> Region:
+    """As programs do; an error that would come for ever is not one of the two."""
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError):
+            return pyshare.create(name, size=PAGE)
+        with contextlib.suppress(pyshare.RegionNotFound):
+            return pyshare.attach(name)
+    raise AssertionError("it would go on for ever")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        (is_full, errno.ENOSPC),
+        (is_read_only, errno.EROFS),
+        (is_missing, errno.ENOENT),
+        (is_anothers, errno.EACCES),
+        (is_kept_from_us, errno.EACCES),
+    ],
+    ids=lambda value: getattr(value, "__name__", errno.errorcode.get(value)),
+)
+def test_where_no_name_can_be_made_the_kernels_errno_is_told(how: Callable[[], None], number: int, fork: Fork) -> None:
+    def body(_: Child) -> None:
+        how()
+        for make in (lambda: pyshare.create("x", size=PAGE), lambda: open_or_create("x")):
+            with pytest.raises(OSError, match="a name needs one page there; a region without a name does not") as told:
+                make()
+            assert (told.value.errno, told.value.filename) == (number, "/dev/shm/pyshare.x")
+            assert not isinstance(told.value, pyshare.ShareError)
+        with pyshare.create(size=PAGE) as region:
+            region.write(0, b"x")
+
+    assert fork(body).wait() == 0
+
+
+@needs_root
+def test_without_a_directory_nothing_is_there_and_nothing_is_waited_for(fork: Fork) -> None:
+    region = pyshare.create("elsewhere", size=PAGE)
+
+    def body(_: Child) -> None:
+        is_missing()
+        for call in (pyshare.attach, pyshare.unlink):
+            with pytest.raises(FileNotFoundError) as told:
+                call("x")
+            assert told.value.filename == "/dev/shm/pyshare.x"
+            assert not isinstance(told.value, pyshare.RegionNotFound)
+        assert pyshare.names() == []
+        with pyshare.attach(region.fileno()) as again:  # its name cannot be seen from here
+            assert again.name == "elsewhere"
+
+    assert fork(body).wait() == 0
+    region.close()
+
+
+def test_at_the_descriptor_limit_it_is_that(fork: Fork) -> None:
+    def body(_: Child) -> None:
+        with pyshare.create("there", size=PAGE):
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            for call in (lambda: pyshare.create("x", size=PAGE), lambda: pyshare.attach("there")):
+                with pytest.raises(OSError, match="Too many open files") as told:
+                    call()
+                assert told.value.errno == errno.EMFILE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    assert fork(body).wait() == 0
+
+
+def test_who_is_stopped_while_it_removes_a_name_is_told_of(fork: Fork) -> None:
+    killed(fork, "stopped")
+
+    def remove(child: Child) -> None:
+        fd = os.open("/dev/shm/pyshare.stopped", os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        child.say()
+        child.hear()
+
+    child = fork(remove)
+    child.hear()
+    with pytest.raises(OSError, match="in the hands of others") as told:
+        open_or_create("stopped")
+    assert (told.value.errno, told.value.filename) == (errno.EBUSY, "/dev/shm/pyshare.stopped")
+    child.say()
+    assert child.wait() == 0
+    pyshare.create("stopped", size=PAGE).close()
+    assert entries() == set()
+
+
+@needs_root
+def test_a_holder_has_a_row_or_is_none_and_rows_of_the_gone_are_used_again(fork: Fork) -> None:
+    def join(child: Child) -> None:
+        regions = [pyshare.attach("pool") for _ in range(2)]
+        child.say()
+        child.hear()
+        assert len(regions) == 2
+
+    def body(child: Child) -> None:
+        mount(b"size=16k,mode=1777")
+        early = [pyshare.create("pool", size=PAGE)]
+        fill()
+        other = Child(join)  # has early[0] too, so three rows
+        other.hear()
+        early += [pyshare.attach("pool") for _ in range(59)]
+        for whole in ("pool", early[0]):
+            with pytest.raises(OSError, match=r"no room for one more holder.*a region without a name does not") as told:
+                pyshare.attach(whole)
+            assert (told.value.errno, told.value.filename) == (errno.ENOSPC, "/dev/shm/pyshare.pool")
+        other.end()
+        late = pyshare.attach("pool")
+        for region in early:
+            region.close()
+        with pyshare.attach("pool") as found:
+            assert found.name == late.name == "pool"
+        child.say()
+
+    child = fork(body)
+    assert child.wait() == 0
+
+
+@needs_root
+def test_who_is_forked_without_room_for_a_row_takes_part(fork: Fork) -> None:
+    def body(_: Child) -> None:
+        mount(b"size=16k,mode=1777")
+        regions = [pyshare.create("pool", size=PAGE)]
+        fill()
+        regions += [pyshare.attach("pool") for _ in range(32)]
+        with Child(lambda _: [region.write(0, b"x") for region in regions]) as child:
+            assert child.wait() == 0
+
+    assert fork(body).wait() == 0
 
 
 # -- All at once -------------------------------------------------------------------------------------------------------
