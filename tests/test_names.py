@@ -300,7 +300,7 @@ def test_a_sweep_looks_at_some_of_many_and_leaves_the_living(fork: Fork, monkeyp
 
 
 AT_END = """
-import os, sys, threading, multiprocessing
+import multiprocessing, os, select, sys, threading
 import pyshare
 
 def store_for_ever(region):
@@ -308,7 +308,7 @@ def store_for_ever(region):
         region.buf[0] = 1
 
 def outlive(parent):
-    os.read(parent, 1)  # until it is gone
+    select.select([parent], [], [])  # no thread of it is left
     print(pyshare.names(), flush=True)
 
 def look():
@@ -318,19 +318,15 @@ def look():
 if __name__ == "__main__":
     how = sys.argv[1]
     region = pyshare.create("ended", size=4096)
-    alive, parent = os.pipe()
+    me = os.pidfd_open(os.getpid())
     if how == "daemon thread":
         threading.Thread(target=store_for_ever, args=[region], daemon=True).start()
     elif how == "error":
         raise SystemExit(1)
     elif how == "fork" and os.fork() == 0:
-        os.close(parent)
-        outlive(alive)
+        outlive(me)
     elif how == "multiprocessing":
-        def child(parent, alive):
-            os.close(parent)
-            outlive(alive)
-        multiprocessing.get_context("fork").Process(target=child, args=[parent, alive]).start()
+        multiprocessing.get_context("fork").Process(target=outlive, args=[me]).start()
         os._exit(0)
     elif how == "spawn":
         multiprocessing.get_context("spawn").Process(target=look).start()
