@@ -104,17 +104,17 @@ struct ps_region {
     _Atomic uint32_t descriptor_lock;          /* lock.c */
     struct ps_cached memory, entry, userfault; /* under descriptor_lock */
 
-    _Atomic uint32_t agent;                        /* enum ps_agent_state, and the futex on which its starter waits */
-    bool threaded;                                 /* under page_lock: `thread` has not been found ended */
-    pthread_t thread;                              /* the agent's; under page_lock */
-    int join_result;                               /* agent's, before it leaves STARTING */
-    int64_t join_deadline;                         /* starter's, before STARTING */
-    bool succeeds;                                 /* likewise: slot and mappings are an earlier agent's */
-    uint32_t blocker;                              /* pid that a join waited for in vain */
-    int tid;                                       /* the agent's thread */
-    int own, own_userfault, own_socket;            /* numbers in its table; -1: none */
-    _Atomic int own_entry;                         /* the same; who wants it let go sleeps on it */
-    _Atomic bool nameless;                         /* the agent is to let go of the name's entry */
+    _Atomic uint32_t agent;             /* enum ps_agent_state, and the futex on which its starter waits */
+    bool threaded;                      /* under page_lock: `thread` has not been found ended */
+    pthread_t thread;                   /* the agent's; under page_lock */
+    int join_result;                    /* agent's, before it leaves STARTING */
+    int64_t join_deadline;              /* starter's, before STARTING */
+    bool succeeds;                      /* likewise: slot and mappings are an earlier agent's */
+    uint32_t blocker;                   /* pid that a join waited for in vain */
+    int tid;                            /* the agent's thread */
+    int own, own_userfault, own_socket; /* numbers in its table; -1: none */
+    _Atomic int own_entry;              /* the same; who wants it let go sleeps on it */
+    _Atomic bool nameless;              /* the agent is to let go of the name's entry */
     struct ps_robust robust;
 
     enum ps_engine engine; /* as asked for */
