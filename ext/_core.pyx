@@ -15,6 +15,7 @@ Invariants
 
 cimport cython
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
@@ -31,6 +32,7 @@ import errno
 import operator
 import os
 import resource
+import signal
 import sys
 import warnings
 
@@ -133,7 +135,7 @@ cdef extern from "core.h" nogil:
     void ps_quarantine_leave()
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
     int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
-    int ps_prepare(ps_region *region, uint64_t first, uint64_t count, int64_t deadline)
+    int ps_way_in(ps_region *region, uint64_t page, int64_t deadline, void **at, ps_refusal *refusal)
     enum:
         PS_REGION_THP
         PS_REGION_LOCK
@@ -381,7 +383,8 @@ cdef raise_code(int code, str doing, str field=None):
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         raise OSError(errno.ENOMEM if limit else errno.EPERM,
             f"{doing}: the region's memory is to be locked, and this process may lock {limit} bytes in all "
-            "(RLIMIT_MEMLOCK; ulimit -l); that has to be more than its data and control segment")
+            "(RLIMIT_MEMLOCK; ulimit -l); that has to be more than its data and control segment, and than twice its "
+            "data for leases by window, readinto and recv_into")
     if code == -errno.EOWNERDEAD:
         raise OSError(errno.EOWNERDEAD,
             f"{doing}: the native thread that follows changes was ended as it began; a seccomp filter that ends threads "
@@ -1125,7 +1128,6 @@ cdef class Handle(Mapped):
         cdef uint64_t first = offset // PS_PAGE_SIZE, count = (offset + length - 1) // PS_PAGE_SIZE + 1 - first
         cdef Py_ssize_t got
         cdef char *to
-        cdef int own
         doing = "readinto" if flags < 0 else "recv_into"
         until = deadline_of(wait)
         while True:
@@ -1135,16 +1137,9 @@ cdef class Handle(Mapped):
             deadline = deadline_of(timeout)
             self.enter(doing)
             try:
-                own = ps_own_lease(self.region, first, count)
-                if own == PS_ENESTED:
-                    raise _errors.ShareError(
-                        f"{doing}: this thread holds leases on some of these pages, or leases of both kinds; give it "
-                        "those apart")
-                to = <char *>(ps_window(self.region) if own == 2 else ps_address(self.region)) + <uint64_t>offset
-                lease = None if own else self.lease_writable(first, count, deadline, doing)
+                lease = self.hold(first, count, deadline, doing)
                 try:
-                    if own < 2:
-                        self.prepare(first, count, deadline, doing)
+                    to = self.way_in(first, deadline, doing) + <uint64_t>offset % PS_PAGE_SIZE
                     got = receive(fd, to, length, flags)
                 finally:
                     if lease is not None:
@@ -1156,31 +1151,78 @@ cdef class Handle(Mapped):
             if got != -errno.EAGAIN:  # that is: somebody else was quicker
                 raise OSError(-got, os.strerror(-got))
 
-    cdef prepare(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
-        cdef int rc
-        with nogil:
-            rc = ps_prepare(self.region, first, count, deadline)
-        if rc:
-            raise_code(rc, doing, self.corrupt_field())
+    def _await_writable(self, offset, length, timeout):
+        """The pages are WRITE, at a look; ProtectionError."""
+        cdef uint64_t first = offset // PS_PAGE_SIZE, count = (offset + length - 1) // PS_PAGE_SIZE + 1 - first
+        self.enter("recv_into")
+        try:
+            if not ps_own_lease(self.region, first, count):
+                self.await_writable(first, count, deadline_of(timeout), "recv_into")
+        finally:
+            self.leave()
 
-    cdef lease_writable(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
-        """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
+    def _store(self, offset, bytearray data, length, timeout):
+        """At most so many bytes of what was received are stored, and taken from it; how many."""
+        cdef uint64_t bytes = min(len(data), length), first = offset // PS_PAGE_SIZE
+        cdef uint64_t count = (offset + bytes + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE - first
         cdef ps_refusal refusal
         cdef int rc
-        cdef uint64_t unit = self.unit() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
-        cdef uint64_t end = (first + count + unit - 1) // unit * unit
-        while True:
+        if not bytes:
+            return 0
+        self.enter("recv_into")
+        try:
+            lease = self.hold(first, count, deadline_of(timeout), "recv_into")
+            try:
+                rc = ps_write(self.region, offset, PyByteArray_AS_STRING(data), bytes, &refusal)
+                if rc:
+                    self.refused(rc, &refusal, "recv_into")
+                del data[:bytes]
+                return bytes
+            finally:
+                if lease is not None:
+                    lease.release()
+        finally:
+            self.leave()
+
+    cdef hold(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
+        """Until the lease that this returns is released nobody changes the pages, which are WRITE; None: we have one."""
+        cdef int own = ps_own_lease(self.region, first, count)
+        if own == PS_ENESTED:
+            raise _errors.ShareError(
+                f"{doing}: this thread holds leases on some of these pages, not on all; give it those apart")
+        return None if own else self.lease_writable(first, count, deadline, doing)
+
+    cdef char *way_in(self, uint64_t page, int64_t deadline, str doing) except NULL:
+        cdef ps_refusal refusal
+        cdef void *at
+        cdef int rc
+        with nogil:
+            rc = ps_way_in(self.region, page, deadline, &at, &refusal)
+        if rc:
+            self.refused(rc, &refusal, doing)
+        return <char *>at
+
+    cdef await_writable(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
+        cdef ps_refusal refusal
+        cdef int rc = PS_ESIGNAL
+        while rc == PS_ESIGNAL:
             with nogil:
                 rc = ps_await_writable(self.region, first, count, deadline, &refusal)
             if rc == PS_ESIGNAL:
                 self.serve_signals(doing)
-                continue
-            if rc:
-                self.refused(rc, &refusal, doing)
+        if rc:
+            self.refused(rc, &refusal, doing)
+
+    cdef lease_writable(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
+        """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
+        cdef ps_refusal refusal
+        cdef uint64_t unit = self.unit() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
+        cdef uint64_t end = (first + count + unit - 1) // unit * unit
+        while True:
+            self.await_writable(first, count, deadline, doing)
             left = None if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) / 1e9
             lease = self.lease(begin * PAGE_SIZE, (end - begin) * PAGE_SIZE, timeout=left)
-            rc = ps_await_writable(self.region, first, count, 0, &refusal)
-            if not rc:
+            if not ps_await_writable(self.region, first, count, 0, &refusal):
                 return lease
             lease.release()
 
@@ -1477,6 +1519,25 @@ def _disable_faulthandler():
     return was_enabled
 
 
+# A thread that blocks SIGSEGV or SIGBUS dies at its first fault, also at one that is mended, as of a page that a snapshot
+# has to have first.  Programs block all that they can for the sake of sigwait(2), which is never for these two.
+
+FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS))
+cdef object pthread_sigmask = None
+
+
+def _pthread_sigmask(how, mask):
+    """pthread_sigmask(how, mask): as signal's, which it replaces; SIGSEGV and SIGBUS are never blocked."""
+    return pthread_sigmask(how, mask if how == signal.SIG_UNBLOCK else set(mask) - FAULTS)
+
+
+cdef hold_signals():
+    global pthread_sigmask
+    if pthread_sigmask is None:
+        pthread_sigmask = signal.pthread_sigmask
+        signal.pthread_sigmask = _pthread_sigmask
+
+
 cdef hold_handlers():
     """Where faulthandler is loaded: be told when it is disabled."""
     global disable_faulthandler
@@ -1578,6 +1639,7 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     cdef Handle handle = cls.__new__(cls)
     hold_arrays()
     hold_handlers()
+    hold_signals()
     with nogil:
         rc = ps_attach(fd, name_fd, <engine_t>engine, &region, &field)
     if not rc:

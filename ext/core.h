@@ -174,14 +174,15 @@ void ps_quarantine_leave(void); /* what the calling thread stored where it may n
 /* The latest forbidden accesses of all participants, the oldest first: how many.  Of an observer's handle too. */
 int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOLATIONS]);
 
-/* For a system call that is to store into pages.
- * ps_own_lease: the calling thread's over all of them: 1, 2 where stores go by the window; 0: over none; PS_ENESTED.
+/* For a system call that is to store into pages, which are the calling thread's by a lease meanwhile.
+ * ps_own_lease: it has one over all of them: 1; over none: 0; PS_ENESTED.
  * ps_await_writable: until the map allows it, where the policy is to wait; else, or after the deadline, PS_EREFUSED.
- * ps_prepare: the call finds the pages writable, as the map has them, which the caller keeps so. */
+ * ps_way_in: *at is where they can be stored to from `page` on, whatever page tables they have at the public address,
+ * which a snapshot that begins may close at any time.  PS_EREFUSED: this process is fenced. */
 int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count);
 int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                       struct ps_refusal *refusal);
-int ps_prepare(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
+int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_refusal *refusal);
 
 void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
 /* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;

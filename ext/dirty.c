@@ -153,7 +153,10 @@ int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t
         rc = ps_lease_window(region, PS_NEVER);
     if (rc || (rc = ps_lease_enter(region)))
         return rc;
+    sigset_t blocked;
+    ps_fault_unblock(true, &blocked);
     rc = put_pages(region, fd, offset / PS_PAGE, from, length);
+    ps_fault_block_again(&blocked);
     ps_lease_leave(region);
     return rc;
 }

@@ -35,7 +35,6 @@
 #define MARKS 100               /* ... of them SIGBUS, whose other meaning is that no memory is left */
 #define REPEATS 64              /* a fault runs again at most so often where the map allows it */
 #define LOOKS 100               /* at a page while changes go on, before what was found last has to do */
-#define OPENINGS 4              /* of pages that a system call is to find open */
 /* How long a wait by policy sleeps before it looks at leases and for signals; at a freeze, whose end may have to be
  * ours, PS_BACKSTOP. */
 #define SLICE (20 * PS_MS)
@@ -59,6 +58,30 @@ __asm__(".text\n"
         ".size ps_copy_bytes, .-ps_copy_bytes\n");
 extern const char ps_copy_instruction[] __attribute__((visibility("hidden")));
 extern const char ps_copy_end[] __attribute__((visibility("hidden")));
+
+/* A fault in a thread that blocks its signal ends the process, whatever handler there is, and threads of libraries
+ * block all as a rule.  A thread that was seen to block neither is believed where no fault is expected: asking costs as
+ * much as a small copy. */
+void ps_fault_unblock(bool expected, sigset_t *blocked) {
+    struct ps_faults *faults = ps_process_faults();
+    sigset_t ours;
+    sigemptyset(blocked);
+    if (faults->unblocked && !expected)
+        return;
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGSEGV);
+    sigaddset(&ours, SIGBUS);
+    pthread_sigmask(SIG_UNBLOCK, &ours, blocked);
+    sigandset(blocked, blocked, &ours);
+    faults->unblocked = sigisemptyset(blocked);
+}
+
+void ps_fault_block_again(const sigset_t *blocked) {
+    if (sigisemptyset(blocked))
+        return;
+    pthread_sigmask(SIG_BLOCK, blocked, NULL);
+    ps_process_faults()->unblocked = false; /* whatever was seen in between */
+}
 
 static bool allows(uint32_t prot, bool store) {
     return prot & (store ? PROT_WRITE : PROT_READ | PROT_WRITE); /* on x86-64 a writable page can be read */
@@ -148,13 +171,10 @@ static bool late(const struct ps_region *region) {
     return ps_applied(region) < ps_generation(region);
 }
 
-/* A copy that faults must fault into our handler, not into a faulthandler that was enabled on top of it.  Page tables
- * refuse what the map has just allowed while they are late, or cannot follow; whoever takes rights away from now on
- * installs it first. */
-static void expect_fault(const struct ps_region *region) {
+/* Page tables refuse what the map has just allowed while they are late, or cannot follow. */
+static bool expects_fault(const struct ps_region *region) {
     atomic_thread_fence(memory_order_acquire); /* pairs with C4: who saw the map of a change sees it open */
-    if (ps_change_open(region) || late(region) || region->failed || region->fenced)
-        ps_fault_install();
+    return ps_change_open(region) || late(region) || region->failed || region->fenced;
 }
 
 /* SIGBUS: no memory for the page; or, at a store by the uffd engine, a mark, which is late or just made. */
@@ -181,8 +201,8 @@ static char *way(const struct ps_region *region, uint64_t offset, bool store, ui
     return window ? ps_window(region) : data;
 }
 
-static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
-                struct ps_refusal *refusal) {
+static int copy_range(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
+                      struct ps_refusal *refusal) {
     uint64_t end = (offset + length + PS_PAGE - 1) / PS_PAGE;
     uint32_t marks = 0;
     for (uint32_t faults = 0; length; faults++) {
@@ -193,7 +213,10 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
                 return PS_EREFUSED;
             continue;
         }
-        expect_fault(region);
+        /* A copy that faults must fault into our handler, not into a faulthandler that was enabled on top of it;
+         * whoever takes rights away from now on installs ours first. */
+        if (expects_fault(region))
+            ps_fault_install();
         uint64_t part = length;
         char *data = way(region, offset, store, &part);
         struct ps_copied copied =
@@ -212,6 +235,15 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
             return unreachable(region, at / PS_PAGE, store, refusal);
     }
     return 0;
+}
+
+static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
+                struct ps_refusal *refusal) {
+    sigset_t blocked;
+    ps_fault_unblock(expects_fault(region) || ps_snapshots(region), &blocked);
+    int rc = copy_range(region, offset, other, length, store, refusal);
+    ps_fault_block_again(&blocked);
+    return rc;
 }
 
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal) {
@@ -605,14 +637,10 @@ static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store
 /* -- System calls that store ----------------------------------------------------------------------------------- */
 
 int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count) {
-    uint64_t own = 0, window = 0;
-    for (uint64_t page = first; page < first + count; page++) {
+    uint64_t own = 0;
+    for (uint64_t page = first; page < first + count; page++)
         own += ps_here_own(region, page);
-        window += by_window(region, page);
-    }
-    if (!own)
-        return 0;
-    return own < count || (window && window < count) ? PS_ENESTED : window ? 2 : 1;
+    return !own ? 0 : own == count ? 1 : PS_ENESTED;
 }
 
 int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
@@ -633,14 +661,12 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
     return 0;
 }
 
-/* Where page tables are late, or closed for another reason than the map, mending opens them. */
-int ps_prepare(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
-    int rc = ps_agent_follow(region, ps_generation(region), deadline);
-    for (int tries = 0; !rc && (rc = ps_region_populate(region, first, count)) && tries < OPENINGS; tries++)
-        for (uint64_t page = first; page < first + count; page++)
-            if ((rc = mend(region, page)))
-                return rc;
-    return rc == -EINVAL ? 0 : rc;
+/* The window: what is leased has been saved for snapshots, and they wait for leases before their moment. */
+int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_refusal *refusal) {
+    if (region->fenced)
+        return unreachable(region, page, true, refusal);
+    *at = (char *)ps_window(region) + page * PS_PAGE;
+    return ps_lease_window(region, deadline);
 }
 
 /* -- The handler ----------------------------------------------------------------------------------------------- */

@@ -168,7 +168,6 @@ int ps_region_unmap_data(struct ps_region *region);
 int ps_region_map_window(struct ps_region *region);
 int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero);
 int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count);
-int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count);
 void ps_region_unmap_source(struct ps_region *region);
 int ps_region_map_shadow(struct ps_region *region);
 int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
@@ -402,7 +401,10 @@ struct ps_copied {
     size_t left;     /* bytes not copied */
     uintptr_t where; /* the address that could not be reached, with PS_COPY_NO_PAGE; 0 if all were copied */
 };
-struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length);
+struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length); /* between the two below, or in a handler */
+/* The calling thread survives faults of the copy, whatever signals it has blocked, until it blocks them again. */
+void ps_fault_unblock(bool expected, sigset_t *blocked); /* those of ours that it had blocked */
+void ps_fault_block_again(const sigset_t *blocked);
 void ps_fault_stack(void);
 
 /* violations.c: what is kept of them; of a participant, async-signal-safe */
@@ -455,8 +457,9 @@ struct ps_offer {
     bool returned;    /* one had it, and returned */
 };
 
-struct ps_faults { /* of a thread; only its own signal handler touches it */
+struct ps_faults { /* of a thread; only its own signal handler touches it, but for `unblocked` */
     struct ps_offer offer[2];
+    bool unblocked;   /* when it asked last, it blocked none of the two signals */
     uintptr_t seen;   /* the latest address that the kernel told us */
     uint64_t retried; /* a fault and a generation, mixed: let run again ... */
     uint32_t retries; /* ... so often */

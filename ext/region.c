@@ -430,12 +430,6 @@ void ps_region_unmap_source(struct ps_region *region) {
 
 #define PIECE 8192u /* pages that are brought in at once */
 
-/* -EFAULT where a store would be a violation; before Linux 5.14 -EINVAL always. */
-int ps_region_populate(struct ps_region *region, uint64_t page, uint64_t count) {
-    void *at = (char *)ps_address(region) + page * PS_PAGE;
-    return madvise(at, count * PS_PAGE, MADV_POPULATE_WRITE) ? -errno : 0;
-}
-
 /* A page is locked as soon as it is mapped in a locked mapping (mlock2(2), MLOCK_ONFAULT): those that the memfd has,
  * where they may be read.  What cannot be had now is locked when it is touched. */
 int ps_bring_in(struct ps_region *region, uint64_t *page) {
@@ -688,6 +682,8 @@ int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outco
     ps_cached_get(region, &region->userfault); /* so that the marks do not go with the agent */
     ps_fault_stack();
     ps_fault_install();
+    sigset_t blocked;
+    ps_fault_unblock(true, &blocked); /* for good, and for the threads that this one starts */
     return 0;
 }
 

@@ -328,9 +328,12 @@ static void await_moment(struct ps_region *region, uint32_t index, uint32_t word
 /* Everything under `saving`: the area is this snapshot's as long as that is counted (invariant 5). */
 static int keep_counted(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
     _Atomic uint32_t *saving = &ps_slot(region, region->slot)->saving;
+    sigset_t blocked;
+    ps_fault_unblock(false, &blocked); /* there may be no memory for a page */
     atomic_fetch_add_explicit(saving, 1, memory_order_seq_cst);
     int rc = word_of(region, index) == word ? save_pages(region, index, first, first + count) : 0;
     atomic_fetch_sub_explicit(saving, 1, memory_order_release);
+    ps_fault_block_again(&blocked);
     if (rc == -ENOMEM) { /* rather the snapshot than the one who stores */
         drop(region, index, word);
         rc = 0;

@@ -5,6 +5,7 @@ Private: what _region.py, _names.py and the tests stand on.
 
 import enum
 import os
+import signal
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, SupportsIndex, TypeVar, final
@@ -20,6 +21,7 @@ NAME_MAX: Final[int]
 LARGE: Final[int]
 POLICIES: Final[dict[str, int]]
 OUTCOMES: Final[dict[int, str]]
+FAULTS: Final[frozenset[signal.Signals]]
 ENGINES: Final[dict[str, int]]
 
 class _Default(enum.Enum):
@@ -93,6 +95,8 @@ class Handle(Mapped):
         wait: float | None,
         timeout: float | _Default | None,
     ) -> int: ...
+    def _await_writable(self, offset: int, length: int, timeout: float | _Default | None) -> None: ...
+    def _store(self, offset: int, data: bytearray, length: int, timeout: float | _Default | None) -> int: ...
 
 @final
 class Guard:

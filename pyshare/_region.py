@@ -47,6 +47,22 @@ def _check_policy(policy: str) -> int:
     return number
 
 
+# Of sockets with a recv_into of their own: what was received, and is to be stored by the next call for that socket.
+_unstored: weakref.WeakKeyDictionary[socket.socket, bytearray] = weakref.WeakKeyDictionary()
+
+
+def _receives_itself(source: object) -> bool:
+    """What a recv_into of its own gives (ssl.SSLSocket's the plain text) is not what comes over its descriptor."""
+    own = getattr(type(source), "recv_into", None)
+    return own is not None and own is not socket.socket.recv_into
+
+
+def _received(sock: socket.socket, length: int, flags: int) -> bytearray:
+    data = bytearray(length)
+    del data[sock.recv_into(data, length, flags) :]
+    return data
+
+
 class Region(Mapped, _core.Handle):
     """Memory that this process shares with others, whose protection changes in all of them at once.
 
@@ -315,8 +331,8 @@ class Region(Mapped, _core.Handle):
 
         As readv(2) into the region, which would fail with EFAULT where a page is not writable, or not for a moment.
         Waits until there is something to read; then, where the policy is "wait", until the pages are WRITE; then for
-        leases on them; and holds the pages, so that no change comes between. Into pages that this thread has leased
-        it reads at once.
+        leases on them; and holds the pages, so that no change and no snapshot comes between. Into pages that this
+        thread has leased it reads at once. What a file object has read ahead, or decodes, is passed by.
 
         Raises:
             ProtectionError: a page is not WRITE; where the policy is "wait", after ``timeout`` seconds. Nothing was
@@ -325,9 +341,15 @@ class Region(Mapped, _core.Handle):
             BlockingIOError: there is nothing to read, and the descriptor is not blocking.
             ValueError: a range that is empty, or not inside.
             ShareError: this thread holds leases on some of the pages only.
-            OSError: what the kernel refuses.
+            TypeError: a socket that has a ``recv_into`` of its own: see :meth:`recv_into`.
+            OSError: what the kernel refuses. ENOMEM where memory is to be locked (``create``), and the limit is below
+                twice the size.
         """
         offset, length = self._check_target(offset, length)
+        if _receives_itself(fd):
+            raise TypeError(
+                f"readinto: a {type(fd).__name__} receives what does not come over its descriptor; recv_into takes it"
+            )
         number = _core.integer(fd.fileno() if hasattr(fd, "fileno") else fd, "fd")
         if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:  # it would never become readable
             raise OSError(errno.EBADF, f"readinto: descriptor {number} is not open for reading")
@@ -341,13 +363,29 @@ class Region(Mapped, _core.Handle):
         As :meth:`readinto`, with ``flags`` of recv(2). How long to wait for something to come is the socket's own
         timeout. A message that is longer than ``length`` is cut off; otherwise none is lost, whatever is raised.
 
+        A socket with a ``recv_into`` of its own, as ssl.SSLSocket, receives by that, into memory apart: when the pages
+        are WRITE, and before they are held, so that nobody waits for the network. What they do not take after all is
+        kept, and comes first in the next call for that socket.
+
         Raises:
             TimeoutError: the socket's timeout.
-            ...: as readinto.
+            ...: as readinto, and what the socket's own method raises (ssl.SSLWantReadError where it does not block).
         """
         offset, length = self._check_target(offset, length)
         flags = _core.integer(flags, "flags")
+        if _receives_itself(sock):
+            return self._receive_apart(sock, offset, length, flags, timeout)
         return int(self._receive(sock.fileno(), offset, length, flags, sock.gettimeout(), timeout))
+
+    def _receive_apart(self, sock: socket.socket, offset: int, length: int, flags: int, timeout: Timeout) -> int:
+        """By the socket's own method, into memory apart: nothing is held while that waits for the network."""
+        self._await_writable(offset, length, timeout)
+        data = _unstored.pop(sock, None) or _received(sock, length, flags)
+        try:
+            return int(self._store(offset, data, length, timeout))
+        finally:
+            if data:  # what the pages did not take after all, or there was no room for
+                _unstored[sock] = data + _unstored.pop(sock, b"")
 
     def _check_target(self, offset: int, length: int) -> tuple[int, int]:
         offset, length = _core.integer(offset, "offset"), _core.integer(length, "length")
@@ -461,8 +499,9 @@ def create(
         lock_memory: what a participant touches is not swapped out (mlock2(2)) as long as it participates; what is
             there when it attaches is brought in where its protection lets it be read, so with ``reserve`` all of it.
             Each participant needs a limit (RLIMIT_MEMLOCK; ``ulimit -l``) above the size, twice the size for leases
-            by window. A forked child whose limit is too small takes part without; private copies of a page after a
-            violation, and what snapshots saved, may be swapped. Huge pages never are, whatever this says.
+            by window, ``readinto`` and ``recv_into``. A forked child whose limit is too small takes part without;
+            private copies of a page after a violation, and what snapshots saved, may be swapped. Huge pages never are,
+            whatever this says.
 
     Raises:
         RegionExists: the name leads to a live region (a stale one is replaced).

@@ -202,6 +202,7 @@ SYSTEM_CALLS = {
     "mprotect": 10,
     "pidfd_getfd": 438,
     "pidfd_open": 434,
+    "recvfrom": 45,
     "socket": 41,
     "userfaultfd": 323,
 }
@@ -227,6 +228,34 @@ def forbid_waitv(error: int) -> None:
     refuse("futex_waitv", error)
     assert libc.syscall(SYSTEM_CALLS["futex_waitv"], 0, 0, 0, 0, 0) == -1
     assert ctypes.get_errno() == error
+
+
+@contextlib.contextmanager
+def stopped_before(pid: int, call: str, action: Callable[[], object]) -> Iterator[None]:
+    """A child's main thread, which `action` sets in motion, is stopped where it enters this call, until the end."""
+    seize, interrupt, go_on, detach, look = 0x4206, 0x4207, 24, 17, 0x420E  # ptrace(2)
+    told = ctypes.create_string_buffer(88)
+
+    def trace(request: int, address: int = 0, data: object = None) -> None:
+        if libc.ptrace(request, pid, ctypes.c_void_p(address), data) < 0:
+            error = ctypes.get_errno()
+            if error in (errno.EPERM, errno.ENOSYS):
+                pytest.skip("ptrace is not permitted here")
+            raise OSError(error, os.strerror(error))
+
+    def enters() -> bool:
+        trace(look, len(told), told)
+        return told.raw[0] == 1 and int.from_bytes(told.raw[24:32], "little") == SYSTEM_CALLS[call]
+
+    trace(seize, 0, ctypes.c_void_p(1))  # stops at calls differ from others
+    trace(interrupt)
+    os.waitpid(pid, 0)
+    action()
+    while not enters():
+        trace(go_on)
+        os.waitpid(pid, 0)
+    yield
+    trace(detach)
 
 
 def at_its_limit(region: Region) -> Callable[[Child], None]:

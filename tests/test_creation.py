@@ -756,6 +756,8 @@ def test_a_child_that_may_not_lock_takes_part_without(fork: Fork) -> None:
                 with pytest.raises(OSError, match="may lock") as caught:
                     region.lease(0, PAGE, window=True)
                 assert caught.value.errno == errno.ENOMEM
+                with open("/dev/zero", "rb") as zeros, pytest.raises(OSError, match="twice its data"):
+                    region.readinto(zeros, 2 * PAGE, 1)
                 with region.lease(0, PAGE) as lease:
                     lease.view[6] = 8
                 inner.say()

@@ -504,6 +504,109 @@ def test_large_copies_let_threads_run() -> None:
             thread.join()
 
 
+# -- Threads that block signals: the kernel ends a process whose thread blocks the signal of its own fault ---------
+
+FAULTS = {signal.SIGSEGV, signal.SIGBUS}
+
+
+def blocked() -> set[int]:
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def block_everything() -> set[int]:
+    """As C libraries do in threads of theirs, past Python."""
+    every = ctypes.c_uint64(((1 << 64) - 1) & ~(3 << 31))  # 32 and 33 are the C library's own
+    assert libc.syscall(14, signal.SIG_BLOCK, ctypes.byref(every), None, 8) == 0  # rt_sigprocmask
+    assert blocked() > FAULTS
+    return blocked()
+
+
+def in_thread(body: Callable[[], object]) -> None:
+    """AssertionError where it raises."""
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: (body(), done.append(True)))
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_copies_of_a_thread_that_blocks_everything(region: Region, fork: Fork) -> None:
+    """Its page tables refuse, the map does not; and its mask is what it was."""
+
+    def copy() -> None:
+        mask = block_everything()
+        with region.snapshot():
+            region.write(0, b"x")
+            assert blocked() == mask
+        region.write(3 * PAGE + 9, b"whole" * PAGE)
+        libc.mprotect(region.address, 16 * PAGE, NONE)
+        assert region.read(3 * PAGE + 9, 5 * PAGE) == b"whole" * PAGE
+        assert blocked() == mask
+
+    def body(_child: Child) -> None:
+        libc.mprotect(region.address, 16 * PAGE, READ)
+        in_thread(copy)
+
+    assert fork(body).wait() == 0
+
+
+def test_copies_of_a_thread_that_blocks_everything_later(region: Region, fork: Fork) -> None:
+    """It was known to block nothing, and is asked again where a change is under way."""
+    region.mprotect(0, 2 * PAGE, NONE)
+
+    def copy(child: Child) -> None:
+        region.write(2 * PAGE, b"x")
+        mask = block_everything()
+        child.say()
+        child.hear()
+        assert region.read(0, 9) == bytes(9)
+        assert blocked() == mask
+
+    reader = fork(lambda child: in_thread(lambda: copy(child)))
+    reader.hear()
+    author = fork(lambda _child: region.mprotect(0, 2 * PAGE, READ, timeout=None), point="C4_map=stop")
+    author.wait_stopped()
+    reader.say()
+    assert reader.wait() == 0
+
+
+def test_stores_of_a_python_thread_that_blocks_what_it_can(region: Region, fork: Fork) -> None:
+    """While a snapshot is saved; the two signals cannot be blocked by Python any more."""
+
+    def store() -> None:
+        before = blocked()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()) == before
+        assert signal.SIGTERM in blocked()
+        assert not blocked() & FAULTS
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGSEGV, signal.SIGINT})
+        assert blocked() == {signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        assert blocked() == set()
+        signal.pthread_sigmask(signal.SIG_BLOCK, iter(signal.valid_signals()))
+        for page in range(16):
+            region.buf[page * PAGE] = 2
+
+    def body(_child: Child) -> None:
+        region.write(0, b"1" * region.size)
+        with region.snapshot() as snapshot:
+            in_thread(store)
+            assert snapshot.read(0, region.size) == b"1" * region.size
+
+    assert fork(body).wait() == 0
+
+
+def test_who_attaches_blocks_neither(region: Region, fork: Fork) -> None:
+    """Nor do the threads that it starts then."""
+
+    def body(_child: Child) -> None:
+        mask = block_everything()
+        with pyshare.attach(region.fileno()):
+            assert blocked() == mask - FAULTS
+            in_thread(lambda: ctypes.memset(region.address, 1, 1))
+
+    assert fork(body).wait() == 0
+
+
 # -- A fault during a change ---------------------------------------------------------------------------------------
 
 

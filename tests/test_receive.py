@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, Child, until
+from kernel import Mappings, in_background, stopped_before
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, ProtectionError, Region, ShareError
@@ -198,18 +201,79 @@ def test_leased_by_another(region: Region, pipe: tuple[int, int], joined: Callab
     assert region.readinto(pipe[0], 0, 10) == 4
 
 
-@pytest.mark.parametrize("policy", ["raise", "wait"])
-def test_no_datagram_is_lost_while_protection_changes(
-    region: Region, joined: Callable[..., Child], pair: tuple[socket.socket, socket.socket], policy: str
+@pytest.mark.parametrize("own", ["none", "in place", "window"])
+def test_a_snapshot_that_begins_loses_nothing(
+    region: Region, joined: Callable[..., Child], pair: tuple[socket.socket, socket.socket], own: str
 ) -> None:
-    """Another participant changes it as fast as it can; the messages reach over four of the pages."""
+    """It closes page tables of pages that all may write, when the call has them and is about to store."""
+
+    def body(child: Child) -> None:
+        with contextlib.ExitStack() as stack:
+            if own != "none":
+                stack.enter_context(region.lease(0, 4 * PAGE, window=own == "window"))
+            child.say()
+            assert region.recv_into(pair[1], 5, 3 * PAGE) == 2 * PAGE
+
+    child = joined(body)
+    with stopped_before(child.pid, "recvfrom", lambda: pair[0].send(b"x" * 2 * PAGE)):
+        snapper = joined(lambda child: (child.say(), region.snapshot(timeout=None).close()), "S2_protect=stop")
+        snapper.wait_stopped()
+    assert child.wait() == 0
+    snapper.resume()
+    assert snapper.wait() == 0
+    assert region.read(0, 3 * PAGE) == bytes(5) + b"x" * 2 * PAGE + bytes(PAGE - 5)
+
+
+@pytest.mark.parametrize("engine", ["mprotect"], indirect=True)
+def test_a_fenced_process_receives_nothing(
+    region: Region, fork: Callable[..., Child], pair: tuple[socket.socket, socket.socket]
+) -> None:
+    def body(child: Child) -> None:
+        Mappings().fill()
+        child.say()
+        child.hear()
+        with pytest.raises(ProtectionError) as caught:
+            region.recv_into(pair[1], 0, 10)
+        assert caught.value.actual == NONE
+
+    child = fork(body, point="A2_apply=stop")
+    child.hear()
+    with pytest.raises(PropagationTimeout):
+        region.mprotect(PAGE, PAGE, READ, timeout=0)
+    child.wait_stopped()
+    child.resume()
+    until(lambda: any(one.fenced for one in region.participants()))
+    pair[0].send(b"1234")
+    child.say()
+    assert child.wait() == 0
+    assert region.recv_into(pair[1], 0, 10) == 4
+
+
+def take_rights_and_give_them(region: Region) -> None:
+    region.mprotect(PAGE, 4 * PAGE, READ, timeout=None)
+    region.mprotect(PAGE, 4 * PAGE, READ_WRITE, timeout=None)
+
+
+def take_a_snapshot(region: Region) -> None:
+    region.snapshot(timeout=None).close()
+
+
+@pytest.mark.parametrize("policy", ["raise", "wait"])
+@pytest.mark.parametrize("trouble", [take_rights_and_give_them, take_a_snapshot], ids=["changes", "snapshots"])
+def test_no_datagram_is_lost(
+    region: Region,
+    joined: Callable[..., Child],
+    pair: tuple[socket.socket, socket.socket],
+    policy: str,
+    trouble: Callable[[Region], None],
+) -> None:
+    """Another participant troubles it as fast as it can; the messages reach over four of the pages."""
     region.on_violation(policy)
 
     def change(child: Child) -> None:
         child.say()
         while not region.buf[0]:
-            region.mprotect(PAGE, 4 * PAGE, READ, timeout=None)
-            region.mprotect(PAGE, 4 * PAGE, READ_WRITE, timeout=None)
+            trouble(region)
 
     def send(child: Child) -> None:
         child.say()
@@ -228,3 +292,116 @@ def test_no_datagram_is_lost_while_protection_changes(
     assert received == [(10_000, number, True) for number in range(ROUNDS)]
     region.buf[0] = 1
     assert [child.wait() for child in children] == [0, 0]
+
+
+# -- Sockets with a way of their own to receive ------------------------------------------------------------------------
+
+
+class Decoding(socket.socket):
+    """What it receives is not what comes over its descriptor."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        got = super().recv_into(buffer, nbytes, flags)
+        buffer[:got] = bytes(buffer[:got]).swapcase()
+        if self.meanwhile:
+            self.meanwhile()
+        return got
+
+
+@pytest.fixture
+def decoding() -> Iterator[tuple[socket.socket, Decoding]]:
+    one, other = socket.socketpair()
+    with one, Decoding(fileno=other.detach()) as decoded:
+        yield one, decoded
+
+
+def test_by_its_own_method(region: Region, decoding: tuple[socket.socket, Decoding]) -> None:
+    one, decoded = decoding
+    one.send(b"Text")
+    assert region.recv_into(decoded, PAGE - 2, 3) == 3
+    assert region.recv_into(decoded, PAGE + 1, 3, flags=socket.MSG_PEEK) == 1
+    assert region.read(PAGE - 2, 4) == b"tEXT"
+    one.close()
+    assert region.recv_into(decoded, 0, 3) == 1
+    assert region.recv_into(decoded, 0, 3) == 0
+
+
+def test_nothing_is_held_while_it_receives(region: Region, decoding: tuple[socket.socket, Decoding]) -> None:
+    """Who waits for the network keeps nobody waiting: this thread too may change the pages."""
+    one, decoded = decoding
+    decoded.meanwhile = lambda: region.mprotect(0, region.size, READ_WRITE, timeout=0)
+    one.send(b"text")
+    assert region.recv_into(decoded, 0, 4) == 4
+    assert region.generation == 1
+
+
+@pytest.mark.parametrize("policy", ["die", "raise"])
+def test_what_was_refused_after_all_comes_next(
+    region: Region, decoding: tuple[socket.socket, Decoding], policy: str
+) -> None:
+    one, decoded = decoding
+    region.on_violation(policy)
+    region.mprotect(0, PAGE, READ)
+    one.send(b"first")
+    with pytest.raises(ProtectionError):  # before anything is received
+        region.recv_into(decoded, 0, 10)
+    region.mprotect(0, PAGE, READ_WRITE)
+    decoded.meanwhile = lambda: region.mprotect(0, PAGE, READ)
+    for _ in range(2):
+        with pytest.raises(ProtectionError):
+            region.recv_into(decoded, 0, 10)
+    decoded.meanwhile = None
+    one.send(b"second")
+    assert region.recv_into(decoded, PAGE, 3) == 3
+    assert region.recv_into(decoded, PAGE + 3, 10) == 2
+    assert region.recv_into(decoded, PAGE + 5, 10) == 6
+    assert region.read(PAGE, 11) == b"FIRSTSECOND"
+
+
+def test_into_a_lease_by_its_own_method(region: Region, decoding: tuple[socket.socket, Decoding]) -> None:
+    one, decoded = decoding
+    one.send(b"text")
+    region.mprotect(0, PAGE, READ)
+    with region.lease(0, PAGE):
+        assert region.recv_into(decoded, 0, 4) == 4
+    assert region.read(0, 4) == b"TEXT"
+
+
+def test_readinto_reads_descriptors(region: Region, decoding: tuple[socket.socket, Decoding]) -> None:
+    with pytest.raises(TypeError, match="recv_into takes it"):
+        region.readinto(decoding[1], 0, 1)
+
+
+@pytest.fixture
+def tls() -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket]]:
+    """Without certificates, so that there are none in the tests."""
+    one, other = socket.socketpair()
+    here, there = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.check_hostname, here.verify_mode = False, ssl.CERT_NONE
+    for context in (here, there):
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+        except ssl.SSLError:
+            pytest.skip("this OpenSSL makes no connection without certificates")
+    with in_background(lambda: there.wrap_socket(one, server_side=True)) as served:
+        client = here.wrap_socket(other)
+    assert isinstance(served[0], ssl.SSLSocket)
+    with client, served[0]:
+        yield served[0], client
+
+
+def test_plain_text_of_a_tls_socket(region: Region, tls: tuple[ssl.SSLSocket, ssl.SSLSocket]) -> None:
+    server, client = tls
+    client.settimeout(0)
+    with pytest.raises(ssl.SSLWantReadError):
+        region.recv_into(client, 0, 10)
+    client.settimeout(PATIENCE)
+    server.send(b"hello, world")
+    assert region.recv_into(client, 0, 5) == 5
+    assert region.recv_into(client, 5, 100) == 7
+    assert region.read(0, 12) == b"hello, world"
+    client.send(b"still whole")
+    assert server.recv(100) == b"still whole"

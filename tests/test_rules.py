@@ -89,7 +89,8 @@ MAY_CALL = {
     "create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
     "dirty.c": set(),
     "engine.c": {"mprotect"},
-    "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaddset", "sigaltstack", "write"},
+    "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
+    | {"sigaddset", "sigandset", "sigemptyset", "sigisemptyset"},
     "freeze.c": set(),
     "image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
     "lease.c": set(),
