@@ -181,14 +181,16 @@ void ps_borrow_collect(struct ps_region *region, int socket) {
 
 /* -- Our own ------------------------------------------------------------------------------------------------------ */
 
-/* In the agent: to whoever has asked on its socket. */
+/* In the agent: to whoever has asked on its socket, or waits for long for a word of ours. */
 void ps_borrow_answer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     /* acquire: pairs with ask: the message is there. */
     if (!atomic_load_explicit(&slot->asked, memory_order_relaxed) ||
         !atomic_exchange_explicit(&slot->asked, 0, memory_order_acquire))
         return;
-    while (ps_sys_socket_answer(region->own_socket, region->own_userfault, region->slot) != -EAGAIN)
+    ps_owner_pass_on(region);
+    while (region->own_socket >= 0 &&
+           ps_sys_socket_answer(region->own_socket, region->own_userfault, region->slot) != -EAGAIN)
         ;
 }
 

@@ -34,9 +34,15 @@ bool ps_freeze_own(const struct ps_region *region) {
     return atomic_load_explicit(&region->frozen_by, memory_order_relaxed) == ps_process_tid();
 }
 
+/* The thread of ours that is at work with the word: should it be ended, another passes it on (lock.c). */
+static void tell_thread(struct ps_region *region, int tid) {
+    atomic_store_explicit(&region->freezing, tid, memory_order_release);
+}
+
 /* release: whoever finds no freezer finds the map as it was. */
 static void clear(struct ps_region *region) {
     PS_POINT(F5_clear);
+    tell_thread(region, 0);
     atomic_store_explicit(&ps_header(region)->thawing, 0, memory_order_relaxed);
     if (atomic_exchange_explicit(freezer(region), 0, memory_order_release) & PS_OWNER_WAITING)
         ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
@@ -48,13 +54,14 @@ static int bury(struct ps_region *region, uint32_t dead, int64_t deadline, uint3
     if (!atomic_compare_exchange_strong_explicit(freezer(region), &dead, mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
+    tell_thread(region, ps_process_tid());
     atomic_store_explicit(&ps_header(region)->thawing, 1, memory_order_release);
     int rc = ps_change_thaw(region, deadline, blocker);
     if (!rc) {
         clear(region);
         return 0;
     }
-    /* For the next one to bury. */
+    tell_thread(region, 0); /* for the next one to bury */
     atomic_store_explicit(freezer(region), dead | PS_OWNER_WAITING, memory_order_release);
     ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     return rc;
@@ -168,11 +175,15 @@ int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *out
     int rc = take_word(region, deadline, outcome);
     if (rc)
         return ps_waited(rc);
+    tell_thread(region, ps_process_tid());
     atomic_store_explicit(&region->frozen_by, ps_process_tid(), memory_order_relaxed);
     rc = freeze(region, deadline, outcome);
     if (rc && !(rc == PS_ESIGNAL && outcome->generation)) {
         atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed);
         clear(region);
+    } else { /* from here on it is no thread's, but whose that has the object */
+        tell_thread(region, 0);
+        ps_closer_thread(region, region->freeze_closer, 0);
     }
     return ps_waited(rc);
 }
@@ -183,9 +194,14 @@ int ps_thaw(struct ps_region *region) {
     if (!ps_process_known())
         return 0; /* a child by a raw clone() has frozen nothing */
     struct ps_shm_closer *closer = region->freeze_closer;
+    tell_thread(region, ps_process_tid());
+    ps_closer_thread(region, closer, ps_process_tid());
     int rc = ps_change_thaw(region, ps_sys_now() + PATIENCE, &blocker);
-    if (rc == -ETIMEDOUT || rc == PS_ESIGNAL)
+    if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
+        tell_thread(region, 0);
+        ps_closer_thread(region, closer, 0);
         return PS_ESIGNAL;
+    }
     ps_waited(0);
     atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed); /* before the next thread of ours has it */
     clear(region);

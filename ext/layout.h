@@ -277,8 +277,8 @@ struct ps_shm_slot {
      * the word makes that safe against a new owner).  R: anybody, acquire.  epoch << 4 | state.
      * Crash: JOINING or LIVE with a free OFD byte: dead. */
     _Atomic uint32_t status;
-    /* W: whoever wants the agent's attention on its socket: 1; its agent exchanges it with 0.  R: its agent, acquire.
-     * Crash: 1: it looks once for nothing. */
+    /* W: whoever wants the agent's attention, on its socket or (lock.c) for threads of its process that were ended: 1;
+     * its agent exchanges it with 0.  R: its agent, acquire.  Crash: 1: it looks once for nothing. */
     _Atomic uint32_t asked;
     uint32_t pad2[13]; /* W: nobody.  R: nobody */
 

@@ -265,6 +265,7 @@ static void clear(struct ps_region *region, struct ps_shm_closer *closer) {
     /* seq_cst: who finds no bit finds the map of the change that is over. */
     atomic_fetch_and_explicit(&header->closers, ~bit, memory_order_seq_cst);
     PS_POINT(K3_clear);
+    ps_closer_thread(region, closer, 0);
     if (atomic_exchange_explicit(&closer->owner, 0, memory_order_release) & PS_OWNER_WAITING)
         ps_sys_wake(&closer->owner, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
 }
@@ -275,14 +276,17 @@ static int bury(struct wait *wait, struct ps_shm_closer *closer, uint32_t dead) 
     if (!atomic_compare_exchange_strong_explicit(&closer->owner, &dead, wait->mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
+    ps_closer_thread(wait->region, closer, ps_process_tid());
     bool freezes = !atomic_load_explicit(&closer->drain, memory_order_relaxed); /* or may have: not a snapshot */
     int rc = freezes ? ps_freeze_finish(wait->region, wait->deadline, &wait->blocker) : 0;
     if (!rc && ps_change_open(wait->region))
         rc = ps_change_finish(wait->region, wait->deadline, &wait->blocker);
-    if (!rc)
+    if (!rc) {
         clear(wait->region, closer);
-    else
-        atomic_store_explicit(&closer->owner, dead, memory_order_release); /* for the next one to bury */
+    } else { /* for the next one to bury */
+        ps_closer_thread(wait->region, closer, 0);
+        atomic_store_explicit(&closer->owner, dead, memory_order_release);
+    }
     return rc;
 }
 
@@ -308,10 +312,19 @@ static int wait_for_closer(struct wait *wait, struct ps_shm_closer *closer) {
     return ps_owner_wait(wait->region, (struct ps_watch){&closer->owner, flagged}, owner, wait->deadline);
 }
 
+/* Which thread of ours has the entry: should it be ended, another passes it on (lock.c).  0: whoever comes to clear it.
+ */
+void ps_closer_thread(struct ps_region *region, const struct ps_shm_closer *closer, int tid) {
+    atomic_store_explicit(&region->closing[closer - ps_header(region)->closer], tid, memory_order_release);
+}
+
 static bool claim_closer(struct wait *wait, struct ps_shm_closer *closer) {
     uint32_t nobody = 0;
-    return atomic_compare_exchange_strong_explicit(&closer->owner, &nobody, wait->mine, memory_order_acquire,
-                                                   memory_order_relaxed);
+    if (!atomic_compare_exchange_strong_explicit(&closer->owner, &nobody, wait->mine, memory_order_acquire,
+                                                 memory_order_relaxed))
+        return false;
+    ps_closer_thread(wait->region, closer, ps_process_tid());
+    return true;
 }
 
 /* An entry of our own; where all are in use, one whose owner is through, or dead. */

@@ -14,7 +14,7 @@
  *  2. No wait without a backstop: a wake-up can die with the process it woke.
  *  3. The page lock and a claim are only held over changes of page tables.
  *  4. Every wait ends at a deadline, or with the holder: also where that is one
- *     thread of this process.
+ *     thread of a process that goes on.
  * Runs in: caller, agent, fork child's agent.
  */
 #define _GNU_SOURCE
@@ -23,7 +23,8 @@
 
 #include "participant.h"
 
-#define SPIN 200 /* looks at a claim before sleeping: as long as a change of a page takes */
+#define DOUBT (64 * PS_MS) /* of a wait, after each of which one asks whether it was a thread alone that ended */
+#define SPIN 200           /* looks at a claim before sleeping: as long as a change of a page takes */
 
 uint32_t ps_owner_word(const struct ps_region *region) {
     return region->epoch << PS_OWNER_SLOT_BITS | (region->slot + 1);
@@ -85,6 +86,65 @@ int ps_waited(int rc) {
     return rc;
 }
 
+/* -- Threads that were ended alone ------------------------------------------------------------------------------
+ *
+ * A word names a participant, which may live on when the thread that had the word was ended (a seccomp filter does
+ * that, in a system call).  Each process knows the thread, and passes the word on to the slot's last owner, who is
+ * gone: from there it is taken over as any dead one's is.  Who waits for long asks for that. */
+
+static uint32_t last_owner(const struct ps_region *region) {
+    return ((region->epoch - 1) & PS_EPOCH_MASK) << PS_OWNER_SLOT_BITS | (region->slot + 1);
+}
+
+static void pass_on(const struct ps_region *region, _Atomic uint32_t *word) {
+    uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
+    while ((seen & ~PS_OWNER_WAITING) == ps_owner_word(region) &&
+           !atomic_compare_exchange_weak_explicit(word, &seen, last_owner(region) | (seen & PS_OWNER_WAITING),
+                                                  memory_order_acq_rel, memory_order_relaxed))
+        ;
+}
+
+/* The thread of ours has ended; of those who find that one is told so. */
+static bool has_ended(_Atomic int *thread) {
+    int tid = atomic_load_explicit(thread, memory_order_acquire);
+    return tid && !ps_sys_thread_exists(tid) &&
+           atomic_compare_exchange_strong_explicit(thread, &tid, 0, memory_order_acq_rel, memory_order_relaxed);
+}
+
+void ps_owner_pass_on(struct ps_region *region) {
+    struct ps_shm_header *header = ps_header(region);
+    if (has_ended(&region->writer)) {
+        for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++)
+            if (index != region->slot)
+                pass_on(region, &ps_slot(region, index)->claim);
+        pass_on(region, &header->lock);
+    }
+    for (uint32_t i = 0; i < PS_CLOSERS; i++)
+        if (has_ended(&region->closing[i]))
+            pass_on(region, &header->closer[i].owner);
+    if (has_ended(&region->freezing)) {
+        atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed);
+        pass_on(region, &header->freezer);
+    }
+}
+
+/* Ours: at once; another's: its agent does it, if it lives. */
+static void doubt(struct ps_region *region, uint32_t owner) {
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    uint32_t index = owner_slot(owner);
+    if (index == region->slot) {
+        ps_owner_pass_on(region);
+        return;
+    }
+    atomic_store_explicit(&ps_slot(region, index)->asked, 1, memory_order_release); /* pairs with ps_borrow_answer */
+    ps_sys_wake(low, INT32_MAX, ps_slot_bit(index));
+}
+
+/* How often `DOUBT` has passed since the calling thread began to wait for whom it waits for. */
+static uint64_t doubts(void) {
+    return (ps_sys_coarse() - ps_process_patience()->since) / DOUBT;
+}
+
 /* Sleeps until the watched word changes or the owner's agent dies; 0: look again. */
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
     struct ps_shm_slot *slot = ps_slot(region, owner_slot(owner));
@@ -95,12 +155,15 @@ int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owne
     bool marked = live.value & FUTEX_OWNER_DIED; /* nobody will wake us again: death comes any moment */
     int64_t backstop = now + (marked ? PS_BACKSTOP / 8 : PS_BACKSTOP);
     ps_waits_for(region, owner);
+    uint64_t before = doubts();
     int rc = ps_sleep_two(watch, live, backstop < deadline ? backstop : deadline);
     ps_waits_no_more(region);
+    if (doubts() != before)
+        doubt(region, owner);
     return rc == -EINTR ? PS_ESIGNAL : 0;
 }
 
-int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
+static int take_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
     _Atomic uint32_t *word = &ps_header(region)->lock;
     uint32_t mine = ps_owner_word(region), slept = 0;
     for (;;) {
@@ -134,8 +197,16 @@ int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
     }
 }
 
+int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
+    int rc = take_lock(region, deadline, blocker);
+    if (!rc)
+        atomic_store_explicit(&region->writer, ps_process_tid(), memory_order_release);
+    return rc;
+}
+
 void ps_unlock(struct ps_region *region) {
     _Atomic uint32_t *word = &ps_header(region)->lock;
+    atomic_store_explicit(&region->writer, 0, memory_order_relaxed);
     /* release: pairs with the acquire in ps_lock. */
     uint32_t seen = atomic_exchange_explicit(word, 0, memory_order_release);
     if (seen & PS_OWNER_WAITING)

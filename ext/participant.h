@@ -145,6 +145,13 @@ struct ps_region {
     _Atomic bool window; /* under page_lock: the data is mapped a second time, for leases by window */
     _Atomic bool shadow; /* under page_lock: it is mapped once more, with the snapshots' areas, for saving pages */
 
+    /* Threads of ours that have a word, which names the participant only, and are inside a call; 0: none (lock.c).  W:
+     * who gets the word, release, with no system call in between; 0 before it gives it up.  R: ps_owner_pass_on,
+     * acquire. */
+    _Atomic int writer;              /* the writer lock */
+    _Atomic int closing[PS_CLOSERS]; /* a closer */
+    _Atomic int freezing;            /* the freezer's word */
+
     _Atomic int frozen_by;               /* the thread of ours that has the region frozen; 0: none */
     struct ps_shm_closer *freeze_closer; /* of that freeze */
 
@@ -264,6 +271,7 @@ uint32_t ps_owner_word(const struct ps_region *region); /* ours */
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
 bool ps_owner_known(const struct ps_region *region, uint32_t owner);
 bool ps_owner_gone(struct ps_region *region, uint32_t owner);
+void ps_owner_pass_on(struct ps_region *region); /* what threads of ours had that were ended alone */
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
 void ps_waits_for(struct ps_region *region, uint32_t owner);
 void ps_waits_no_more(struct ps_region *region);
@@ -311,6 +319,7 @@ int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
 void ps_lease_open(struct ps_region *region, struct ps_shm_closer *closer);
+void ps_closer_thread(struct ps_region *region, const struct ps_shm_closer *closer, int tid);
 /* While a thread stores to pages as a lease does, but has none.  0; PS_ESIGNAL: again. */
 int ps_lease_enter(struct ps_region *region);
 void ps_lease_leave(struct ps_region *region);

@@ -173,7 +173,9 @@ static void forget_participation(struct ps_region *region) {
     region->leased = 0;
     region->quarantines = 0;
     region->source = 0;
-    region->frozen_by = 0;
+    region->frozen_by = region->writer = region->freezing = 0;
+    for (uint32_t i = 0; i < PS_CLOSERS; i++)
+        region->closing[i] = 0;
     region->window = region->shadow = false;
     region->ahead = 0;
     region->failed = region->fenced = region->unsynced = region->nameless = false;

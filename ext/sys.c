@@ -114,8 +114,21 @@ int ps_sys_gettid(void) {
     return (int)syscall(SYS_gettid);
 }
 
+/* A thread that has ended and stays as a zombie (the first of a process whose others go on) can still be signalled; but
+ * it has no robust list any more, which glibc gives to each, and the agent to itself. */
+static bool has_robust_list(int tid) {
+#ifdef __GLIBC__
+    void *head;
+    size_t length;
+    return syscall(SYS_get_robust_list, tid, &head, &length) || head;
+#else
+    (void)tid;
+    return true;
+#endif
+}
+
 bool ps_sys_thread_exists(int tid) {
-    return result(syscall(SYS_tgkill, getpid(), tid, 0)) != -ESRCH;
+    return result(syscall(SYS_tgkill, getpid(), tid, 0)) != -ESRCH && has_robust_list(tid);
 }
 
 void ps_sys_exit_thread(void) {

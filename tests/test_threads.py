@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Child, idle
+from conftest import PATIENCE, Child, idle, until
 from kernel import PAGE, slot_is_taken, tell
 
 import pyshare
-from pyshare import READ
+from pyshare import READ, READ_WRITE, Region
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -96,3 +97,48 @@ def test_close_ends_where_its_thread_does(joined: Joined, step: str) -> None:
         assert not slot_is_taken(region, 1)
         assert region.mprotect(PAGE, PAGE, READ) == 1
         assert [one.pid for one in region.participants()] == [os.getpid()]
+
+
+def change(region: Region) -> None:
+    region.mprotect(0, PAGE, READ)
+
+
+def freeze(region: Region) -> None:
+    region.frozen().release()
+
+
+WORDS = [(f"C{step}", change) for step in ("1_lock", "2_save", "3_attempt", "4_map", "5_publish", "6_await")]
+WORDS += [(step, change) for step in ("C7_complete", "K1_close", "R1_claim", "R2_remote", "R3_ack")]
+WORDS += [(step, freeze) for step in ("F1_own", "F2_keep", "F3_freeze", "F4_thaw", "F5_clear")]
+
+
+@pytest.mark.parametrize(("step", "call"), WORDS, ids=[step for step, _ in WORDS])
+def test_what_an_ended_thread_had_is_taken_over_though_its_process_lives(
+    fork: Fork, joined: Joined, step: str, call: Callable[[Region], None]
+) -> None:
+    """The writer lock, claims, a closer, the freezer's word: they name the process alone."""
+
+    def body(child: Child) -> None:
+        thread = threading.Thread(target=call, args=[region], daemon=True)
+        thread.start()
+        until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+        idle(child)
+        region.mprotect(PAGE, PAGE, READ, timeout=PATIENCE)
+        idle(child)
+        os._exit(0)  # the thread's Python frames are there still
+
+    engine = "uffd" if step[0] == "R" else "mprotect"
+    with pyshare.create(size=16 * PAGE, engine=engine) as region:
+        other = joined()
+        victim = fork(body, point=f"{step}=exit")
+        assert victim.hear() == "ok"
+        region.mprotect(0, region.size, READ_WRITE, timeout=PATIENCE)
+        with region.lease(0, PAGE, timeout=PATIENCE) as lease:
+            lease.view[0] = 1
+        with region.frozen(timeout=PATIENCE):
+            pass
+        tell(victim, "change")
+        assert region.protection(PAGE) == READ
+        assert fork(lambda _: change(region)).wait() == 0
+        alive = sorted(one.pid for one in region.participants() if one.alive)
+        assert alive == sorted([os.getpid(), other.pid, victim.pid])
