@@ -284,9 +284,11 @@ struct ps_shm_slot {
 
     /* Line 2: who it is.  W: owner at J1 unless said otherwise, published by J4.  R: anybody, relaxed;
      * compared with what the kernel says before it means anything. */
-    _Atomic uint32_t pid;          /* W: owner, in its own pid namespace.  R: anybody */
-    _Atomic uint32_t tid;          /* W: owner's agent, same namespace.  R: anybody */
-    _Atomic uint64_t start;        /* W: owner: start time, clock ticks, 0 unknown.  R: anybody */
+    _Atomic uint32_t pid; /* W: owner, in its own pid namespace.  R: anybody */
+    _Atomic uint32_t tid; /* W: owner's agent, same namespace.  R: anybody */
+    /* W: owner: start time, clock ticks, as its time namespace shows it, 0 unknown.  R: who looks, to tell it from one
+     * that was given its pid since; not who decides whether it is dead */
+    _Atomic uint64_t start;
     _Atomic uint64_t pidns;        /* W: owner: inode of its pid namespace, 0 unknown.  R: anybody */
     _Atomic uint32_t capabilities; /* W: owner: PS_CAN_*.  R: anybody */
     _Atomic uint32_t flags;        /* W: owner's agent: PS_SLOT_*, release.  R: anybody */

@@ -160,9 +160,8 @@ static bool byte_free(struct ps_region *region, uint32_t index) {
 
 static bool process_gone(const struct ps_shm_slot *slot) {
     int pid = (int)atomic_load_explicit(&slot->pid, memory_order_relaxed);
-    uint64_t start = atomic_load_explicit(&slot->start, memory_order_relaxed);
     uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
-    return pidns && pidns == ps_sys_pid_namespace() && pid != getpid() && ps_sys_process_gone(pid, start);
+    return pidns && pidns == ps_sys_pid_namespace() && pid != getpid() && ps_sys_process_gone(pid);
 }
 
 /* The participant that had `status` is gone. */

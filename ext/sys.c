@@ -127,8 +127,12 @@ static bool has_robust_list(int tid) {
 #endif
 }
 
+static bool thread_exists(int pid, int tid) {
+    return result(syscall(SYS_tgkill, pid, tid, 0)) != -ESRCH;
+}
+
 bool ps_sys_thread_exists(int tid) {
-    return result(syscall(SYS_tgkill, getpid(), tid, 0)) != -ESRCH && has_robust_list(tid);
+    return thread_exists(getpid(), tid) && has_robust_list(tid);
 }
 
 void ps_sys_exit_thread(void) {
@@ -588,6 +592,19 @@ static bool proc_is_ours(void) {
     return length > 0 && (size_t)length == strlen(mine) && !memcmp(text, mine, (size_t)length);
 }
 
+static int number_of(const char *digits) {
+    int number = 0;
+    while (*digits >= '0' && *digits <= '9')
+        number = number * 10 + *digits++ - '0';
+    return number;
+}
+
+/* Where its file cannot be read (no descriptor is left, /proc hides it), only of one that is no more. */
+static bool thread_without_memory(const char *statm, int pid, int tid) {
+    char text[64];
+    return read_file(statm, text, sizeof text) > 0 ? !memcmp(text, "0 ", 2) : !thread_exists(pid, tid);
+}
+
 /* 1: every thread has given up its memory; 0: one has not; -errno: cannot tell. */
 static int threads_without_memory(int pid) {
     char path[64], buffer[2048] __attribute__((aligned(8))), *tasks = path;
@@ -600,18 +617,17 @@ static int threads_without_memory(int pid) {
     while (!held && (length = result(syscall(SYS_getdents64, dir, buffer, sizeof buffer))) > 0)
         for (int at = 0; at < length && !held; at += ((struct dirent64 *)(buffer + at))->length) {
             const char *name = ((struct dirent64 *)(buffer + at))->name;
-            char statm[64], *end = tasks;
+            char *end = tasks;
             if (name[0] == '.' || strlen(name) > 10)
                 continue;
             seen++;
             put_text(&end, "/");
             put_text(&end, name);
             put_text(&end, "/statm");
-            int got = read_file(path, statm, sizeof statm);
-            held = got > 0 && memcmp(statm, "0 ", 2) != 0; /* an error: that thread is gone altogether */
+            held = !thread_without_memory(path, pid, number_of(name));
         }
     close(dir);
-    return held ? 0 : seen ? 1 : -ESRCH;
+    return held ? 0 : length < 0 ? length : seen ? 1 : -ESRCH;
 }
 
 static bool pidfd_says_gone(int pid) {
@@ -619,21 +635,18 @@ static bool pidfd_says_gone(int pid) {
     if (fd < 0)
         return fd == -ESRCH;
     struct pollfd poller = {.fd = fd, .events = POLLIN};
-    bool gone = poll(&poller, 1, 0) == 1;
+    bool gone = poll(&poller, 1, 0) == 1 && poller.revents & POLLIN;
     close(fd);
     return gone;
 }
 
-bool ps_sys_process_gone(int pid, uint64_t start) {
+bool ps_sys_process_gone(int pid) {
     if (pid <= 0)
         return false;
     if (kill(pid, 0) && errno == ESRCH)
         return true;
     if (!proc_is_ours())
         return pidfd_says_gone(pid);
-    uint64_t now = ps_sys_start_time(pid);
-    if (start && now && now != start)
-        return true; /* the number was given to somebody else */
     /* Twice: a directory that is read while threads come and go may miss one. */
     if (threads_without_memory(pid) == 1 && threads_without_memory(pid) == 1)
         return true;

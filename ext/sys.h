@@ -116,8 +116,9 @@ uint64_t ps_sys_start_time(int pid);
 uint64_t ps_sys_pid_namespace(void);
 /* The words of this process's command line, each without the folders before it, as far as there is room; or "". */
 void ps_sys_command(char *to, size_t size);
-/* Can no thread of that process of our own pid namespace store any more? Unknown counts as no. */
-bool ps_sys_process_gone(int pid, uint64_t start);
+/* Can no thread of that process of our own pid namespace store any more?  Unknown counts as no; and so does a process
+ * that was given its pid since: it has memory. */
+bool ps_sys_process_gone(int pid);
 
 /* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe.h). */
 
