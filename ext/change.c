@@ -315,7 +315,7 @@ static void sleep_on(struct ps_region *region, uint32_t index, uint32_t ack, int
 
 /* Its page tables follow the generation, or it has no rights at all. */
 static bool follows(struct ps_shm_slot *slot, uint32_t ack, const struct waiting *waiting) {
-    if (!ps_acknowledged(ack, waiting->generation))
+    if (!ps_acknowledged(slot, ack, waiting->generation))
         return false;
     return !waiting->committed || !failed_at(slot, waiting->generation);
 }

@@ -264,7 +264,8 @@ struct ps_shm_slot {
     /* W: owner at A3, before its acknowledgement: low 31 bits of the generation << 32 | errno; 0 after a
      * success.  R: caller after the acknowledgement (acquire on ack orders it).  Crash: ignored. */
     _Atomic uint64_t error;
-    /* W: under the claim, relaxed, before ack.  R: under the claim; else for information */
+    /* W: under the claim, relaxed, before ack (a remote caller: after it).  R: under the claim; caller, relaxed, after
+     * its acquire of ack, of which it has all bits; else for information.  Crash: of a remote caller: behind ack. */
     _Atomic uint64_t applied;
     uint64_t pad1[4]; /* W: nobody.  R: nobody */
 

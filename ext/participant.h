@@ -225,13 +225,16 @@ static inline struct ps_shm_slot *ps_slot(const struct ps_region *region, uint32
 static inline struct ps_shm_ring *ps_ring(const struct ps_region *region, uint64_t generation) {
     return (struct ps_shm_ring *)ps_section(region, PS_SEC_RING) + generation % PS_RING;
 }
-/* What our page tables follow: what is acknowledged, in all bits.  `applied` may be behind: a caller that changed them
- * for us may have died before it stored that, and its successor too.  relaxed: the claim orders both. */
-static inline uint64_t ps_applied(const struct ps_region *region) {
-    const struct ps_shm_slot *slot = ps_slot(region, region->slot);
+/* What a participant's page tables follow: what is acknowledged, in all bits.  `applied` may be behind: a caller that
+ * changed them from outside may have died before it stored that, and its successor too.  relaxed: the claim orders
+ * both, or the acquire of ps_acknowledged. */
+static inline uint64_t ps_applied_by(const struct ps_shm_slot *slot) {
     uint64_t applied = atomic_load_explicit(&slot->applied, memory_order_relaxed);
     uint32_t ahead = (atomic_load_explicit(&slot->ack, memory_order_relaxed) - (uint32_t)applied) & PS_ACK_MASK;
     return ahead < (PS_ACK_MASK + 1) / 2 ? applied + ahead : applied;
+}
+static inline uint64_t ps_applied(const struct ps_region *region) {
+    return ps_applied_by(ps_slot(region, region->slot));
 }
 static inline bool ps_running(const struct ps_region *region) {
     return atomic_load_explicit(&region->agent, memory_order_acquire) == PS_AGENT_RUNNING;
@@ -253,9 +256,11 @@ static inline uint32_t ps_status(uint32_t epoch, enum ps_state state) {
 static inline uint32_t ps_slot_bit(uint32_t slot) {
     return 1u << slot % 32;
 }
-/* Modulo 2^31: at or past, by less than half the circle. */
-static inline bool ps_acknowledged(uint32_t ack, uint64_t generation) {
-    return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2;
+/* `ack` was read from it, acquire.  Modulo 2^31: at or past, by less than half the circle; and in all bits too, since
+ * who is silent for 2^30 changes comes round to there.  relaxed: who acknowledges by itself has stored `applied`
+ * before. */
+static inline bool ps_acknowledged(const struct ps_shm_slot *slot, uint32_t ack, uint64_t generation) {
+    return ((ack - (uint32_t)generation) & PS_ACK_MASK) < (PS_ACK_MASK + 1) / 2 && ps_applied_by(slot) >= generation;
 }
 static inline uint32_t ps_owner_of(uint32_t slot, uint32_t status) {
     return (status >> PS_STATE_BITS & PS_EPOCH_MASK) << PS_OWNER_SLOT_BITS | (slot + 1);

@@ -94,14 +94,14 @@ static bool reach(struct ps_region *region, uint32_t index, uint64_t generation,
     struct ps_shm_slot *slot = ps_slot(region, index);
     uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
     if (ps_state_of(status) != PS_LIVE ||
-        ps_acknowledged(atomic_load_explicit(&slot->ack, memory_order_acquire), generation))
+        ps_acknowledged(slot, atomic_load_explicit(&slot->ack, memory_order_acquire), generation))
         return true;
     int fd = ps_borrow(region, index, status, socket);
     if (fd < 0 || !ps_claim_other(region, index, status >> PS_STATE_BITS))
         return false;
     PS_POINT(R1_claim);
-    uint32_t before = atomic_load_explicit(&slot->ack, memory_order_relaxed) & PS_ACK_MASK, seen = 0;
-    bool legal = before == ((generation - 1) & PS_ACK_MASK) && can_be_reached(slot) &&
+    uint32_t seen = 0;
+    bool legal = ps_applied_by(slot) == generation - 1 && can_be_reached(slot) &&
                  !(uint32_t)atomic_load_explicit(&slot->error, memory_order_relaxed) &&
                  !atomic_load_explicit(&slot->flags, memory_order_acquire) &&
                  atomic_load_explicit(&slot->status, memory_order_acquire) == status;

@@ -28,7 +28,7 @@ PAGE = 4096
 SECTIONS, LOCK, GENERATION = 288, 704, 768  # offsets in ext/layout.h: in line 4, lines 11 and 12
 ATTEMPT, COMPLETE, CLOSERS = 896, 904, 960  # lines 14 and 15
 SNAPSHOTS = 2624  # line 41: the words of all snapshots, 16 bytes apart
-LEASES, LOCKS = 5, 6  # kinds of sections
+CUR, LEASES, LOCKS = 3, 5, 6  # kinds of sections
 WAITING = 0x80000000  # in an owner word: somebody sleeps on it
 
 Runs = list[tuple[int, int, Prot]]
@@ -122,9 +122,14 @@ def wake(region: Region, offset: int) -> None:
         assert libc.syscall(futex, ctypes.c_void_p(at), wake, 2**31 - 1, 0, 0, 0) >= 0
 
 
+def section_of(region: Region, kind: int) -> int:
+    """Where it lies in the memfd."""
+    return word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
+
+
 def held(region: Region, kind: int, index: int) -> tuple[int, int]:
     """Who holds a page (LEASES) or a lock (LOCKS), and who is to have it next: owner words, 0 for nobody."""
-    section = word(region, SECTIONS + 24 * (kind - 1) + 8, "Q")
+    section = section_of(region, kind)
     value = word(region, section + index * (8 if kind == LEASES else 64), "Q")
     return value & ~WAITING & 0xFFFFFFFF, value >> 32 & ~WAITING
 
@@ -156,12 +161,17 @@ def until_waits(child: Child) -> None:
     until(lambda: all(next(asleep) for _ in range(50)))
 
 
+def set_generation(fd: int, generation: int) -> None:
+    """As if so many changes had been made, of which no participant has heard."""
+    for offset in (GENERATION, ATTEMPT, COMPLETE):
+        os.pwrite(fd, struct.pack("Q", generation), offset)
+
+
 def region_at(generation: int, *, size: int, max_participants: int = 8) -> Region:
     """A new region whose last change was this one; nobody has seen another. Without the remote engine."""
     fd = _core.create(size, Prot.READ_WRITE, max_participants, 0o600, _core.POLICIES["die"], "")
     try:
-        for offset in (GENERATION, ATTEMPT, COMPLETE):
-            os.pwrite(fd, struct.pack("Q", generation), offset)
+        set_generation(fd, generation)
         return pyshare.attach(fd, engine="mprotect")
     finally:
         os.close(fd)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from conftest import PATIENCE, Child, idle, until
 from kernel import (
+    CUR,
     LOCK,
     PAGE,
     WAITING,
@@ -30,6 +31,8 @@ from kernel import (
     in_background,
     mapped,
     region_at,
+    section_of,
+    set_generation,
     tell,
     word,
 )
@@ -501,6 +504,24 @@ def test_changes_across_a_wrap(fork: Fork, wrap: int) -> None:
                 agreed(region, child.pid)
         agreed(region, child.pid, stopped.pid)
         assert region.generation == wrap + 3
+
+
+@pytest.mark.parametrize("changes", [2**30, 2**30 + 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32, 2**33])
+def test_who_is_silent_for_any_number_of_changes_has_not_acknowledged(
+    region: Region, joined: Callable[..., Child], changes: int
+) -> None:
+    """So many have been made since, one of which closed a page; the next, of another page, is not made for it."""
+    stopped, other = joined(), joined()
+    stopped.stop()
+    set_generation(region.fileno(), changes)
+    os.pwrite(region.fileno(), bytes([READ ^ READ_WRITE]), section_of(region, CUR) + 1)
+    for page in (0, 2):
+        with silent(changes + 1 + page // 2, stopped):
+            region.mprotect(page * PAGE, PAGE, READ, timeout=AT_ONCE)
+        agreed(region, other.pid)
+    stopped.resume()
+    region.mprotect(4 * PAGE, PAGE, READ)
+    assert len(agreed(region, stopped.pid, other.pid)) == 4
 
 
 # -- Where the kernel, or a filter, has no futex_waitv -----------------------------------------------------------------
