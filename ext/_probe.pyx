@@ -28,6 +28,7 @@ cdef extern from "probe.h":
     int probe_private_table(int fd)
     int probe_death_mark()
     int probe_waitv()
+    int probe_keep_open()
     int probe_dumpable()
     int probe_userfaultfd(int flags)
     int probe_uffd_features(int uffd, uint64_t wanted, uint64_t *offered)
@@ -67,6 +68,11 @@ def death_mark() -> None:
 def waitv() -> None:
     """The kernel can wait for several words."""
     checked(probe_waitv())
+
+
+def keep_open() -> None:
+    """A mapping of a ring of io_uring kept a file open that had no descriptor any more."""
+    checked(probe_keep_open())
 
 
 def dumpable() -> bool:

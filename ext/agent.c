@@ -60,9 +60,11 @@ static void go_ahead(struct ps_region *region, uint64_t generation, int64_t dead
 }
 
 static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
-    if (region->unsynced)
+    /* A handler may say so again while we follow (ps_engine_refuse): then once more. */
+    bool unsynced = atomic_exchange_explicit(&region->unsynced, false, memory_order_seq_cst);
+    if (unsynced)
         ps_engine_doubt(region);
-    if (region->failed || region->fenced || region->unsynced || to - from > PS_RING)
+    if (region->failed || region->fenced || unsynced || to - from > PS_RING)
         return ps_engine_apply(region, 0, region->shape.pages);
     for (uint64_t generation = from + 1; generation <= to; generation++) {
         struct ps_shm_ring entry;
@@ -96,9 +98,8 @@ static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_ring entry;
     /* Nobody undoes an UNDO or a THAW; an entry that cannot be read may be one. */
     bool final = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO || entry.kind == PS_THAW);
-    if (region->unsynced && region->uffd && !rc) /* callers outside may count on our entries again */
-        atomic_fetch_or_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
-    region->unsynced = false;
+    if (!rc)
+        ps_engine_within_reach(region);
     if (rc && (final || region->fenced || nobody_undoes(region, generation))) {
         fence(region);
     } else if (rc) {
@@ -223,8 +224,8 @@ static int offer(struct ps_region *region) {
     uintptr_t canary = (uintptr_t)ps_address(region) - PS_GUARD;
     uint32_t name = 0;
     atomic_store_explicit(&slot->canary, canary, memory_order_relaxed); /* says where the data are, by uffd or not */
-    int rc = region->uffd ? ps_sys_uffd_register(region->own_userfault, canary, PS_PAGE) : 0;
-    if (rc && region->engine == PS_ENGINE_AUTO) { /* a filter that lets part of it pass */
+    int rc = region->uffd ? ps_engine_try(region) : 0;
+    if (rc && region->engine == PS_ENGINE_AUTO) { /* a filter that lets part of it pass, or an emulation */
         close(region->own_userfault);
         region->own_userfault = -1;
         region->uffd = false;
@@ -308,8 +309,7 @@ static void end_access(struct ps_region *region) {
 static void undo_join(struct ps_region *region) {
     if (region->epoch)
         end_access(region);
-    if (region->uffd)
-        ps_engine_forget(region);
+    ps_engine_close(region);
     ps_region_reserve(region);
 }
 
@@ -321,6 +321,7 @@ static void leave(struct ps_region *region) {
         ps_page_unlock(region);
         ps_sys_mark_nothing(&region->robust);
     }
+    ps_engine_close(region);
     close(region->own);
     if (region->own_entry >= 0)
         close(region->own_entry);
@@ -335,14 +336,18 @@ static int succeed(struct ps_region *region) {
     int rc = ps_page_lock(region, region->join_deadline);
     if (rc)
         return rc;
+    bool before = region->uffd;
     region->unsynced = true;
-    if (region->uffd && region->own_userfault < 0) { /* and its userfaultfd with it, and all marks */
-        ps_engine_forget(region);
+    if (before && region->own_userfault < 0) { /* and its userfaultfd with it */
         atomic_store_explicit(&ps_slot(region, region->slot)->capabilities, 0, memory_order_release);
-        rc = ps_engine_open(region);
+        rc = ps_engine_forget(region);
+        if (!rc)
+            rc = ps_engine_open(region);
     }
     if (!rc)
         rc = offer(region);
+    if (!rc && before && !region->uffd) /* by mprotect from now on: nothing may stay marked */
+        rc = ps_engine_forget(region);
     ps_page_unlock(region);
     return rc ? rc : mark_death(region);
 }
@@ -350,7 +355,7 @@ static int succeed(struct ps_region *region) {
 static int join(struct ps_region *region) {
     int rc = own_descriptors(region);
     if (rc && region->epoch && region->uffd && region->own_userfault < 0)
-        ps_engine_fence(region); /* the predecessor is gone, the marks with it, and nobody will follow any more */
+        ps_engine_fence(region); /* the predecessor is gone, and nobody will follow any more */
     if (rc)
         return rc;
     if (region->epoch)
@@ -523,6 +528,7 @@ void ps_agent_stop(struct ps_region *region) {
     if (region->epoch) /* it was ended alone */
         end_access(region);
     ps_quarantine_forget(region);
+    ps_engine_close(region);
     ps_region_reserve(region);
     atomic_store_explicit(&region->agent, PS_AGENT_NONE, memory_order_relaxed);
     ps_page_unlock(region);

@@ -5,17 +5,19 @@
  * quarantine.c's: where the map is followed, that ends.
  *
  * The uffd engine cares for chunks of PS_CHUNK pages, those of one page table.
- * A chunk is plain, its protection that of its VMAs, until the first page of it
- * is to be written; then it is armed: registered with our userfaultfd, VMA
- * read-write, and every page that may only be read marked in its entry.  From
- * then on READ <-> READ_WRITE is a change of entries, which anybody who has our
- * userfaultfd can make, and splits no VMA.  Pages with other protections lie in
- * VMAs of their own: the chunk is split.
- *   plain -> armed   register, mark, then mprotect; all of it with the claim
- *   armed -> plain   mprotect to READ, then unregister: a whole chunk of READ
- *                    needs no page table
+ * A chunk follows the map by entries, or it is not registered with our
+ * userfaultfd, and follows by the protections of its VMAs:
+ *   by entries  pages that may only be read, or read and written, have a VMA that
+ *               is read-write; all others have one of their own.  Whatever must
+ *               not be written is marked, whatever may be written is not.
+ *   by VMAs     no page bears a mark, so no page table is needed
+ * READ <-> READ_WRITE by entries splits no VMA, and anybody who has our
+ * userfaultfd can make it.  A chunk is armed (register, mark, then mprotect) when
+ * a page of it is to be written, and disarmed (mprotect, then unregister) when it
+ * is closed as a whole.
  * Invariants
- *  1. No waiting but for our own locks, and no writes to shared state.
+ *  1. No waiting but for our own locks, and no writes to shared state but for the
+ *     own capabilities: what did not succeed is nobody else's to change.
  *  2. Called under the page lock; to arm or disarm, with the claim (lock.c):
  *     a caller outside takes "registered" for "marks are all there is to it".
  *  3. Rights come from the map and from our own leases alone; what the map says
@@ -34,10 +36,9 @@
 
 static_assert(PROT_READ == 1 && PROT_WRITE == 2 && PROT_EXEC == 4, "map bytes are PROT_* of x86-64 Linux");
 
-enum {
-    ARMED = 1, /* registered */
-    SPLIT = 2, /* ... and its VMAs may differ from read-write */
-};
+/* A chunk follows by VMAs (PLAIN), or by entries: all of them (ARMED), or but for pages that have VMAs of their own
+ * (SPLIT).  Of one in DOUBT it is known only that it may be registered, in part: it is to be settled. */
+enum { PLAIN = 0, ARMED = 1, SPLIT = 2, DOUBT = 3 };
 
 static bool leased_here(const struct ps_region *region, uint64_t page) {
     uint32_t held = PS_HERE_HELD | PS_HERE_IN_PLACE;
@@ -121,174 +122,214 @@ static uint64_t same_chunks(const struct ps_region *region, uint64_t page, uint6
     return (edge < end ? edge : end) - page;
 }
 
-/* How many of the `count` pages from `page` on make whole chunks, from `page` on. */
-static uint64_t whole_chunks(uint64_t page, uint64_t count) {
-    return page % PS_CHUNK ? 0 : count / PS_CHUNK * PS_CHUNK;
-}
-
-static int enlist(struct ps_region *region, uint64_t page, uint64_t count) {
-    int fd = checked_fd(region);
-    int rc = fd < 0 ? fd : ps_sys_uffd_register(fd, address(region, page), count * PS_PAGE);
-    if (!rc)
-        set_chunks(region, page, count, ARMED | SPLIT);
-    return rc;
-}
-
+/* By entries, where its chunk is armed. */
 static bool by_entry(uint32_t prot) {
     return prot & (PROT_READ | PROT_WRITE) && !(prot & PROT_EXEC);
 }
 
-/* The VMAs of a chunk whose pages are marked as they should be; those by entry are read-write all together. */
-static int settle_vmas(struct ps_region *region, uint64_t first, uint64_t end) {
-    bool split = false;
-    int rc = 0;
-    for (uint64_t page = first, run, next; page < end && !rc; page += run) {
-        uint32_t prot, other;
-        run = wanted_run(region, page, end, &prot);
-        while (by_entry(prot) && page + run < end &&
-               (next = wanted_run(region, page + run, end, &other), by_entry(other)))
-            run += next;
-        split |= !by_entry(prot);
-        rc = set_vma(region, page, run, by_entry(prot) ? PROT_READ | PROT_WRITE : prot);
-    }
-    if (!rc && !split)
-        set_chunks(region, first, end - first, ARMED);
+static bool opens(uint32_t prot) {
+    return by_entry(prot) && prot & PROT_WRITE;
+}
+
+static uint32_t vma_of(uint32_t prot) {
+    return by_entry(prot) ? PROT_READ | PROT_WRITE : prot;
+}
+
+static bool is_armed(uint8_t state) {
+    return state == ARMED || state == SPLIT;
+}
+
+static int enlist(struct ps_region *region, uint64_t page, uint64_t count) {
+    int fd = checked_fd(region);
+    if (fd < 0)
+        return fd;
+    set_chunks(region, page, count, DOUBT); /* the kernel registers VMA after VMA, and may fail after some of them */
+    return ps_sys_uffd_register(fd, address(region, page), count * PS_PAGE);
+}
+
+/* The kernel takes the marks away too. */
+static int delist(struct ps_region *region, uint64_t page, uint64_t count) {
+    if (chunk_state(region, page / PS_CHUNK) == PLAIN)
+        return 0;
+    int fd = checked_fd(region);
+    int rc = fd < 0 ? fd : ps_sys_uffd_unregister(fd, address(region, page), count * PS_PAGE);
+    if (!rc)
+        set_chunks(region, page, count, PLAIN);
     return rc;
 }
 
-/* One chunk, some pages of which are to be written. */
-static int arm(struct ps_region *region, uint64_t chunk) {
-    uint64_t first = chunk * PS_CHUNK, end = first + PS_CHUNK;
-    if (end > region->shape.pages)
-        end = region->shape.pages;
-    int rc = enlist(region, first, end - first);
-    if (!rc)
-        rc = mark(region, first, end - first, true);
-    for (uint64_t page = first, run; page < end && !rc; page += run) {
-        uint32_t prot;
-        run = wanted_run(region, page, end, &prot);
-        if (by_entry(prot) && prot & PROT_WRITE)
-            rc = mark(region, page, run, false);
-    }
-    return rc ? rc : settle_vmas(region, first, end);
+/* Whole chunks of one state, all of whose pages are to be `prot`, by their VMAs. */
+static int disarm(struct ps_region *region, uint64_t page, uint64_t count, uint32_t prot) {
+    if (chunk_state(region, page / PS_CHUNK) != PLAIN)
+        set_chunks(region, page, count, DOUBT);
+    int rc = set_vma(region, page, count, prot);
+    return rc ? rc : delist(region, page, count);
 }
 
 /* Whole chunks, all of whose pages are to be written: nothing to mark, so no page table is made. */
-static int arm_open(struct ps_region *region, uint64_t page, uint64_t count) {
+static int arm_open(struct ps_region *region, uint64_t page, uint64_t count, uint8_t before) {
     int rc = enlist(region, page, count);
+    if (!rc && before == DOUBT)
+        rc = mark(region, page, count, false);
     if (!rc)
         rc = set_vma(region, page, count, PROT_READ | PROT_WRITE);
     if (!rc)
         set_chunks(region, page, count, ARMED);
+    return rc ? disarm(region, page, count, PROT_READ | PROT_WRITE) : 0;
+}
+
+/* The VMAs of a chunk that follows by entries, or does not. */
+static int set_vmas(struct ps_region *region, uint64_t page, uint64_t end, bool entries) {
+    int rc = 0;
+    for (uint64_t run, next; page < end && !rc; page += run) {
+        uint32_t prot, other;
+        run = wanted_run(region, page, end, &prot);
+        while (entries && page + run < end &&
+               (next = wanted_run(region, page + run, end, &other), vma_of(other) == vma_of(prot)))
+            run += next;
+        rc = set_vma(region, page, run, entries ? vma_of(prot) : prot);
+    }
     return rc;
 }
 
-static int disarm(struct ps_region *region, uint64_t page, uint64_t count) {
-    set_chunks(region, page, count, ARMED | SPLIT);
-    int rc = set_vma(region, page, count, PROT_READ);
-    int fd = rc ? -1 : checked_fd(region);
+/* A page that may be written is not marked for a moment either: it would refuse the system calls of other threads. */
+static int arm(struct ps_region *region, uint64_t first, uint64_t end) {
+    uint8_t before = chunk_state(region, first / PS_CHUNK), state = ARMED;
+    int rc = enlist(region, first, end - first);
+    for (uint64_t page = first, run; page < end && !rc; page += run) {
+        uint32_t prot;
+        run = wanted_run(region, page, end, &prot);
+        if (!by_entry(prot))
+            state = SPLIT;
+        if (before == DOUBT || !(prot & PROT_WRITE))
+            rc = mark(region, page, run, !(prot & PROT_WRITE));
+    }
     if (!rc)
-        rc = fd < 0 ? fd : ps_sys_uffd_unregister(fd, address(region, page), count * PS_PAGE);
+        rc = set_vmas(region, first, end, true);
     if (!rc)
-        set_chunks(region, page, count, 0);
+        set_chunks(region, first, end - first, state);
     return rc;
 }
 
-/* Pages of armed chunks of one state: marked or not, in a VMA that is read-write. */
-static int set_entries(struct ps_region *region, uint64_t page, uint64_t count, uint8_t state, bool marked) {
-    int rc = mark(region, page, count, marked);
-    if (rc || !(state & SPLIT))
+/* One chunk, whatever became of it: it follows the map by entries, or where that cannot be had it is not registered. */
+static int settle(struct ps_region *region, uint64_t chunk) {
+    uint64_t first = chunk * PS_CHUNK, end = first + PS_CHUNK;
+    if (end > region->shape.pages)
+        end = region->shape.pages;
+    if (!arm(region, first, end))
+        return 0;
+    int rc = set_vmas(region, first, end, false);
+    return rc ? rc : delist(region, first, end - first);
+}
+
+/* Pages of armed chunks of one state. */
+static int set_armed(struct ps_region *region, uint64_t page, uint64_t count, uint8_t state, uint32_t prot) {
+    int rc = mark(region, page, count, !(prot & PROT_WRITE));
+    if (rc || (state == ARMED && by_entry(prot)))
         return rc;
-    rc = set_vma(region, page, count, PROT_READ | PROT_WRITE);
+    rc = set_vma(region, page, count, vma_of(prot));
     uint64_t skip = (PS_CHUNK - page % PS_CHUNK) % PS_CHUNK;
-    uint64_t whole = count > skip ? whole_chunks(page + skip, count - skip) : 0;
-    if (!rc && whole)
-        set_chunks(region, page + skip, whole, ARMED);
+    if (!rc && !by_entry(prot))
+        set_chunks(region, page, count, SPLIT);
+    else if (!rc && count >= skip + PS_CHUNK)
+        set_chunks(region, page + skip, (count - skip) / PS_CHUNK * PS_CHUNK, ARMED);
     return rc;
 }
 
-static int set_read(struct ps_region *region, uint64_t page, uint64_t end) {
-    int rc = 0;
-    for (uint64_t run; page < end && !rc; page += run) {
-        uint8_t state;
-        run = same_chunks(region, page, end, &state);
-        uint64_t whole = whole_chunks(page, run);
-        if (!(state & ARMED)) {
-            rc = set_vma(region, page, run, PROT_READ);
-        } else if (whole) {
-            run = whole;
-            rc = disarm(region, page, run);
-        } else {
-            uint64_t edge = (page / PS_CHUNK + 1) * PS_CHUNK - page; /* whole ones may follow it */
-            run = run < edge ? run : edge;
-            rc = set_entries(region, page, run, state, true);
-        }
+/* How many of the `count` pages from `page` on make whole chunks, from `page` on.  To be opened, the region's last one
+ * may be smaller; closed, it stays armed, so that a small region is within reach of others. */
+static uint64_t whole_chunks(const struct ps_region *region, uint64_t page, uint64_t count, bool open) {
+    bool all = open && page + count == region->shape.pages;
+    return page % PS_CHUNK ? 0 : all ? count : count / PS_CHUNK * PS_CHUNK;
+}
+
+/* From `page` on pages of chunks of one state, which are to be `prot`.  To *count pages, which may be less or, to the
+ * end of a chunk, more, the map is followed then. */
+static int set_some(struct ps_region *region, uint64_t page, uint64_t *count, uint8_t state, uint32_t prot) {
+    uint64_t whole = whole_chunks(region, page, *count, opens(prot)), edge = PS_CHUNK - page % PS_CHUNK;
+    if (state == PLAIN && !opens(prot))
+        return set_vma(region, page, *count, prot);
+    if (whole) {
+        *count = whole;
+        if (!opens(prot) && !disarm(region, page, whole, prot))
+            return 0;
+        if (opens(prot) && !is_armed(state))
+            return arm_open(region, page, whole, state);
     }
-    return rc;
-}
-
-static int set_writable(struct ps_region *region, uint64_t page, uint64_t end) {
-    int rc = 0;
-    for (uint64_t run; page < end && !rc; page += run) {
-        uint8_t state;
-        run = same_chunks(region, page, end, &state);
-        uint64_t whole =
-            end == region->shape.pages && page % PS_CHUNK == 0 && page + run == end ? run : whole_chunks(page, run);
-        if (state & ARMED) {
-            rc = set_entries(region, page, run, state, false);
-        } else if (whole) {
-            run = whole;
-            rc = arm_open(region, page, run);
-        } else {
-            uint64_t edge = (page / PS_CHUNK + 1) * PS_CHUNK - page;
-            run = run < edge ? run : edge;
-            rc = arm(region, page / PS_CHUNK);
-        }
+    if (is_armed(chunk_state(region, page / PS_CHUNK))) {
+        *count = whole ? whole : *count < edge ? *count : edge; /* whole ones may follow it */
+        return set_armed(region, page, *count, state, prot);
     }
-    return rc;
-}
-
-static int set_other(struct ps_region *region, uint64_t page, uint64_t end, uint32_t prot) {
-    for (uint64_t chunk = page / PS_CHUNK; chunk * PS_CHUNK < end; chunk++)
-        if (chunk_state(region, chunk) & ARMED)
-            set_chunks(region, chunk * PS_CHUNK, 1, ARMED | SPLIT);
-    return set_vma(region, page, end - page, prot);
+    *count = edge;
+    return settle(region, page / PS_CHUNK);
 }
 
 /* -- Following -------------------------------------------------------------------------------------------------- */
 
-static int set(struct ps_region *region, uint64_t page, uint64_t end, uint32_t prot) {
+/* Pages that are all to be `prot`; to *end, or to the end of a chunk that is settled behind it. */
+static int set(struct ps_region *region, uint64_t page, uint64_t *end, uint32_t prot) {
+    int rc = 0;
     if (!region->uffd)
-        return set_vma(region, page, end - page, prot);
-    if (!by_entry(prot))
-        return set_other(region, page, end, prot);
-    return prot & PROT_WRITE ? set_writable(region, page, end) : set_read(region, page, end);
+        return set_vma(region, page, *end - page, prot);
+    for (uint64_t run; page < *end && !rc; page += run) {
+        uint8_t state;
+        run = same_chunks(region, page, *end, &state);
+        rc = set_some(region, page, &run, state, prot);
+    }
+    *end = page;
+    return rc;
 }
 
 static int follow(struct ps_region *region, uint64_t first, uint64_t count) {
     int rc = 0;
-    for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
+    for (uint64_t page = first, end = first + count, next; page < end && !rc; page = next) {
         uint32_t prot;
-        run = wanted_run(region, page, end, &prot);
-        rc = set(region, page, page + run, prot);
+        next = page + wanted_run(region, page, end, &prot);
+        rc = set(region, page, &next, prot);
     }
     return rc;
 }
 
-int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
-    int rc = region->quarantines ? ps_quarantine_end(region, &first, &count) : 0;
-    return rc ? rc : follow(region, first, count);
+static _Atomic uint32_t *capabilities(const struct ps_region *region) {
+    return &ps_slot(region, region->slot)->capabilities;
 }
 
-/* Pages that were in quarantine are shared, and no-access until they follow the map.  In armed chunks registered again:
- * what comes next marks them, and then makes them writable (invariant 4). */
+/* No caller outside may change our page tables from now on, until they have followed the whole map.  In this order,
+ * against ps_engine_within_reach in another thread. */
+static void out_of_reach(struct ps_region *region) {
+    atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst);
+    atomic_fetch_and_explicit(capabilities(region), ~PS_CAN_UFFD, memory_order_seq_cst);
+}
+
+int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = region->quarantines ? ps_quarantine_end(region, &first, &count) : 0;
+    if (!rc)
+        rc = follow(region, first, count);
+    if (rc && region->uffd) {
+        out_of_reach(region);
+        ps_engine_doubt(region);
+    }
+    return rc;
+}
+
+/* Our page tables follow the map, unless a handler has taken a page out of that meanwhile (ps_engine_refuse). */
+void ps_engine_within_reach(struct ps_region *region) {
+    uint32_t can = atomic_load_explicit(capabilities(region), memory_order_relaxed);
+    if (!region->uffd || can & PS_CAN_UFFD || region->unsynced)
+        return;
+    atomic_fetch_or_explicit(capabilities(region), PS_CAN_UFFD, memory_order_seq_cst);
+    if (atomic_load_explicit(&region->unsynced, memory_order_seq_cst))
+        atomic_fetch_and_explicit(capabilities(region), ~PS_CAN_UFFD, memory_order_seq_cst);
+}
+
+/* Pages that were in quarantine are shared, no-access, and not registered, until their chunks are settled. */
 int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count) {
     int rc = ps_region_map_again(region, first, count);
     for (uint64_t page = first, end = first + count, run; region->uffd && page < end && !rc; page += run) {
         uint8_t state;
         run = same_chunks(region, page, end, &state);
-        if (state & ARMED)
-            rc = enlist(region, page, run);
+        if (state != PLAIN)
+            set_chunks(region, page, run, DOUBT);
     }
     return rc;
 }
@@ -303,7 +344,7 @@ void ps_engine_fence(struct ps_region *region) {
 
 static bool all_armed(const struct ps_region *region, uint64_t first, uint64_t count) {
     for (uint64_t chunk = first / PS_CHUNK; chunk * PS_CHUNK < first + count; chunk++)
-        if (!(chunk_state(region, chunk) & ARMED))
+        if (!is_armed(chunk_state(region, chunk)))
             return false;
     return true;
 }
@@ -312,7 +353,7 @@ static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count
     int rc = ps_page_lock(region, deadline);
     if (rc)
         return rc;
-    bool arms = region->uffd && (!all_armed(region, first, count) || region->quarantines);
+    bool arms = region->uffd && (!all_armed(region, first, count) || region->quarantines || region->unsynced);
     if (arms) {
         ps_page_unlock(region);
         rc = ps_pages_take(region, deadline);
@@ -340,7 +381,7 @@ int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, in
 
 /* -- Beginning, and violations ----------------------------------------------------------------------------------- */
 
-/* In a new agent, whose table it stays in.  The program gets a copy, lest the marks go with the agent. */
+/* In a new agent, whose table it stays in. */
 int ps_engine_open(struct ps_region *region) {
     region->uffd = false;
     region->own_userfault = -1;
@@ -356,17 +397,52 @@ int ps_engine_open(struct ps_region *region) {
     return ps_cached_identify(&region->userfault, PS_USERFAULT, fd);
 }
 
-/* The kernel took every mark away with the last descriptor. */
-void ps_engine_forget(struct ps_region *region) {
-    ps_engine_fence(region);
-    set_chunks(region, 0, region->shape.pages, 0);
+/* As entries are changed later on: a range of two VMAs. */
+static int try_marks(struct ps_region *region) {
+    uintptr_t canary = (uintptr_t)ps_address(region) - PS_GUARD;
+    int fd = region->own_userfault, rc = ps_sys_uffd_register(fd, canary, PS_CANARY);
+    if (!rc && mprotect((void *)canary, PS_PAGE, PROT_READ))
+        rc = -errno;
+    if (!rc)
+        rc = ps_sys_uffd_protect(fd, canary, PS_CANARY, true);
+    if (!rc)
+        rc = ps_sys_uffd_protect(fd, canary, PS_CANARY, false);
+    return rc || !mprotect((void *)canary, PS_PAGE, PROT_NONE) ? rc : -errno;
 }
 
-/* VMAs may not be what the states of the chunks say. */
+/* In an agent that has a userfaultfd: does the kernel what is asked of one?  All marks go with the last reference to
+ * it. The program may close its copy, and the agent may be ended alone: a mapping outlives both.  Where that cannot be
+ * had, the two have to do. */
+int ps_engine_try(struct ps_region *region) {
+    int rc = try_marks(region);
+    if (!rc && !region->keeper)
+        ps_sys_keep_open(region->own_userfault, &region->keeper);
+    return rc;
+}
+
+/* Nothing of what was registered is mapped any more. */
+void ps_engine_close(struct ps_region *region) {
+    set_chunks(region, 0, region->shape.pages, PLAIN);
+    if (region->keeper)
+        ps_sys_let_go(region->keeper);
+    region->keeper = NULL;
+}
+
+/* In an agent whose predecessor was lost with our userfaultfd: somebody may keep that open, and nobody could change its
+ * marks.  So the data is mapped anew, no-access. */
+int ps_engine_forget(struct ps_region *region) {
+    ps_engine_fence(region);
+    int rc = ps_region_map_anew(region, region->own);
+    if (!rc)
+        ps_engine_close(region);
+    return rc;
+}
+
+/* Page tables may not be what the states of the chunks say. */
 void ps_engine_doubt(struct ps_region *region) {
     for (uint64_t chunk = 0; region->uffd && chunk < ps_chunks(&region->shape); chunk++)
-        if (chunk_state(region, chunk) & ARMED)
-            set_chunks(region, chunk * PS_CHUNK, 1, ARMED | SPLIT);
+        if (chunk_state(region, chunk) != PLAIN)
+            set_chunks(region, chunk * PS_CHUNK, 1, DOUBT);
 }
 
 /* Our page tables refuse what they should allow: somebody changed them behind our back, or they are late. */
@@ -374,15 +450,14 @@ int ps_engine_mend(struct ps_region *region, uint64_t page) {
     if (!region->uffd)
         return ps_engine_apply(region, ps_unit_of(region, page), region->shape.unit);
     uint64_t first = page / PS_CHUNK * PS_CHUNK, rest = region->shape.pages - first;
-    if (chunk_state(region, page / PS_CHUNK) & ARMED)
-        set_chunks(region, page, 1, ARMED | SPLIT);
+    if (chunk_state(region, page / PS_CHUNK) != PLAIN)
+        set_chunks(region, page, 1, DOUBT);
     return ps_engine_apply(region, first, rest < PS_CHUNK ? rest : PS_CHUNK);
 }
 
 /* A forbidden store to a marked page is a SIGBUS.  When the instruction runs again, it is the SIGSEGV that it is by
  * mprotect.  Nobody can open the page from outside then, until we have followed the whole map again. */
 void ps_engine_refuse(struct ps_region *region, uint64_t page) {
-    atomic_fetch_and_explicit(&ps_slot(region, region->slot)->capabilities, ~PS_CAN_UFFD, memory_order_acq_rel);
-    region->unsynced = true;
+    out_of_reach(region);
     set_vma(region, page, 1, PROT_READ);
 }

@@ -296,7 +296,7 @@ struct ps_shm_slot {
     /* Where its userfaultfd is to be had; whoever gets one there proves it (borrow.c). */
     _Atomic uint32_t uffd;   /* W: owner: number in its agent's table.  R: anybody */
     _Atomic uint32_t socket; /* W: owner: the five hexadecimal digits of its agent's abstract socket.  R: anybody */
-    _Atomic uint64_t canary; /* W: owner: address of its canary page, PS_GUARD before its data.  R: anybody; checked */
+    _Atomic uint64_t canary; /* W: owner: address of its canary, PS_GUARD before its data.  R: anybody; checked */
     uint64_t pad3[2];        /* W: nobody.  R: nobody */
 
     /* Line 3: what it holds. */

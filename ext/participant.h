@@ -25,7 +25,8 @@
 #include "sys.h"
 
 #define PS_PAGE 4096u
-#define PS_GUARD (64u * 1024u)  /* before the data, no-access: its first page is the canary (borrow.c) */
+#define PS_GUARD (64u * 1024u)  /* before the data, no-access: it begins with the canary */
+#define PS_CANARY (2 * PS_PAGE) /* marked in the place of data, to see who marks what (borrow.c, engine.c) */
 #define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
 #define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
 #define PS_TIDS (1u << 22)      /* no thread has such an id, or a greater one (PID_MAX_LIMIT, linux/threads.h) */
@@ -119,12 +120,13 @@ struct ps_region {
 
     enum ps_engine engine; /* as asked for */
     bool uffd;             /* our page tables follow by userfaultfd where chunks are armed: since the join */
+    void *keeper;          /* a mapping that keeps our userfaultfd open, whatever becomes of descriptors; NULL: none */
     uint32_t slot, epoch;  /* epoch 0: no slot */
     uint32_t pid, cpus;    /* as of the join: this process, and how many CPUs it may use */
 
     _Atomic uint32_t page_lock;  /* lock.c */
     _Atomic bool failed, fenced; /* under page_lock; read without it as hints */
-    _Atomic bool unsynced;       /* under page_lock: follow the whole map, whatever `applied` says */
+    _Atomic bool unsynced;       /* follow the whole map, whatever `applied` says; also from the signal handler */
     uint64_t ahead;              /* under page_lock: what this generation asks of our page tables is done */
 
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
@@ -133,7 +135,7 @@ struct ps_region {
     /* Private memory, made by the first lease: how many leases each thread of ours has, by its id (lease.c).  NULL:
      * none was ever taken. */
     _Atomic(_Atomic uint32_t *) counts;
-    uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock */
+    uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock; 0 at first */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
     _Atomic uint32_t policy; /* enum ps_policy, relaxed: of this process; a forked child's too */
@@ -175,6 +177,7 @@ int ps_region_unmap_data(struct ps_region *region);
 int ps_region_map_window(struct ps_region *region);
 int ps_region_map_private(struct ps_region *region, uint64_t page, uint64_t count, bool zero);
 int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count);
+int ps_region_map_anew(struct ps_region *region, int own);
 void ps_region_unmap_source(struct ps_region *region);
 int ps_region_map_shadow(struct ps_region *region);
 int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
@@ -359,7 +362,10 @@ void ps_engine_fence(struct ps_region *region);
 int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
 int ps_engine_open(struct ps_region *region);
 int ps_engine_mend(struct ps_region *region, uint64_t page);
-void ps_engine_forget(struct ps_region *region);
+int ps_engine_try(struct ps_region *region);
+void ps_engine_close(struct ps_region *region);
+int ps_engine_forget(struct ps_region *region);
+void ps_engine_within_reach(struct ps_region *region);
 void ps_engine_doubt(struct ps_region *region);
 void ps_engine_refuse(struct ps_region *region, uint64_t page);
 

@@ -13,6 +13,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
@@ -81,6 +82,21 @@ int probe_waitv(void) {
     _Atomic uint32_t word = 0;
     int rc = ps_sys_probe_waitv(&word, 1); /* it differs, so nobody sleeps */
     return rc == -EAGAIN ? 0 : rc < 0 ? rc : -ENOSYS;
+}
+
+int probe_keep_open(void) {
+    int ends[2];
+    void *mapping;
+    if (pipe(ends))
+        return -errno;
+    int rc = ps_sys_keep_open(ends[1], &mapping);
+    close(ends[1]);
+    struct pollfd poller = {.fd = ends[0], .events = POLLIN};
+    bool ended = poll(&poller, 1, 0); /* POLLHUP: nobody can write to it any more */
+    close(ends[0]);
+    if (!rc)
+        ps_sys_let_go(mapping);
+    return rc ? rc : ended ? -ENOSYS : 0; /* as above */
 }
 
 int probe_dumpable(void) {

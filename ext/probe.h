@@ -15,6 +15,8 @@ int probe_private_table(int fd);
 int probe_death_mark(void);
 /* Can one sleep on several words? */
 int probe_waitv(void);
+/* Does a mapping keep a file open that no descriptor leads to any more? */
+int probe_keep_open(void);
 /* prctl(PR_GET_DUMPABLE): 1 if other processes of this user may look into this one. */
 int probe_dumpable(void);
 

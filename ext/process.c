@@ -183,6 +183,7 @@ static void forget_participation(struct ps_region *region) {
     region->tid = 0;
     region->own = region->own_entry = region->own_userfault = region->own_socket = -1;
     region->uffd = false;
+    region->keeper = NULL; /* our parent's, and not mapped here */
 }
 
 struct ps_region *ps_process_claim(void) {

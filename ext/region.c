@@ -289,7 +289,7 @@ int ps_region_map_data(struct ps_region *region, int own) {
 }
 
 int ps_region_map_canary(struct ps_region *region, int own) {
-    return map_shared((uintptr_t)ps_address(region) - PS_GUARD, PS_PAGE, PROT_NONE, own, 0);
+    return map_shared((uintptr_t)ps_address(region) - PS_GUARD, PS_CANARY, PROT_NONE, own, 0);
 }
 
 /* The window and the shadow too. */
@@ -420,6 +420,14 @@ int ps_region_map_again(struct ps_region *region, uint64_t page, uint64_t count)
     if (mremap(from, 0, count * PS_PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)at) == MAP_FAILED)
         return -errno;
     return forgive(region, settle(region, at, count * PS_PAGE));
+}
+
+/* All shared pages, and the canary. */
+int ps_region_map_anew(struct ps_region *region, int own) {
+    int rc = map_source(region);
+    if (!rc)
+        rc = ps_region_map_again(region, 0, region->shape.pages);
+    return rc ? rc : ps_region_map_canary(region, own);
 }
 
 void ps_region_unmap_source(struct ps_region *region) {

@@ -55,8 +55,14 @@
 #ifndef CLOSE_RANGE_UNSHARE
 #define CLOSE_RANGE_UNSHARE (1U << 1)
 #endif
+#ifndef SYS_io_uring_setup
+#define SYS_io_uring_setup 425
+#define SYS_io_uring_register 427
+#endif
+#define REGISTER_FILES 2  /* IORING_REGISTER_FILES */
 #define WAITV_32 2        /* FUTEX2_SIZE_U32, not private */
 #define COMMAND_LINE 1024 /* bytes of it that are read */
+#define PAGE 4096u
 
 struct waitv {
     uint64_t value, address;
@@ -316,9 +322,47 @@ int ps_sys_uffd_unregister(int fd, uintptr_t at, uint64_t length) {
     return result(ioctl(fd, UFFDIO_UNREGISTER, &range));
 }
 
+/* Before Linux 6.3 or so a range is of one VMA, and any other one is ENOENT, as where nothing is registered: so smaller
+ * parts are tried, down to a page, which tells the two apart. */
 int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on) {
-    struct uffdio_writeprotect range = {.range = {at, length}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
-    return result(syscall(SYS_ioctl, fd, UFFDIO_WRITEPROTECT, &range)); /* a step shorter than libc's */
+    struct uffdio_writeprotect part = {.range = {at, length}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+    for (uint64_t left = length; left;) {
+        int rc = result(syscall(SYS_ioctl, fd, UFFDIO_WRITEPROTECT, &part)); /* a step shorter than libc's */
+        if (rc == -ENOENT && part.range.len > PAGE) {
+            part.range.len = part.range.len / PAGE / 2 * PAGE;
+        } else if (rc) {
+            return rc;
+        } else {
+            left -= part.range.len;
+            part.range.start += part.range.len;
+            part.range.len = left;
+        }
+    }
+    return 0;
+}
+
+/* A ring of io_uring has a table of files of its own, and lives as long as a mapping of it does. */
+int ps_sys_keep_open(int fd, void **mapping) {
+    uint32_t parameters[30] = {0}; /* struct io_uring_params: nothing is asked for, and nobody uses the ring */
+    int ring = result(syscall(SYS_io_uring_setup, 1, parameters));
+    if (ring < 0)
+        return ring;
+    int rc = result(syscall(SYS_io_uring_register, ring, REGISTER_FILES, &fd, 1));
+    void *at = rc ? MAP_FAILED : mmap(NULL, PAGE, PROT_NONE, MAP_SHARED, ring, 0);
+    if (!rc && at == MAP_FAILED)
+        rc = -errno;
+    if (!rc && madvise(at, PAGE, MADV_DONTFORK)) {
+        rc = -errno;
+        munmap(at, PAGE);
+    }
+    if (!rc)
+        *mapping = at;
+    close(ring);
+    return rc;
+}
+
+void ps_sys_let_go(void *mapping) {
+    munmap(mapping, PAGE);
 }
 
 int ps_sys_uffd_protected(int pid, uintptr_t at) {
@@ -330,7 +374,7 @@ int ps_sys_uffd_protected(int pid, uintptr_t at) {
     int fd = result(open(path, O_RDONLY | O_CLOEXEC));
     if (fd < 0)
         return fd;
-    ssize_t got = pread(fd, &entry, sizeof entry, (off_t)(at / 4096 * sizeof entry));
+    ssize_t got = pread(fd, &entry, sizeof entry, (off_t)(at / PAGE * sizeof entry));
     int rc = got < 0 ? -errno : got == sizeof entry ? (int)(entry >> 57 & 1) : -EIO;
     close(fd);
     return rc;

@@ -92,6 +92,10 @@ int ps_sys_userfaultfd(void);
 int ps_sys_uffd_register(int fd, uintptr_t at, uint64_t length);
 int ps_sys_uffd_unregister(int fd, uintptr_t at, uint64_t length);
 int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on);
+/* A mapping that keeps the file open as long as it stands (of a ring of io_uring, which may not be permitted); a forked
+ * child does not have it. */
+int ps_sys_keep_open(int fd, void **mapping);
+void ps_sys_let_go(void *mapping);
 bool ps_sys_uffd_ours(int fd); /* from ps_sys_userfaultfd, by pyshare in whatever process */
 /* 1, 0 or -errno: is the page write-protected in that process (pagemap, Documentation/admin-guide/mm/pagemap.rst)? */
 int ps_sys_uffd_protected(int pid, uintptr_t at);

@@ -14,6 +14,7 @@ The exit status is 0 where pyshare works, be it with the co-operative engine alo
   "thread pidfd" (nobody wakes) and "socket" (it answers once).  Without any, participants do it when they are woken.
 - ``environment``: ``seccomp`` (0: no filter, 2: a filter), ``no_new_privs``, ``dumpable``, ``ptrace_capability``,
   ``ptrace_scope`` (Yama), ``memfd_noexec``, ``unprivileged_userfaultfd`` (not needed: user-mode faults are enough),
+  ``io_uring_disabled`` (1: for all but a group, 2: for all),
   ``container``, ``security_modules``; null where there is no such thing, or /proc does not tell.
 - ``checks``: a list of ``name``, ``ok``, ``needed_for``, ``found``, and, where not ok, ``why`` and ``how`` to get it.
 """
@@ -59,6 +60,7 @@ REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EAFNOSUPPORT)
 EVERYTHING = "everything"
 AUTO = 'engine="auto"'
 ENGINE = 'engine "uffd"'
+FAILSAFE = "pages that stay protected where all descriptors were closed, and then the agent was ended"
 BORROWING = "changing a participant's pages without waking it"
 
 
@@ -106,6 +108,7 @@ class Machine:
     ptrace_scope: int | None = None
     memfd_noexec: int | None = None
     unprivileged_userfaultfd: int | None = None
+    io_uring_disabled: int | None = None
     container: str | None = None
     security_modules: str | None = None
 
@@ -124,6 +127,7 @@ class Machine:
             ptrace_scope=number("/proc/sys/kernel/yama/ptrace_scope"),
             memfd_noexec=number("/proc/sys/vm/memfd_noexec"),
             unprivileged_userfaultfd=number("/proc/sys/vm/unprivileged_userfaultfd"),
+            io_uring_disabled=number("/proc/sys/kernel/io_uring_disabled"),
             container=container(),
             security_modules="; ".join(modules) or None,
         )
@@ -162,7 +166,7 @@ def without_effect(what: str) -> OSError:
 
 
 class Subject:
-    """A page of shared memory of this process, its userfaultfd, and another process that is to reach them."""
+    """Two pages of shared memory of this process, its userfaultfd, and another process that is to reach them."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.stack = stack
@@ -239,14 +243,14 @@ def proc(_subject: Subject) -> str:
 def memfd(subject: Subject) -> str:
     """Memory that nobody can resize any more."""
     subject.memfd = subject.own(_probe.memfd())
-    os.ftruncate(subject.memfd, PAGE)
+    os.ftruncate(subject.memfd, 2 * PAGE)
     fcntl.fcntl(subject.memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    for size in (0, 2 * PAGE):
+    for size in (0, 3 * PAGE):
         with contextlib.suppress(PermissionError):
             os.ftruncate(subject.memfd, size)
             raise without_effect("sealed")
-    subject.memory = mmap.mmap(subject.memfd, PAGE)
-    subject.memory[0] = 1
+    subject.memory = mmap.mmap(subject.memfd, 2 * PAGE)
+    subject.memory[0] = subject.memory[PAGE] = 1
     return "made, and sealed against shrinking and growing"
 
 
@@ -319,11 +323,11 @@ def uffd_features(subject: Subject) -> str:
 
 
 def is_protected(subject: Subject) -> bool:
-    """Does the kernel refuse to store into our page?"""
+    """Does the kernel refuse to store into our last page?"""
     with pipe() as (reader, writer):
         os.write(writer, b"1")
         try:
-            os.readv(reader, [subject.memory])
+            os.readv(reader, [memoryview(subject.memory)[PAGE:]])
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise
@@ -335,21 +339,22 @@ def protecting(on: bool) -> Attempt:
     """The page tables of the process whose userfaultfd it is are changed."""
 
     def attempt(subject: Subject) -> str:
-        _probe.uffd_protect(subject.uffd, _probe.address(subject.memory), PAGE, on)
+        _probe.uffd_protect(subject.uffd, _probe.address(subject.memory), 2 * PAGE, on)
         return "changed"
 
     return attempt
 
 
 def write_protect(subject: Subject) -> str:
-    """A store into a protected page fails, and later succeeds."""
+    """A store into a protected page fails, and later succeeds; the pages are two mappings for the kernel."""
     subject.need("memfd", "uffd_features")
-    _probe.uffd_register(subject.uffd, _probe.address(subject.memory), PAGE)
+    subject.memory.madvise(mmap.MADV_DONTDUMP, PAGE, PAGE)
+    _probe.uffd_register(subject.uffd, _probe.address(subject.memory), 2 * PAGE)
     for on in (True, False):
         protecting(on)(subject)
         if is_protected(subject) != on:
             raise without_effect("write-protected")
-    return "a page of a memfd was protected from a store, and opened again"
+    return "pages of a memfd were protected from a store, and opened again"
 
 
 def descriptors(subject: Subject) -> str:
@@ -360,6 +365,12 @@ def descriptors(subject: Subject) -> str:
     except OSError as error:
         raise OSError(error.errno, f"RLIMIT_NOFILE is {soft:,} (hard limit {hard:,})") from None
     return f"RLIMIT_NOFILE is {soft:,}"
+
+
+def keeper(_subject: Subject) -> str:
+    """A mapping keeps a userfaultfd open where no descriptor does."""
+    _probe.keep_open()
+    return "a mapping keeps a file open without a descriptor"
 
 
 def waitv(_subject: Subject) -> str:
@@ -427,7 +438,7 @@ def protect_from_outside(subject: Subject) -> str:
         by_neighbour(protecting(on))(subject)
         if is_protected(subject) != on:
             raise without_effect("write-protected")
-    return "another process protected a page of this one, and opened it again"
+    return "another process protected pages of this one, and opened them again"
 
 
 def pass_descriptor(subject: Subject) -> str:
@@ -482,6 +493,7 @@ QUESTIONS = (
              lambda: _probe.userfaultfd(-1)),
     Question("uffd_features", ENGINE, (5, 19), uffd_features, "ioctl", "CONFIG_PTE_MARKER_UFFD_WP"),
     Question("write_protect", ENGINE, (5, 19), write_protect, "ioctl", "CONFIG_PTE_MARKER_UFFD_WP"),
+    Question("io_uring", FAILSAFE, (5, 1), keeper, "io_uring_setup", "CONFIG_IO_URING", _probe.keep_open),
     Question("pidfd_open", "noticing a death at once where /proc does not tell", (5, 3), by_neighbour(open_pidfd),
              "pidfd_open", "", lambda: _probe.pidfd_open(-1, 0)),
     Question("pidfd_thread", BORROWING, (6, 9), by_neighbour(open_thread_pidfd), "pidfd_open", "",
@@ -584,6 +596,8 @@ def special(machine: Machine, question: Question, error: OSError) -> Reason | No
     name = question.name
     if name == "memfd" and error.errno == errno.EACCES and machine.memfd_noexec == 2:
         return "vm.memfd_noexec is 2: no memfd whose pages may be executed", "sysctl -w vm.memfd_noexec=1"
+    if name == "io_uring" and error.errno == errno.EPERM and machine.io_uring_disabled:
+        return f"kernel.io_uring_disabled is {machine.io_uring_disabled}", "sysctl -w kernel.io_uring_disabled=0"
     if name == "proc":
         return "/proc is missing, or another pid namespace's", "mount -t proc proc /proc, in this pid namespace"
     if name == "descriptors":

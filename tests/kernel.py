@@ -69,6 +69,14 @@ def entries(pid: int, address: int, length: int) -> Runs:
     ]
 
 
+def parts_of(pid: int, low: int, high: int, prot: Prot) -> Runs:
+    """A mapping of a region's data, as its page-table entries have it: what is marked cannot be written."""
+    if not prot & Prot.WRITE:
+        return [(low, high - low, prot)]
+    told = [(at, length, part & Prot.WRITE) for at, length, part in entries(pid, low, high - low)]
+    return [(at, length, prot if writable else prot & ~Prot.WRITE) for at, length, writable in told]
+
+
 class Place(Protocol):
     """Where data lie in a process: a region does, if that process has it at the same address."""
 
@@ -90,9 +98,7 @@ def mapped(pid: int, region: Place) -> Runs:
                 break
             if low >= start:
                 prot = sum(bit for bit, letter in zip(Prot, "rwx", strict=True) if letter in bits)
-                vma = [(low, high - low, Prot(prot))]
-                parts = entries(pid, low, high - low) if prot == Prot.READ_WRITE else vma
-                runs.extend((at - start, length, part) for at, length, part in parts)
+                runs.extend((at - start, length, part) for at, length, part in parts_of(pid, low, high, Prot(prot)))
     return merged(runs)
 
 
@@ -207,6 +213,7 @@ SYSTEM_CALLS = {
     "set_robust_list": 273,
     "close_range": 436,
     "futex_waitv": 449,
+    "io_uring_setup": 425,
     "ioctl": 16,
     "madvise": 28,
     "mprotect": 10,
@@ -218,12 +225,16 @@ SYSTEM_CALLS = {
 }
 
 
-def refuse(call: str, error: int | None) -> None:
-    """From now on a seccomp filter, in every thread, answers this call by an errno (0: a lie; None: a kill)."""
+def refuse(call: str, error: int | None, second: int | None = None) -> None:
+    """From now on a seccomp filter, in every thread, answers this call by an errno (0: a lie; None: a kill).
+
+    Where a second argument is given, such calls alone.
+    """
     seccomp, set_filter, all_threads, no_new_privileges = 317, 1, 1, 38
     code = [
         (0x20, 0, 0, 0),  # load the number of the system call
-        (0x15, 0, 1, SYSTEM_CALLS[call]),  # if it is not this one, skip one
+        (0x15, 0, 1 if second is None else 3, SYSTEM_CALLS[call]),  # if it is not this one, let it pass
+        *([] if second is None else [(0x20, 0, 0, 24), (0x15, 0, 1, second)]),  # likewise, for the second argument
         (0x06, 0, 0, 0x80000000 if error is None else 0x00050000 | error),
         (0x06, 0, 0, 0x7FFF0000),  # allow
     ]

@@ -69,6 +69,23 @@ long jumps(volatile char *at, long times) {
     return caught;
 }
 
+/* Does it succeed: 0 a load, 1 a store of what is there, 2 the execution of what is there, which returns? */
+long could(volatile char *at, long how) {
+    volatile long done = 0;
+    armed = 1;
+    if (!sigsetjmp(back, 1)) {
+        if (how == 2)
+            ((void (*)(void))at)();
+        else if (how == 1)
+            __atomic_or_fetch(at, 0, __ATOMIC_RELAXED);
+        else
+            (void)*at;
+        done = 1;
+    }
+    armed = 0;
+    return done;
+}
+
 long mends(long times) {
     mended = 0;
     for (long i = 0; i < times; i++) {

@@ -154,17 +154,19 @@ REFUSED = {  # what cannot be had then, and what needs it
     "pidfd_getfd": {"pidfd_getfd"},
     "pidfd_open": WAYS,
     "futex_waitv": {"futex_waitv"},
+    "io_uring_setup": {"io_uring"},
     "socket": {"socket"},
     "memfd_create": AFTER_MEMFD,
     "close_range": {"private_table", "region", "auto"},
     "set_robust_list": {"robust_list", "region", "auto"},
-    "madvise": {"fork_advice", "region", "auto"},
+    "madvise": {"fork_advice", "region", "auto", "write_protect", "remote", "io_uring"},
 }
 TRIED = {  # by which check it is first missed
     "memfd_create": "memfd",
     "close_range": "private_table",
     "set_robust_list": "robust_list",
     "madvise": "fork_advice",
+    "io_uring_setup": "io_uring",
 }
 
 
@@ -213,6 +215,7 @@ def test_a_yes_without_effect_is_not_believed(call: str, name: str, examined: Ca
         ("pidfd_open", "uffd", ["socket"]),
         ("socket", "uffd", ["thread pidfd"]),
         ("futex_waitv", "uffd", EVERY_WAY),
+        ("io_uring_setup", "uffd", EVERY_WAY),
         ("close_range", None, []),
     ],
 )
@@ -403,6 +406,7 @@ def test_a_process_that_is_not_dumpable(examined: Callable[..., Report]) -> None
         (Machine("6.1", seccomp=FILTERED, ptrace_scope=1), "pidfd_getfd", "Yama"),  # which the filter here lets pass
         (Machine("5.5", seccomp=0, ptrace_scope=1), "pidfd_getfd", "too old: it came with 5.6"),
         (Machine("6.1", seccomp=0, security_modules="selinux"), "userfaultfd", "a security module (selinux)"),
+        (Machine("6.6", seccomp=0, io_uring_disabled=2), "io_uring", "kernel.io_uring_disabled is 2"),
     ],
 )
 def test_words_for_what_this_machine_may_not_have(machine: Machine, name: str, words: str) -> None:

@@ -97,7 +97,7 @@ MAY_CALL = {
     "lock.c": set(),
     "names.c": DESCRIPTORS,
     "observe.c": {"madvise", "mmap", "munmap", "pread"},
-    "probe.c": {"close", "fcntl", "ioctl", "prctl", "pthread_create", "pthread_join"},
+    "probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
     "process.c": {"dlsym", "getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
     | {"sigfillset", "pthread_create", "pthread_sigmask", "pthread_tryjoin_np"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize")},
@@ -107,7 +107,7 @@ MAY_CALL = {
     "slot.c": {"getpid"},
     "snapshot.c": set(),
     "sys.c": DESCRIPTORS
-    | {"fallocate"}
+    | {"fallocate", "madvise", "mmap", "munmap"}
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {
         "readlink",
