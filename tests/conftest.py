@@ -8,10 +8,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import functools
+import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,21 +26,51 @@ import pyshare
 from pyshare import testing
 from pyshare.testing import PATIENCE, until
 
-__all__ = ["PATIENCE", "Child", "idle", "until"]  # for the tests
+__all__ = ["COMMAND", "PATIENCE", "Child", "idle", "until"]  # for the tests
+
+COMMAND = " ".join(psutil.Process().cmdline())  # ours, and of those who are forked
 
 
-def pytest_configure() -> None:
-    """A /dev/shm of our own, where that is permitted: names of other programs, or of another run, do not disturb.
+LONG = ("test_bench.py", "test_spec.py", "test_examples.py")  # at first: no worker is left alone with one in the end
 
-    And Ctrl-C interrupts, whoever started us.
-    """
+
+@functools.cache
+def has_own_names() -> bool:
+    """A /dev/shm of our own, where that is permitted: names of other programs, or of another run, do not disturb."""
     libc = ctypes.CDLL(None)
     new_mounts, private = 0x20000, 0x44000  # CLONE_NEWNS; MS_PRIVATE | MS_REC
-    if os.geteuid() == 0 and libc.unshare(new_mounts) == 0:
-        libc.mount(b"none", b"/", None, private, None)
-        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
+    if os.geteuid() != 0 or libc.unshare(new_mounts) != 0:
+        return False
+    libc.mount(b"none", b"/", None, private, None)
+    return bool(libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half of the time somebody is waited for, so two; where names of one disturb the other, none but pytest itself."""
+    return 2 if has_own_names() else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Names and temporary folders of our own, whatever else runs here, and Ctrl-C interrupts, whoever started us."""
+    has_own_names()
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("COLUMNS", None)  # readline, which pytest loads, tells workers of a terminal that is not theirs
+    if config.option.basetemp is None:  # folders that pytest numbers go when any other run of pytest ends
+        config.option.basetemp = tempfile.mkdtemp(prefix="pyshare-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What there is now stays: the garbage that tests collect is looked for among what they have made."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,8 +175,16 @@ def _held_by(ours: set[int], entry: Path) -> bool:
     return False
 
 
+def _children() -> set[int]:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # there is none, so there are none of theirs; else all processes have to be looked at
+        return set()
+    return {p.pid for p in psutil.Process().children(recursive=True) if "resource_tracker" not in str(p.cmdline())}
+
+
 def _left() -> tuple[set[int], set[str]]:
-    children = {p.pid for p in psutil.Process().children(recursive=True) if "resource_tracker" not in str(p.cmdline())}
+    children = _children()
     ours = children | {os.getpid()}
     return children, {p.name for p in Path("/dev/shm").glob("pyshare*") if _held_by(ours, p)}
 
@@ -151,6 +193,7 @@ def _left() -> tuple[set[int], set[str]]:
 def _nothing_is_left() -> Iterator[None]:
     children, entries = _left()
     yield
+    gc.collect()  # or what a test has left to the collector goes in the middle of another one
     pyshare.names()  # what a killed holder left is cleared away by the next who looks
     children_now, entries_now = _left()
     assert entries_now <= entries, "names left behind"

@@ -6,6 +6,7 @@ A test here that fails says that the example is wrong, or that the region is: th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -39,29 +40,29 @@ Demo = Callable[..., "subprocess.Popen[str]"]
 # -- The demonstration as a whole ----------------------------------------------------------------------------------
 
 
-def crew() -> list[psutil.Process]:
-    """All processes of the demonstration that run."""
+def crew(temporary: Path) -> list[psutil.Process]:
+    """All processes of a demonstration that run: those that have its temporary folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if str(DEMO) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("TMPDIR") == str(temporary) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def nothing_runs() -> bool:
+def nothing_runs(temporary: Path) -> bool:
     end = time.monotonic() + PATIENCE
-    while crew():
+    while crew(temporary):
         if time.monotonic() > end:
             return False
         os.sched_yield()
     return True
 
 
-def nothing_is_named() -> bool:
+def nothing_is_named(pid: int) -> bool:
     """Whoever looks clears away what the killed have left, once the kernel has taken their descriptors from them."""
     pyshare.names()
-    return not [name for name in os.listdir("/dev/shm") if "database-buffer" in name]
+    return not [name for name in os.listdir("/dev/shm") if "database-buffer" in name and name.endswith(f"-{pid}")]
 
 
 @pytest.fixture
@@ -87,8 +88,9 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
     for process in started:
         process.kill()
         process.communicate()
-    assert nothing_runs(), "processes left behind"
-    until(nothing_is_named)
+    assert nothing_runs(temporary), "processes left behind"
+    for process in started:
+        until(functools.partial(nothing_is_named, process.pid))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -193,11 +195,11 @@ def test_demo_interrupted(demo: Demo, tmp_path: Path) -> None:
             assert process.poll() is None
         process.send_signal(number)
         assert finish(process)[0] == code
-        assert nothing_runs()
+        assert nothing_runs(tmp_path / "temporary")
         assert os.listdir(tmp_path / "temporary") == []
 
 
-def test_demo_director_killed(demo: Demo) -> None:
+def test_demo_director_killed(demo: Demo, tmp_path: Path) -> None:
     """Nobody outlives him."""
     process = demo("--seconds", 60, "--size", 0.5, "--workers", 2)
     assert process.stdout is not None
@@ -205,7 +207,7 @@ def test_demo_director_killed(demo: Demo) -> None:
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert nothing_runs()
+    assert nothing_runs(tmp_path / "temporary")
 
 
 @pytest.mark.parametrize(

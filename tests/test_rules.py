@@ -6,6 +6,7 @@ They are about sources, not behaviour: where what may be called, which names exi
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -59,6 +60,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@functools.cache
 def symbols(path: Path) -> list[tuple[str, str, str]]:
     """(name, class, section) of an object file."""
     listed = subprocess.run(["nm", "--format=sysv", path], check=True, capture_output=True, text=True).stdout
@@ -208,7 +210,7 @@ def ours(*suffixes: str) -> list[Path]:
     rooms = ["docs", "ext", "pyshare", "tests", "spec", "examples", ".ci"]
     found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # it is one in a worktree
     found += [path for room in rooms for path in (ROOT / room).rglob("*")]
-    found = [path for path in found if path.is_file() and "__pycache__" not in path.parts and path.name != ".git"]
+    found = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
     return sorted(path for path in found if path.suffix in suffixes)
 
 

@@ -95,7 +95,7 @@ def chosen(arguments: argparse.Namespace) -> list[Section]:
         ),
         "sparse": lambda: costs.sparse(limit(100, 3) if quick else limit(1000, 12)),
         "memory": costs.memory,
-        "demo": lambda: demo.demo(quick),
+        "demo": lambda: demo.demo(limit(10, 4) if quick else limit(60, 24)),
     }
     return [made[name]() for name in SECTIONS if name in (arguments.sections or SECTIONS)]
 

@@ -10,18 +10,20 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyshare
-from pyshare.bench.measure import Case, Results, Tick, figures
+from pyshare.bench.measure import Case, Limit, Results, Tick, figures
 from pyshare.bench.sections import Section, Sweep
 
 DEMO = Path(pyshare.__file__).parent.parent / "examples" / "database_buffer.py"
+WAYS = ("lease", "window", "mprotect", "none")  # to protect
+TURN = 0.1  # seconds of one way, in the program
+LEAST = 1.0  # seconds, for the program
 
 
 def demonstrate(seconds: float) -> dict[str, float]:
-    """Transactions a second by way to protect: medians of turns of 0.1 s, which all ways take in one run."""
+    """Transactions a second by way to protect: medians of turns that all ways take in one run."""
     with tempfile.TemporaryDirectory(prefix="pyshare-bench-") as folder:
         path = Path(folder) / "figures.json"
         command = [sys.executable, DEMO, "--protect", "all", "--seconds", str(seconds), "--seed", "1", "--json", path]
@@ -34,20 +36,20 @@ def demonstrate(seconds: float) -> dict[str, float]:
     return {way: float(found["speed"]) for way, found in kinds.items()}
 
 
-def measure_demo(case: Case, ways: Sequence[str], seconds: float, tick: Tick) -> Results:
+def measure_demo(case: Case, seconds: float, tick: Tick) -> Results:
     speeds = demonstrate(seconds)
     tick(1.0)
-    return {(case, way, "transactions"): figures([speeds[way]], "1/s") for way in ways}
+    return {(case, way, "transactions"): figures([speeds[way]], "1/s") for way in WAYS}
 
 
-def demo(quick: bool) -> Section:
+def demo(limit: Limit) -> Section:
     """The example of the source tree, if this is one."""
-    ways = ("lease", "window", "mprotect", "none")
     case = Case("demo")
     if not DEMO.exists():
         return Section("demo", [], [], "No demonstration: it comes with the sources.")
     sweep = Sweep(
-        "Transactions of the demonstration a second, by --protect", lambda _: "demo", [case], ways, ("transactions",)
+        "Transactions of the demonstration a second, by --protect", lambda _: "demo", [case], WAYS, ("transactions",)
     )
-    step = functools.partial(measure_demo, case, ways, 4.0 if quick else 24.0)
+    seconds = max(LEAST, min(limit.seconds, limit.rounds * len(WAYS) * TURN))
+    step = functools.partial(measure_demo, case, seconds)
     return Section("demo", [sweep], [("the demonstration", step)])
