@@ -184,6 +184,10 @@ static int hold_entry(struct ps_region *region) {
     if (region->entry.fd < 0 || !ps_cached_leads(region->entry.fd, &region->entry))
         return 0;
     int entry = ps_sys_reopen(region->entry.fd);
+    if (ps_sys_refused(entry)) { /* the program's is held by flock too */
+        region->own_entry = region->entry.fd;
+        return 0;
+    }
     if (entry < 0)
         return entry;
     if (flock(entry, LOCK_SH | LOCK_NB)) { /* somebody clears it away as stale: it does not lead to us any more */
@@ -211,6 +215,9 @@ static int own_descriptors(struct ps_region *region) {
     if (rc)
         return rc;
     region->own = ps_sys_reopen(memory);
+    region->shares = ps_sys_refused(region->own);
+    if (region->shares)
+        region->own = memory;
     rc = region->own < 0 ? region->own : hold_entry(region);
     /* The copies of the program's own numbers go; what we opened stays. */
     if (!rc)
@@ -252,8 +259,9 @@ static int mark_death(struct ps_region *region) {
 static int join_locked(struct ps_region *region) {
     PS_POINT(J2_lock);
     int rc = sync_all(region);
+    if (!rc && !ps_slot_live(region))
+        rc = -EAGAIN;
     if (!rc) {
-        ps_slot_live(region);
         PS_POINT(J4_live);
     } else {
         ps_engine_fence(region); /* before the lock goes: nobody waits for us, so we must not keep what we have */

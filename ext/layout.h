@@ -35,7 +35,7 @@
 #define PS_LOCKS 1024   /* user locks of a region */
 #define PS_SNAPSHOTS 8u /* at the same time; fewer where so many areas do not fit into an address range */
 #define PS_SNAPSHOT_BYTE                                                                                               \
-    (UINT64_C(1) << 62)   /* of the memfd, behind all of it: + k is read-locked (OFD) by who has snapshot k */
+    (UINT64_C(1) << 62)   /* of the memfd, behind all of it: + k is locked (OFD) by who has snapshot k */
 #define PS_VIOLATIONS 16u /* the latest forbidden accesses that are kept */
 #define PS_COMMAND 80     /* bytes of a process's command line, as they have it, with a NUL */
 #define PS_CLOSERS 64u    /* changes that wait for leases at the same time; one bit each in a mask */
@@ -48,7 +48,7 @@
 #define PS_EPOCH_BITS 20
 #define PS_EPOCH_MASK ((1u << PS_EPOCH_BITS) - 1)
 
-/* A status word: epoch | state, so that one load tells both. */
+/* A status word: epoch | BARE | state, so that one load tells all. */
 enum ps_state {
     PS_FREE = 0,    /* nobody, or left */
     PS_JOINING = 1, /* claimed; has no access yet, nobody waits for it */
@@ -56,7 +56,9 @@ enum ps_state {
     PS_DEAD = 3,    /* found dead by somebody; nobody waits for it any more */
 };
 #define PS_STATE_BITS 4
-#define PS_STATE_MASK ((1u << PS_STATE_BITS) - 1)
+#define PS_STATE_MASK 7u
+/* With JOINING and LIVE: the owner has not got its byte locked (slot.c), so that a free byte says nothing of it. */
+#define PS_STATE_BARE 8u
 
 /* An acknowledgement word: WAITING | the low 31 bits of a generation. */
 #define PS_ACK_WAITING 0x80000000u
@@ -275,8 +277,8 @@ struct ps_shm_slot {
      * OWNER_DIED only wakes: death is decided by ps_slot_dead. */
     _Atomic uint32_t live;
     /* W: owner at J1, J4 and L2, release; anybody who found the owner dead, by CAS to PS_DEAD (the epoch in
-     * the word makes that safe against a new owner).  R: anybody, acquire.  epoch << 4 | state.
-     * Crash: JOINING or LIVE with a free OFD byte: dead. */
+     * the word makes that safe against a new owner).  At J1 by CAS.  R: anybody, acquire.  epoch << 4 | BARE | state.
+     * Crash: JOINING or LIVE with a free OFD byte: dead; with BARE if its process is gone. */
     _Atomic uint32_t status;
     /* W: whoever wants the agent's attention, on its socket or (lock.c) for threads of its process that were ended: 1;
      * its agent exchanges it with 0.  R: its agent, acquire.  Crash: 1: it looks once for nothing. */

@@ -116,6 +116,7 @@ struct ps_region {
     int own, own_userfault, own_socket; /* numbers in its table; -1: none */
     _Atomic int own_entry;              /* the same; who wants it let go sleeps on it */
     _Atomic bool nameless;              /* the agent is to let go of the name's entry */
+    bool shares; /* agent's: `own` is of the program's description, since none of our own could be had */
     struct ps_robust robust;
 
     enum ps_engine engine; /* as asked for */
@@ -245,7 +246,7 @@ static inline bool ps_running(const struct ps_region *region) {
 
 /* slot.c: claim, live, leave; who is dead */
 int ps_slot_claim(struct ps_region *region, int own);
-void ps_slot_live(struct ps_region *region);
+bool ps_slot_live(struct ps_region *region);
 void ps_slot_leave(struct ps_region *region);
 bool ps_slot_marked(const struct ps_region *region);
 bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
@@ -498,7 +499,8 @@ struct ps_waiter *ps_process_waiter(void);
 struct ps_patience *ps_process_patience(void);
 int ps_process_spawn(void *(*body)(void *), void *argument, pthread_t *thread); /* with all signals blocked */
 bool ps_process_ended(
-    pthread_t thread); /* also where a seccomp filter did it; true once: then it is no thread any more */
+    pthread_t thread);           /* also where a seccomp filter did it; true once: then it is no thread any more */
+uint64_t ps_process_pidns(void); /* as ps_sys_pid_namespace; also without /proc, where an ancestor had it */
 void ps_process_become_agent(const struct ps_region *region);
 bool ps_process_is_agent(const struct ps_region *region); /* the calling thread, with the table that it has */
 _Atomic uint32_t *ps_process_borrow_lock(void);

@@ -45,6 +45,8 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static size_t (*least_stack)(const pthread_attr_t *); /* NULL: libc has no such function */
 static int start_result;
 static uint32_t forks;
+static int forker;     /* our parent, as it forked us; 0: we were not */
+static uint64_t pidns; /* as /proc said once; 0: unknown */
 static char command[PS_COMMAND];
 
 struct ps_chain *ps_process_chain(int signal) {
@@ -213,12 +215,18 @@ bool ps_process_known(void) {
     return flag && atomic_load_explicit(flag, memory_order_relaxed);
 }
 
+uint64_t ps_process_pidns(void) {
+    uint64_t now = ps_sys_pid_namespace();
+    return now ? now : pidns;
+}
+
 uint32_t ps_forks(void) {
     return forks;
 }
 
 /* The child inherits the program's table, so what the program lost is fetched while the agent still has it. */
 static void before_fork(void) {
+    forker = getpid();
     for (uint32_t i = 0; i < regions_used; i++)
         if (use_of(&regions[i]) == PS_OPEN && ps_process_known()) {
             ps_cached_get(&regions[i], &regions[i].memory);
@@ -240,6 +248,8 @@ static void in_child(void) {
     bool parent_known = atomic_load_explicit(&known, memory_order_acquire) != NULL;
     struct ps_outcome outcome;
     forks++;
+    if (getppid() != forker) /* it is not of our pid namespace, or gone */
+        pidns = 0;
     thread_id = 0;
     agent_of = NULL;
     proxy = NULL;
@@ -281,6 +291,7 @@ static void start(void) {
     start_result = -pthread_atfork(before_fork, NULL, in_child);
     ps_sys_command(command, sizeof command);
     *(void **)&least_stack = dlsym(RTLD_DEFAULT, "__pthread_get_minstack");
+    pidns = ps_sys_pid_namespace();
     PS_POINT_RELOAD();
     atomic_store_explicit((_Atomic uint32_t *)page, 1, memory_order_relaxed);
     atomic_store_explicit(&known, page, memory_order_release);

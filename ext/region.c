@@ -616,7 +616,8 @@ static int cache(struct ps_cached *cached, enum ps_cached_kind kind, int fd) {
     int rc = ps_cached_identify(cached, kind, fd);
     if (rc || fd < 0)
         return rc;
-    int got = take_hold(cached, ps_sys_reopen(fd));
+    int own = ps_sys_reopen(fd);
+    int got = take_hold(cached, ps_sys_refused(own) ? ps_sys_fd_high(fd, 0) : own);
     return got < 0 ? got : 0;
 }
 

@@ -3,8 +3,12 @@
  * Lives here: claiming, opening and leaving a slot; the signs of death.
  * Invariants
  *  1. A slot belongs to whoever holds the OFD lock on byte `slot` of the memfd
- *     through the description that its mapping uses.  So a claim that succeeds
- *     proves that no thread of an earlier owner can reach the memory.
+ *     through the description that its mapping uses, and has set its status.  So
+ *     a free byte proves that no thread of its owner can reach the memory.  Only
+ *     locks to write count: who may only read can take the others.
+ *     Who cannot lock it (no description of its own may be opened, or somebody
+ *     has a lock to read on it) owns its slot BARE: by its status alone, until
+ *     its process is known to be gone.
  *  2. OWNER_DIED in the liveness word wakes, it does not prove death: other
  *     threads of the process may still store inside system calls.
  *  3. (slot, epoch) is never reused within 2^20 joins of a slot.
@@ -33,15 +37,19 @@ uint32_t ps_slots_used(const struct ps_region *region) {
     return used < region->shape.slots ? used : region->shape.slots;
 }
 
-static void take(struct ps_region *region, uint32_t index) {
+/* false: somebody else was quicker. */
+static bool take(struct ps_region *region, uint32_t index, uint32_t status, uint32_t bare) {
     struct ps_shm_slot *slot = ps_slot(region, index);
-    uint32_t before = atomic_load_explicit(&slot->status, memory_order_relaxed) >> PS_STATE_BITS;
-    region->slot = index;
-    region->epoch = (before + 1) & PS_EPOCH_MASK;
-    if (!region->epoch) /* 0 is private: no slot */
-        region->epoch = 1;
+    uint32_t epoch = ((status >> PS_STATE_BITS) + 1) & PS_EPOCH_MASK;
+    if (!epoch) /* 0 is private: no slot */
+        epoch = 1;
     /* release: whoever sees JOINING of the new epoch no longer trusts anything it read under the old one. */
-    atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_JOINING), memory_order_release);
+    if (!atomic_compare_exchange_strong_explicit(&slot->status, &status, ps_status(epoch, PS_JOINING) | bare,
+                                                 memory_order_acq_rel, memory_order_relaxed))
+        return false;
+    atomic_store_explicit(&slot->live, 0, memory_order_release); /* an earlier owner's mark is no mark of ours */
+    region->slot = index;
+    region->epoch = epoch;
     atomic_store_explicit(&slot->error, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->asked, 0, memory_order_relaxed);
     atomic_store_explicit(&slot->leases, 0, memory_order_relaxed);
@@ -55,8 +63,9 @@ static void take(struct ps_region *region, uint32_t index) {
     atomic_store_explicit(&slot->pid, region->pid, memory_order_relaxed);
     atomic_store_explicit(&slot->tid, (uint32_t)region->tid, memory_order_relaxed);
     atomic_store_explicit(&slot->start, ps_sys_start_time(getpid()), memory_order_relaxed);
-    atomic_store_explicit(&slot->pidns, ps_sys_pid_namespace(), memory_order_relaxed);
+    atomic_store_explicit(&slot->pidns, ps_process_pidns(), memory_order_relaxed);
     publish_use(region, index + 1);
+    return true;
 }
 
 /* Its owner is on the way out, and the kernel has not let go of its memory, and so of its byte, yet. */
@@ -74,18 +83,31 @@ static int make_row(const struct ps_region *region, uint32_t index) {
     return atomic_load_explicit(&region->use, memory_order_relaxed) == PS_OPENING ? rc : 0;
 }
 
+/* Whoever the status names is gone, where the byte is free. */
+static bool is_left(struct ps_region *region, uint32_t index, uint32_t status) {
+    enum ps_state state = ps_state_of(status);
+    return state == PS_FREE || state == PS_DEAD || !(status & PS_STATE_BARE) || ps_slot_dead(region, index, status);
+}
+
 /* 1: it is ours; 0: it has an owner; or an error, of this slot. */
 static int claim_one(struct ps_region *region, int own, uint32_t index) {
+    uint32_t status = atomic_load_explicit(&ps_slot(region, index)->status, memory_order_acquire);
     int rc = ps_sys_ofd_take(own, index);
     if (rc)
         return rc == -EAGAIN ? 0 : rc;
-    rc = make_row(region, index);
-    if (rc) {
+    bool ours = is_left(region, index, status) && !(rc = make_row(region, index)) && take(region, index, status, 0);
+    if (!ours)
         ps_sys_ofd_drop(own, index);
-        return rc;
-    }
-    take(region, index);
-    return 1;
+    return rc ? rc : ours;
+}
+
+/* The same, without the byte. */
+static int claim_bare(struct ps_region *region, int own, uint32_t index) {
+    uint32_t status = atomic_load_explicit(&ps_slot(region, index)->status, memory_order_acquire);
+    if (ps_sys_ofd_free(own, index) != 1 || !is_left(region, index, status))
+        return 0;
+    int rc = make_row(region, index);
+    return rc ? rc : take(region, index, status, PS_STATE_BARE);
 }
 
 /* A hint: the kernel looks through all bytes that are taken, each time we ask for one. */
@@ -94,19 +116,28 @@ static bool looks_free(struct ps_region *region, uint32_t index) {
     return state == PS_FREE || state == PS_DEAD;
 }
 
+/* In the order in which they are tried. */
+enum way { FREE, ANY, BARE };
+
+static int claim_by(struct ps_region *region, int own, uint32_t index, enum way way) {
+    if (way == BARE)
+        return claim_bare(region, own, index);
+    return way == ANY || looks_free(region, index) ? claim_one(region, own, index) : 0;
+}
+
 /* 1: a slot is ours; 0: none is free, but one is going to be; or an error: of the last one that could not be had.  The
  * row of one may have no room where another, of a dead owner, has its row. */
 static int claim_any(struct ps_region *region, int own) {
     int error = PS_EFULL;
     bool soon = false;
-    for (int all = 0; all < 2; all++)
+    for (enum way way = region->shares ? BARE : FREE; way <= BARE; way++)
         for (uint32_t index = 0; index < region->shape.slots; index++) {
-            int rc = all || looks_free(region, index) ? claim_one(region, own, index) : 0;
+            int rc = claim_by(region, own, index, way);
             if (rc > 0)
                 return rc;
             if (rc < 0)
                 error = rc;
-            else if (all && leaving(region, index))
+            else if (way != FREE && leaving(region, index))
                 soon = true;
         }
     return soon ? 0 : error;
@@ -127,20 +158,26 @@ int ps_slot_claim(struct ps_region *region, int own) {
     return 0;
 }
 
-void ps_slot_live(struct ps_region *region) {
+/* false: we were stopped for so long in the middle of a claim that somebody took it for a dead one's. */
+bool ps_slot_live(struct ps_region *region) {
+    _Atomic uint32_t *word = &ps_slot(region, region->slot)->status;
+    uint32_t bare = atomic_load_explicit(word, memory_order_relaxed) & PS_STATE_BARE;
+    uint32_t joining = ps_status(region->epoch, PS_JOINING) | bare;
     /* release: a caller that sees LIVE (acquire) sees the acknowledgement that goes with it. */
-    atomic_store_explicit(&ps_slot(region, region->slot)->status, ps_status(region->epoch, PS_LIVE),
-                          memory_order_release);
+    return atomic_compare_exchange_strong_explicit(word, &joining, ps_status(region->epoch, PS_LIVE) | bare,
+                                                   memory_order_release, memory_order_relaxed);
 }
 
 /* The mapping of the data is gone when this is called: nobody need wait for us any more. */
 void ps_slot_leave(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    atomic_store_explicit(&slot->status, ps_status(region->epoch, PS_FREE), memory_order_release);
+    uint32_t status = atomic_load_explicit(&slot->status, memory_order_relaxed);
+    /* From here on the slot may be another's: nothing of it is written any more.  By CAS, since we may come again. */
+    if (status >> PS_STATE_BITS == region->epoch)
+        atomic_compare_exchange_strong_explicit(&slot->status, &status, ps_status(region->epoch, PS_FREE),
+                                                memory_order_release, memory_order_relaxed);
     PS_POINT(L2_leave);
-    /* A caller may sleep on the acknowledgement: change the word, so that it looks at the status. */
-    uint32_t ack = atomic_load_explicit(&slot->ack, memory_order_relaxed);
-    atomic_exchange_explicit(&slot->ack, (ack + 1) & PS_ACK_MASK, memory_order_seq_cst);
+    /* A caller may sleep on it; one that is about to finds out by its backstop. */
     ps_sys_wake(&slot->ack, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     region->epoch = 0;
 }
@@ -161,7 +198,7 @@ static bool byte_free(struct ps_region *region, uint32_t index) {
 static bool process_gone(const struct ps_shm_slot *slot) {
     int pid = (int)atomic_load_explicit(&slot->pid, memory_order_relaxed);
     uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
-    return pidns && pidns == ps_sys_pid_namespace() && pid != getpid() && ps_sys_process_gone(pid);
+    return pidns && pidns == ps_process_pidns() && pid != getpid() && ps_sys_process_gone(pid);
 }
 
 /* The participant that had `status` is gone. */
@@ -175,18 +212,22 @@ void ps_slot_bury(struct ps_region *region, uint32_t index, uint32_t status) {
     ps_sys_wake(&slot->live, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
 }
 
+static bool is_marked(const struct ps_shm_slot *slot) {
+    return atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
+}
+
 /* Is the participant that had `status` gone for good? True only if none of its threads can store any more:
  * its OFD byte is free (the mapping went with it), or the kernel says of its process that no thread has memory
- * left, which on a process with much memory comes sooner.  The second question costs more, so it is asked once
- * the kernel has marked the agent. */
+ * left, which on a process with much memory comes sooner, and is all there is of who has no byte.  The second question
+ * costs more, so it is asked once the kernel has marked the agent. */
 bool ps_slot_dead(struct ps_region *region, uint32_t index, uint32_t status) {
     struct ps_shm_slot *slot = ps_slot(region, index);
     uint32_t now = atomic_load_explicit(&slot->status, memory_order_acquire);
     if (now != status) /* from JOINING to LIVE is no death */
         return now >> PS_STATE_BITS != status >> PS_STATE_BITS || ps_state_of(now) == PS_FREE ||
                ps_state_of(now) == PS_DEAD;
-    bool marked = atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
-    if (!byte_free(region, index) && !(marked && process_gone(slot)))
+    bool byte = !(now & PS_STATE_BARE) && byte_free(region, index);
+    if (!byte && !(is_marked(slot) && process_gone(slot) && is_marked(slot))) /* twice: `live` came with who it is */
         return false;
     ps_slot_bury(region, index, status);
     return true;

@@ -510,7 +510,9 @@ static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
                     return -EAGAIN;
             }
             snapshot->index = index;
-            return ps_sys_ofd_share(snapshot->fd, PS_SNAPSHOT_BYTE + index);
+            int rc = ps_sys_ofd_take(snapshot->fd, PS_SNAPSHOT_BYTE + index);
+            if (rc != -EAGAIN) /* or an observer keeps it from us: perhaps not the next one */
+                return rc;
         }
     return PS_EAREAS;
 }

@@ -230,6 +230,10 @@ int ps_sys_reopen(int fd) {
     return result(open(path, O_RDWR | O_CLOEXEC));
 }
 
+bool ps_sys_refused(int error) {
+    return error == -EACCES || error == -EPERM || error == -ENOENT;
+}
+
 int ps_sys_reopen_of(int pid, int tid, int fd) {
     char path[96], *end = path;
     put_text(&end, "/proc/");
@@ -529,7 +533,7 @@ static struct flock ofd_byte(short type, uint64_t byte) {
     return (struct flock){.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
 }
 
-int ps_sys_ofd_take(int fd, uint32_t byte) {
+int ps_sys_ofd_take(int fd, uint64_t byte) {
     struct flock lock = ofd_byte(F_WRLCK, byte);
     int rc = result(fcntl(fd, F_OFD_SETLK, &lock));
     return rc == -EACCES ? -EAGAIN : rc;
@@ -540,15 +544,10 @@ void ps_sys_ofd_drop(int fd, uint64_t byte) {
     fcntl(fd, F_OFD_SETLK, &lock);
 }
 
-int ps_sys_ofd_share(int fd, uint64_t byte) {
-    struct flock lock = ofd_byte(F_RDLCK, byte);
-    return result(fcntl(fd, F_OFD_SETLK, &lock));
-}
-
 int ps_sys_ofd_free(int fd, uint64_t byte) {
     struct flock lock = ofd_byte(F_WRLCK, byte);
     int rc = result(fcntl(fd, F_OFD_GETLK, &lock));
-    return rc < 0 ? rc : lock.l_type == F_UNLCK;
+    return rc < 0 ? rc : lock.l_type != F_WRLCK;
 }
 
 int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at) {

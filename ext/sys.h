@@ -51,6 +51,8 @@ void ps_sys_signal(int fd); /* an eventfd: + 1 */
 int ps_sys_memfd(const char *name, uint64_t page_size); /* 4096, or that of huge pages */
 /* Opens what `fd` of the calling thread's table refers to anew: a description of our own. */
 int ps_sys_reopen(int fd);
+/* ... could not be: this user may not open it, or there is no /proc.  The descriptor itself is as good as ever. */
+bool ps_sys_refused(int error);
 /* The same through another thread of this process, which may have a table of its own. */
 int ps_sys_reopen_of(int pid, int tid, int fd);
 /* A private table for the calling thread that holds the `count` descriptors of `keep` only (-1: none). */
@@ -67,11 +69,12 @@ struct ps_robust {
 int ps_sys_mark_death(struct ps_robust *robust, _Atomic uint32_t *word);
 int ps_sys_mark_nothing(struct ps_robust *robust);
 
-/* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has it); free? */
-int ps_sys_ofd_take(int fd, uint32_t byte);
+/* Byte `byte` of an open file description: taken for it (-EAGAIN if another description has a lock on it); free?  Locks
+ * to read, which who has a read-only descriptor can take too, keep it from being taken, and do not count as anybody's.
+ */
+int ps_sys_ofd_take(int fd, uint64_t byte);
 void ps_sys_ofd_drop(int fd, uint64_t byte);
-int ps_sys_ofd_share(int fd, uint64_t byte); /* read-locked for it, together with others */
-int ps_sys_ofd_free(int fd, uint64_t byte);  /* 1, 0 or -errno */
+int ps_sys_ofd_free(int fd, uint64_t byte); /* 1, 0 or -errno */
 
 int ps_sys_write_at(int fd, const void *from, uint64_t length, uint64_t at); /* all of it, or an error */
 /* Gives the memory of a part of a file back: it reads as zero. */

@@ -165,7 +165,8 @@ class Mapped(_core.Mapped):
         mapped through it can never be made writable (mmap(2)); :func:`pyshare.attach` with ``readonly=True`` takes it.
         A process whose user may write to the memory (``mode`` of ``create``; its owner may) can open it anew, for
         writing, through /proc: against the same user it is a protection from mistakes, not from malice. Another user's
-        cannot change a byte; it can lock bytes of the file (fcntl(2)), and keep others waiting by that.
+        cannot change a byte. It can take locks to read (fcntl(2)), and by those keep snapshots from being taken, and
+        make the deaths of who joins meanwhile visible in their own pid namespace alone.
 
         Raises:
             RegionClosed.

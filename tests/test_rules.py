@@ -100,7 +100,7 @@ MAY_CALL = {
     "names.c": DESCRIPTORS,
     "observe.c": {"madvise", "mmap", "munmap", "pread"},
     "probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
-    "process.c": {"dlsym", "getpid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
+    "process.c": {"dlsym", "getpid", "getppid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
     | {"sigfillset", "pthread_create", "pthread_sigmask", "pthread_tryjoin_np"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize")},
     "quarantine.c": set(),
