@@ -15,7 +15,7 @@
  *     and then finds it unsaved has the right bytes, may write them to the area at
  *     any time, and needs no lock: a stopped process keeps no other from storing.
  *  5. An area is used again only when nobody holds the snapshot's byte, and nobody
- *     who found its former word is still saving.
+ *     who found its former word is still saving, or making pages DIRTY.
  *  6. Bits of header.snapshots change under the writer lock; words that end a
  *     snapshot need no lock: a bit without a live word does no harm.
  *   S1_prepare  PREPARING; page tables are to be protected
@@ -358,10 +358,14 @@ int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, b
     return rc;
 }
 
-/* ... and every PREPARING one knows. */
-static void dirty(struct ps_region *region, uint32_t index, uint8_t state, uint64_t first, uint64_t count) {
+/* ... and every PREPARING one knows.  Under `saving` too: a page that is made DIRTY for a former word would be open in
+ * the snapshot that has the area now, which has not counted it. */
+static void dirty(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
+    _Atomic uint32_t *saving = &ps_slot(region, region->slot)->saving;
     _Atomic uint8_t *states = states_of(region, index);
-    for (uint64_t page = first; page < first + count; page++) {
+    uint8_t state = dirty_of(word);
+    atomic_fetch_add_explicit(saving, 1, memory_order_seq_cst);
+    for (uint64_t page = first; page < first + count && word_of(region, index) == word; page++) {
         uint8_t seen = atomic_load_explicit(states + page, memory_order_relaxed);
         if (seen == state || seen == PS_SAVED)
             continue;
@@ -369,6 +373,7 @@ static void dirty(struct ps_region *region, uint32_t index, uint8_t state, uint6
         atomic_compare_exchange_strong_explicit(states + page, &seen, state, memory_order_seq_cst,
                                                 memory_order_relaxed);
     }
+    atomic_fetch_sub_explicit(saving, 1, memory_order_release);
 }
 
 /* Stores to these pages may pass, as far as snapshots are concerned. */
@@ -376,7 +381,7 @@ int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bo
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
         if (is_preparing(word))
-            dirty(region, index, dirty_of(word), first, count);
+            dirty(region, index, word, first, count);
     }
     return ps_snapshot_keep(region, first, count, locked);
 }

@@ -82,8 +82,11 @@ class Snapshot(NamedTuple):
 
     why: str
     rounds: int = 1
-    stores: int = 1
-    leases: int = 1
+    stores: int = 0
+    leases: int = 0
+    nested: int = 0
+    restores: int = 0
+    reader: int = 0
     crashes: int = 0
     quick: bool = False
     ends: bool = False
@@ -151,7 +154,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "wait-all": Lease("two takers, two changes", changes=2, backstop=0),
     "wait-four": Lease("three takers, a change", takers=3, backstop=0),
     "lease-more": Lease("two deaths and a timeout", crashes=2, timeouts=1),
-    "moment": Snapshot("one moment, whoever stores", quick=True),
+    "moment": Snapshot("one moment, whoever stores", stores=1, leases=1, quick=True),
+    "moment-nested": Snapshot("a thread with a lease passes, and takes again", leases=2, nested=1, quick=True),
+    "moment-restore": Snapshot("who restores", restores=2, quick=True),
+    "moment-again": Snapshot("an area is used again", rounds=2, stores=1, leases=1),
+    "moment-read": Snapshot("who reads the image", stores=1, leases=1, reader=1),
+    "moment-dies": Snapshot("a death among those who store", stores=1, leases=1, crashes=1),
+    "moment-ends": Snapshot("... among leases, twice, and read", rounds=2, leases=2, nested=1, reader=1, crashes=1),
     "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
     "freeze": Freeze("a freezer, a change, a lease; a death, a failure", failures=1, quick=True),
     "freeze-two": Freeze("two freezers, a change; a death", freezers=2, takers=0, quick=True),
@@ -210,6 +219,11 @@ BROKEN = {
     "CLOSER_FIRST": Broken("freeze", "a dead freezer's closer stays until somebody has thawed"),
     "MOMENT_NOWAIT": Broken("moment", "nobody saves for a moment that has not come for all"),
     "DIRTY_LOOK_FIRST": Broken("moment", "the word is ACTIVE before the snapshotter looks for dirty pages"),
+    "HOLDS_TAKING": Broken("moment-nested", "a lease that is being taken is none that its thread holds"),
+    "HOLDS_FIRST": Broken("moment-nested", "a taker counts in its slot before it looks whether its thread holds one"),
+    "SLOT_FIRST": Broken("moment-nested", "a lease is uncounted for its thread before it is in the slot"),
+    "RESTORE_UNCOUNTED": Broken("moment-restore", "who restores is counted as the holder of a lease"),
+    "DIRTY_UNCOUNTED": Broken("moment-again", "nobody makes pages DIRTY for an area that is used again"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }

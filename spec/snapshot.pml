@@ -1,11 +1,13 @@
 /* snapshot.pml - one moment of all participants: who protects, who saves, who stores, and who dies.
  *
- * Lives here: a snapshot of ext/snapshot.c, from its preparation to its end: a snapshotter, two
- * participants that store, each with its agent, and one who reads the image.  Page 0 may be
- * written by all; page 1 is READ, and written by a lease.
- * Not here: who restores pages (P1_put), and who asks what is dirty (D1_look).
- * Assertion: what is read of the image is what the data was when the snapshot's moment was told;
- * who waits for ever, or may not store any more, is an invalid end state.
+ * Lives here: a snapshot of ext/snapshot.c, from its preparation to its end, and who keeps off its
+ * moment (ext/lease.c, ext/dirty.c): a snapshotter, two participants that store, each with its
+ * agent, and one who reads the image.  Pages that all may write are stored to through page tables;
+ * others by leases of a thread of participant 1, or by participant 0, which has the region frozen
+ * and restores them.
+ * Assertions: what is read of the image is what the data was when the snapshot's moment was told;
+ * nobody was in the middle of a lease, or of restoring, then.  Who waits for ever, or may not store
+ * any more, is an invalid end state.
  *
  * Reading it
  *  - A statement is one load, store or atomic operation of C, or one system call.  The labels
@@ -16,9 +18,14 @@
  *  - What stands under "Ghosts" exists for the assertions only.
  * Configuration, by -D (run.py has the table)
  *    ROUNDS: so many snapshots one after the other, in the same area
- *    STORES of each participant to page 0; LEASES 1: the second one leases page 1 instead
- *    CRASHES: the snapshotter dies anywhere, or participant 0
+ *    STORES of each participant to page 0, which all may write; with LEASES of participant 0 alone
+ *    LEASES of page 1, one after the other, by one thread of participant 1; NESTED 1: when it has
+ *    the first it takes page 0 as well, and another thread gives back the first
+ *    RESTORES of both pages at once
+ *    READER 1: somebody reads the image as C does; 0: it is looked at whenever something is stored
+ *    CRASHES: so many die, anywhere, of the snapshotter and the participants
  * Broken on purpose: one #ifdef each, explained in run.py.
+ * Not here: who asks what is dirty (D1_look).
  */
 
 #define FREE 0
@@ -37,7 +44,7 @@ byte dirty;
 byte state[2], data[2], area[2];
 byte generation, acknowledged[2];
 bool closer;
-byte leases, saving; /* of participant 1, who alone leases; of both, added up */
+byte leases[2], saving; /* of each participant; of both, added up */
 bool lock;
 
 /* -- What belongs to the processes ------------------------------------------------------------------------------ */
@@ -45,18 +52,41 @@ bool lock;
 bool alive[2], snapshotter;
 bool tables[2]; /* page locks */
 bool open[2];   /* page 0 may be written, by the page tables of each */
+byte held;      /* leases of participant 1's one thread that takes any */
+bool handed;    /* the first one is another thread's to give back */
 
 /* -- Ghosts ----------------------------------------------------------------------------------------------------- */
 
 byte stores, crashes, moment[2];
 byte counted[2]; /* what each has of `saving`, which does not count of the dead */
+byte inside[2];  /* leases, or restoring, from the first store on to the last */
 
 #define LOST (!snapshotter) /* its byte is free */
 #define ALLOWED (word == FREE || word == COMPLETE || state[0] == SAVED || (word == PREPARING && state[0] == DIRTY))
-#define ARRIVED(p) (!alive[p] || acknowledged[p] == generation)
+#define QUIET(p) (leases[p] == 0 || !alive[p])
 #define IMAGE_LIVES (snapshotter && (word == ACTIVE || word == COMPLETE) && told)
+#define IMAGE(page) (word == COMPLETE || state[page] == SAVED -> area[page] : data[page])
+#define TRUE(page) (!IMAGE_LIVES || IMAGE(page) == moment[page])
+
+#if STORES
+#define ARRIVED (acknowledged[0] == generation || !alive[0]) && (acknowledged[1] == generation || !alive[1])
+#else
+#define ARRIVED true /* nobody has page tables that are to be changed */
+#endif
 
 /* -- Saving ----------------------------------------------------------------------------------------------------- */
+
+inline keep(page) {
+    copied = data[page];
+    if
+    :: state[page] == SAVED
+    :: else ->
+        atomic { area[page] = copied; assert(TRUE(page)) };
+S6_save:
+        atomic { state[page] = SAVED; assert(TRUE(page)) }
+    fi;
+    copied = 0
+}
 
 inline save(p, page) {
     atomic { found = word; mine = serial };
@@ -71,35 +101,51 @@ inline save(p, page) {
 #endif
         atomic { saving++; counted[p]++ };
         if
-        :: atomic { word == ACTIVE && serial == mine ->
-skip };
-            copied = data[page];
-            if
-            :: state[page] == SAVED
-            :: else ->
-                area[page] = copied;
-S6_save:        state[page] = SAVED
-            fi
-        :: atomic { else -> skip }
+        :: word == ACTIVE && serial == mine -> keep(page)
+        :: else
         fi;
         atomic { saving--; counted[p]-- }
     fi;
-    d_step { found = 0; mine = 0; copied = 0 }
+    d_step { found = 0; mine = 0 }
 }
 
-/* -- A participant ---------------------------------------------------------------------------------------------- */
+inline store(page) {
+    atomic { stores++; data[page] = stores; assert(TRUE(page)) }
+}
+
+/* -- Pages that all may write ----------------------------------------------------------------------------------- */
+
+/* CAS; it counts before, so that nobody opens a page that is DIRTY and not counted yet. */
+inline make_dirty() {
+    dirty++;
+    d_step { if :: state[0] == UNSAVED -> state[0] = DIRTY :: else fi }
+}
+
+inline tell_dirty(p) {
+    atomic { found = word; mine = serial };
+    if
+    :: found != PREPARING || state[0] != UNSAVED
+    :: else ->
+#ifdef DIRTY_UNCOUNTED
+        make_dirty()
+#else
+        atomic { saving++; counted[p]++ };
+        if
+        :: word == PREPARING && serial == mine -> make_dirty()
+        :: else
+        fi;
+        atomic { saving--; counted[p]-- }
+#endif
+    fi;
+    d_step { found = 0; mine = 0 }
+}
 
 /* The handler, and what the instruction finds when it runs again. */
 inline store_shared(p) {
     do
-    :: atomic { open[p] -> stores++; data[0] = stores; break }
+    :: atomic { open[p] -> store(0); break }
     :: !open[p] ->
-        if
-        :: word == PREPARING && state[0] == UNSAVED ->
-            dirty++;
-            d_step { if :: state[0] == UNSAVED -> state[0] = DIRTY :: else fi } /* CAS */
-        :: else
-        fi;
+        tell_dirty(p);
         save(p, 0);
         atomic { !tables[p] -> tables[p] = true };
         right = ALLOWED;
@@ -108,35 +154,14 @@ inline store_shared(p) {
     od
 }
 
-inline store_leased() {
-    do
-    ::
-        leases++;
-        right = closer && !LOST; /* who finds a closer's owner gone clears it */
-        if
-        :: !right -> break
-        :: else -> leases--; (!closer || LOST)
-        fi
-    od;
-    save(1, 1);
-    atomic { stores++; data[1] = stores };
-    leases--
-}
-
-proctype participant(byte p) {
+proctype sharer(byte p) {
     byte found, mine, copied, left = STORES;
     bool right;
     {
-        if
-#if LEASES
-        :: p == 1 -> store_leased()
-#endif
-        :: p < 2 - LEASES ->
-            do
-            :: left > 0 -> store_shared(p); left--
-            :: else -> break
-            od
-        fi
+        do
+        :: left > 0 -> store_shared(p); left--
+        :: else -> break
+        od
     } unless { !alive[p] }
 }
 
@@ -152,16 +177,113 @@ end:
     od unless { !alive[p] }
 }
 
-/* -- The snapshotter -------------------------------------------------------------------------------------------- */
+/* -- Leases ----------------------------------------------------------------------------------------------------- */
 
-inline eager(page) {
-    copied = data[page];
-    if
-    :: state[page] == SAVED
-    :: else -> area[page] = copied; state[page] = SAVED
-    fi;
-    copied = 0
+#if defined(HOLDS_TAKING)
+#define HOLDS (held > 0 || left < LEASES - 1) /* the words of a page that it had before are its own again */
+#else
+#define HOLDS (held > 0)
+#endif
+
+/* Who finds a closer's owner gone clears it. */
+inline take(page) {
+    do
+    ::
+#ifdef HOLDS_FIRST
+        passes = HOLDS;
+        leases[1]++;
+        right = closer && !LOST && !passes;
+        passes = false;
+#else
+        leases[1]++;
+        right = closer && !LOST;
+        right = right && !HOLDS;
+#endif
+        if
+        :: !right -> break
+        :: else -> right = false; leases[1]--; (!closer || LOST)
+        fi
+    od;
+    save(1, page);
+    atomic { held++; inside[1]++ }
 }
+
+inline give() {
+#ifdef SLOT_FIRST
+    atomic { inside[1]--; leases[1]-- };
+    held--
+#else
+    atomic { inside[1]--; held-- };
+    leases[1]--
+#endif
+}
+
+proctype taker() {
+    byte found, mine, copied, left = LEASES;
+    bool right;
+#ifdef HOLDS_FIRST
+    bool passes;
+#endif
+    {
+        do
+        :: left > 0 ->
+            left--;
+            take(1);
+            store(1);
+            if
+            :: NESTED && left == LEASES - 1 -> handed = true; take(0); store(0)
+            :: !(NESTED && left == LEASES - 1)
+            fi;
+            give()
+        :: else -> break
+        od
+    } unless { !alive[1] }
+}
+
+/* Another thread of the same process. */
+proctype giver() {
+end:
+    {
+        handed;
+        store(1);
+        give()
+    } unless { !alive[1] }
+}
+
+/* -- Restoring -------------------------------------------------------------------------------------------------- */
+
+proctype restorer() {
+    byte found, mine, copied, left = RESTORES;
+    bool right;
+    {
+        do
+        :: left > 0 ->
+            left--;
+#ifndef RESTORE_UNCOUNTED
+            do
+            :: leases[0]++;
+                right = closer && !LOST;
+                if
+                :: !right -> break
+                :: else -> right = false; leases[0]--; (!closer || LOST)
+                fi
+            od;
+#endif
+            save(0, 0);
+            save(0, 1);
+P1_put:     inside[0]++;
+            store(0);
+            store(1);
+            inside[0]--;
+#ifndef RESTORE_UNCOUNTED
+            leases[0]--
+#endif
+        :: else -> break
+        od
+    } unless { !alive[0] }
+}
+
+/* -- The snapshotter -------------------------------------------------------------------------------------------- */
 
 proctype takes() {
     byte copied, left = ROUNDS;
@@ -174,11 +296,12 @@ proctype takes() {
             d_step { state[0] = UNSAVED; state[1] = UNSAVED; area[0] = 0; area[1] = 0; told = false; dirty = 0 };
 S1_prepare: atomic { word = PREPARING; serial++ };
             generation++;
-S2_protect: (ARRIVED(0) && ARRIVED(1));
+S2_protect: (ARRIVED);
             lock = false;
             closer = true;
-S3_drain:   (leases == 0 || !alive[1]);
-            atomic { !lock -> lock = true };
+            QUIET(0);
+            QUIET(1);
+S3_drain:   atomic { !lock -> lock = true };
 #ifdef DIRTY_LOOK_FIRST
             copied = dirty;
             word = ACTIVE;
@@ -187,15 +310,17 @@ S3_drain:   (leases == 0 || !alive[1]);
             copied = dirty;
 #endif
 S4_active:  if
-            :: copied > 0 -> copied = 0; generation++; (ARRIVED(0) && ARRIVED(1))
+            :: copied > 0 -> copied = 0; generation++; (ARRIVED)
             :: else
             fi;
-            atomic { told = true; moment[0] = data[0]; moment[1] = data[1] };
+            atomic {
+                told = true; moment[0] = data[0]; moment[1] = data[1];
+                assert((inside[0] == 0 || !alive[0]) && (inside[1] == 0 || !alive[1])) };
 S5_open:    closer = false;
             lock = false;
             if
-            :: eager(0); eager(1);
-S7_complete:    word = COMPLETE
+            :: keep(0); keep(1);
+S7_complete:    atomic { word = COMPLETE; assert(TRUE(0) && TRUE(1)) }
             :: skip
             fi;
             atomic { word = FREE; told = false }; /* closed: its byte goes, and whoever looks frees the word */
@@ -204,6 +329,8 @@ S7_complete:    word = COMPLETE
         od
     } unless { !snapshotter }
 }
+
+/* -- Who reads -------------------------------------------------------------------------------------------------- */
 
 proctype reader() {
     byte got, mine, page;
@@ -231,15 +358,33 @@ init {
     atomic {
         alive[0] = true; alive[1] = true; snapshotter = true;
         open[0] = true; open[1] = true;
-        run participant(0); run participant(1);
-        run agent(0); run agent(1);
-        run takes();
-        run reader()
+#if STORES
+        run sharer(0); run agent(0); run agent(1);
+#if !LEASES
+        run sharer(1);
+#endif
+#endif
+#if LEASES
+        run taker();
+#if NESTED
+        run giver();
+#endif
+#endif
+#if RESTORES
+        run restorer();
+#endif
+#if READER
+        run reader();
+#endif
+        run takes()
     };
+#if CRASHES
 end:
     do
     :: atomic { crashes < CRASHES && snapshotter -> crashes++; snapshotter = false; lock = false }
     :: atomic { crashes < CRASHES && alive[0] -> crashes++; alive[0] = false; tables[0] = false }
+    :: atomic { crashes < CRASHES && alive[1] -> crashes++; alive[1] = false; tables[1] = false }
     :: break
     od
+#endif
 }
