@@ -345,14 +345,15 @@ int ps_sys_uffd_protect(int fd, uintptr_t at, uint64_t length, bool on) {
     return 0;
 }
 
-/* A ring of io_uring has a table of files of its own, and lives as long as a mapping of it does. */
+/* A ring of io_uring has a table of files of its own, and lives as long as a mapping of it does.  By bare calls: of
+ * what libc has not opened ThreadSanitizer does not know that the number is new, in the table of this thread alone. */
 int ps_sys_keep_open(int fd, void **mapping) {
     uint32_t parameters[30] = {0}; /* struct io_uring_params: nothing is asked for, and nobody uses the ring */
     int ring = result(syscall(SYS_io_uring_setup, 1, parameters));
     if (ring < 0)
         return ring;
     int rc = result(syscall(SYS_io_uring_register, ring, REGISTER_FILES, &fd, 1));
-    void *at = rc ? MAP_FAILED : mmap(NULL, PAGE, PROT_NONE, MAP_SHARED, ring, 0);
+    void *at = rc ? MAP_FAILED : (void *)syscall(SYS_mmap, NULL, PAGE, PROT_NONE, MAP_SHARED, ring, 0);
     if (!rc && at == MAP_FAILED)
         rc = -errno;
     if (!rc && madvise(at, PAGE, MADV_DONTFORK)) {
@@ -361,7 +362,7 @@ int ps_sys_keep_open(int fd, void **mapping) {
     }
     if (!rc)
         *mapping = at;
-    close(ring);
+    syscall(SYS_close, ring);
     return rc;
 }
 
