@@ -92,7 +92,18 @@ class Snapshot(NamedTuple):
     ends: bool = False
 
 
-Configuration = Protocol | Lease | Freeze | Snapshot
+class Dirty(NamedTuple):
+    """What dirty.pml is told, likewise."""
+
+    why: str
+    leases: int = 0
+    changes: int = 0
+    restores: int = 0
+    quick: bool = False
+    ends: bool = False
+
+
+Configuration = Protocol | Lease | Freeze | Snapshot | Dirty
 
 
 def model(configuration: Configuration) -> Path:
@@ -161,6 +172,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moment-read": Snapshot("who reads the image", stores=1, leases=1, reader=1),
     "moment-dies": Snapshot("a death among those who store", stores=1, leases=1, crashes=1),
     "moment-ends": Snapshot("... among leases, twice, and read", rounds=2, leases=2, nested=1, reader=1, crashes=1),
+    "dirty-lease": Dirty("who asks while leases end", leases=2, quick=True),
+    "dirty": Dirty("who asks while a lease, a change and a restore write", leases=1, changes=1, restores=1, quick=True),
     "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
     "freeze": Freeze("a freezer, a change, a lease; a death, a failure", failures=1, quick=True),
     "freeze-two": Freeze("two freezers, a change; a death", freezers=2, takers=0, quick=True),
@@ -224,6 +237,11 @@ BROKEN = {
     "SLOT_FIRST": Broken("moment-nested", "a lease is uncounted for its thread before it is in the slot"),
     "RESTORE_UNCOUNTED": Broken("moment-restore", "who restores is counted as the holder of a lease"),
     "DIRTY_UNCOUNTED": Broken("moment-again", "nobody makes pages DIRTY for an area that is used again"),
+    "STAMP_FIRST": Broken("dirty-lease", "who asks what is dirty looks at held words before stamps"),
+    "RING_FIRST": Broken("dirty", "... at the map before the record and the ring"),
+    "RECORD_LAST": Broken("dirty", "... at the record before the ring"),
+    "HOLE_LAST": Broken("dirty", "... at holes before stamps"),
+    "HOLE_UNWRITTEN": Broken("dirty", "a hole that has a stamp was written"),
     "JOIN_NOLOCK": Broken("join-fail", "a joiner copies the map under the lock"),
     "JOIN_UNLOCK_FIRST": Broken("join-fail", "a joiner that failed unmaps before it unlocks"),
 }

@@ -25,7 +25,7 @@
  *    READER 1: somebody reads the image as C does; 0: it is looked at whenever something is stored
  *    CRASHES: so many die, anywhere, of the snapshotter and the participants
  * Broken on purpose: one #ifdef each, explained in run.py.
- * Not here: who asks what is dirty (D1_look).
+ * Not here: who asks what is dirty (dirty.pml).
  */
 
 #define FREE 0

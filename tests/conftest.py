@@ -31,7 +31,12 @@ __all__ = ["COMMAND", "PATIENCE", "Child", "idle", "until"]  # for the tests
 COMMAND = " ".join(psutil.Process().cmdline())  # ours, and of those who are forked
 
 
-LONG = ("test_bench.py", "test_spec.py", "test_examples.py")  # at first: no worker is left alone with one in the end
+LONG = (
+    "test_histories.py",
+    "test_bench.py",
+    "test_spec.py",
+    "test_examples.py",
+)  # at first: no worker is left alone with one in the end
 
 
 @functools.cache
