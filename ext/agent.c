@@ -60,11 +60,9 @@ static void go_ahead(struct ps_region *region, uint64_t generation, int64_t dead
 }
 
 static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
-    /* A handler may say so again while we follow (ps_engine_refuse): then once more. */
-    bool unsynced = atomic_exchange_explicit(&region->unsynced, false, memory_order_seq_cst);
-    if (unsynced)
-        ps_engine_doubt(region);
-    if (region->failed || region->fenced || unsynced || to - from > PS_RING)
+    if (region->unsynced)
+        return ps_engine_sync(region);
+    if (region->failed || region->fenced || to - from > PS_RING)
         return ps_engine_apply(region, 0, region->shape.pages);
     for (uint64_t generation = from + 1; generation <= to; generation++) {
         struct ps_shm_ring entry;
@@ -98,8 +96,6 @@ static void report(struct ps_region *region, uint64_t generation, int rc) {
     struct ps_shm_ring entry;
     /* Nobody undoes an UNDO or a THAW; an entry that cannot be read may be one. */
     bool final = rc && (!ps_change_read(region, generation, &entry) || entry.kind == PS_UNDO || entry.kind == PS_THAW);
-    if (!rc)
-        ps_engine_within_reach(region);
     if (rc && (final || region->fenced || nobody_undoes(region, generation))) {
         fence(region);
     } else if (rc) {
@@ -243,8 +239,9 @@ static int offer(struct ps_region *region) {
     region->own_socket = ps_sys_socket(&name);
     atomic_store_explicit(&slot->uffd, (uint32_t)region->own_userfault, memory_order_relaxed);
     atomic_store_explicit(&slot->socket, name, memory_order_relaxed);
-    /* release: whoever finds it (acquire) finds the others. */
-    atomic_store_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
+    /* release: whoever finds it (acquire) finds the others.  Of a successor, once it follows the whole map. */
+    if (!region->unsynced)
+        atomic_store_explicit(&slot->capabilities, PS_CAN_UFFD, memory_order_release);
     return 0;
 }
 

@@ -290,12 +290,19 @@ static int follow(struct ps_region *region, uint64_t first, uint64_t count) {
     return rc;
 }
 
+/* Page tables may not be what the states of the chunks say. */
+static void doubt(struct ps_region *region) {
+    for (uint64_t chunk = 0; region->uffd && chunk < ps_chunks(&region->shape); chunk++)
+        if (chunk_state(region, chunk) != PLAIN)
+            set_chunks(region, chunk * PS_CHUNK, 1, DOUBT);
+}
+
 static _Atomic uint32_t *capabilities(const struct ps_region *region) {
     return &ps_slot(region, region->slot)->capabilities;
 }
 
 /* No caller outside may change our page tables from now on, until they have followed the whole map.  In this order,
- * against ps_engine_within_reach in another thread. */
+ * against ps_engine_sync in another thread. */
 static void out_of_reach(struct ps_region *region) {
     atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst);
     atomic_fetch_and_explicit(capabilities(region), ~PS_CAN_UFFD, memory_order_seq_cst);
@@ -307,19 +314,23 @@ int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
         rc = follow(region, first, count);
     if (rc && region->uffd) {
         out_of_reach(region);
-        ps_engine_doubt(region);
+        doubt(region);
     }
     return rc;
 }
 
-/* Our page tables follow the map, unless a handler has taken a page out of that meanwhile (ps_engine_refuse). */
-void ps_engine_within_reach(struct ps_region *region) {
-    uint32_t can = atomic_load_explicit(capabilities(region), memory_order_relaxed);
-    if (!region->uffd || can & PS_CAN_UFFD || region->unsynced)
-        return;
+/* The whole map, whatever the states of the chunks say.  A handler may take a page out of it again meanwhile
+ * (ps_engine_refuse): then once more. */
+int ps_engine_sync(struct ps_region *region) {
+    atomic_store_explicit(&region->unsynced, false, memory_order_seq_cst);
+    doubt(region);
+    int rc = ps_engine_apply(region, 0, region->shape.pages);
+    if (rc || !region->uffd)
+        return rc;
     atomic_fetch_or_explicit(capabilities(region), PS_CAN_UFFD, memory_order_seq_cst);
     if (atomic_load_explicit(&region->unsynced, memory_order_seq_cst))
         atomic_fetch_and_explicit(capabilities(region), ~PS_CAN_UFFD, memory_order_seq_cst);
+    return 0;
 }
 
 /* Pages that were in quarantine are shared, no-access, and not registered, until their chunks are settled. */
@@ -337,7 +348,7 @@ int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count) 
 /* Taking all rights from the whole mapping merges its VMAs, so it succeeds where nothing else does.  Should it
  * fail all the same, no participant is better than one with rights that it must not have. */
 void ps_engine_fence(struct ps_region *region) {
-    ps_engine_doubt(region);
+    doubt(region);
     if (mprotect(ps_address(region), region->shape.pages * PS_PAGE, PROT_NONE) && ps_region_unmap_data(region))
         __builtin_trap();
 }
@@ -360,8 +371,8 @@ static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count
         if (rc)
             return rc;
     }
-    if (region->unsynced)
-        ps_engine_doubt(region);
+    if (arms && region->unsynced && !region->fenced)
+        ps_engine_sync(region); /* or else these pages alone */
     rc = region->fenced ? -EACCES : ps_engine_apply(region, first, count);
     if (arms)
         ps_claim_release(region, region->slot);
@@ -436,13 +447,6 @@ int ps_engine_forget(struct ps_region *region) {
     if (!rc)
         ps_engine_close(region);
     return rc;
-}
-
-/* Page tables may not be what the states of the chunks say. */
-void ps_engine_doubt(struct ps_region *region) {
-    for (uint64_t chunk = 0; region->uffd && chunk < ps_chunks(&region->shape); chunk++)
-        if (chunk_state(region, chunk) != PLAIN)
-            set_chunks(region, chunk * PS_CHUNK, 1, DOUBT);
 }
 
 /* Our page tables refuse what they should allow: somebody changed them behind our back, or they are late. */

@@ -151,7 +151,7 @@ int ps_observe_slot(struct ps_region *seen, uint32_t index, struct ps_seen_slot 
         .applied = atomic_load_explicit(&slot->applied, memory_order_relaxed),
         .data = atomic_load_explicit(&slot->canary, memory_order_relaxed) + PS_GUARD,
         .live = state == PS_LIVE,
-        .alive = status & PS_STATE_BARE || ps_sys_ofd_free(ps_query_fd(seen), index) == 0,
+        .alive = status & PS_STATE_BARE || ps_sys_ofd_free(ps_query_fd(seen), index) != 1, /* unknown counts as yes */
         .here = pidns && pidns == ps_sys_pid_namespace(),
         .leases = held > 0 ? (uint32_t)held : 0,
         .leased_since = atomic_load_explicit(&slot->leased_since, memory_order_relaxed),

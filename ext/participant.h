@@ -366,8 +366,7 @@ int ps_engine_mend(struct ps_region *region, uint64_t page);
 int ps_engine_try(struct ps_region *region);
 void ps_engine_close(struct ps_region *region);
 int ps_engine_forget(struct ps_region *region);
-void ps_engine_within_reach(struct ps_region *region);
-void ps_engine_doubt(struct ps_region *region);
+int ps_engine_sync(struct ps_region *region);
 void ps_engine_refuse(struct ps_region *region, uint64_t page);
 
 int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count);

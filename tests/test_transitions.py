@@ -11,12 +11,13 @@ import faulthandler
 import mmap
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Child
-from kernel import PAGE, Mappings, agreed
+from kernel import PAGE, Mappings, agreed, in_background
 from members import CHUNK, Joined, change, pages_of
 
 import pyshare
@@ -277,3 +278,37 @@ def test_what_could_not_be_armed_is_nobody_elses_to_change(joined: Joined, lease
         change(region, page, 1, READ)  # it is within reach again
         change(region, page, 1, READ_WRITE)
         agreed(region, full.pid)
+
+
+def test_a_system_call_is_not_refused_while_others_in_its_chunk_are_settled(region: Region, joined: Joined) -> None:
+    """Each end of a quarantine registers and marks a chunk anew; what may be written there is open all the time."""
+
+    def body(child: Child) -> None:
+        zero, refused, over = os.open("/dev/zero", os.O_RDONLY), 0, threading.Event()
+
+        def hammer() -> None:
+            nonlocal refused
+            while not over.is_set():
+                try:
+                    os.readv(zero, [view])
+                except OSError:
+                    refused += 1
+
+        view = region.buf[PAGE : PAGE + 1]
+        region.on_violation("raise")
+        with in_background(hammer):
+            for _ in range(300):
+                with pytest.raises(ProtectionError), region.guard():
+                    ctypes.memset(region.address, 1, 1)
+                change(region, 2, 1, READ)
+                change(region, 2, 1, READ_WRITE | EXEC)
+            over.set()
+        child.say(str(refused))
+
+    change(region, 0, 1, READ)
+    child = joined(lambda child: (child.say(), body(child)))
+    for _ in range(100):
+        change(region, 4, 1, NONE)
+        change(region, 4, 1, READ_WRITE)
+    assert child.hear() == "0"
+    agreed(region)
