@@ -8,8 +8,10 @@ An image with a base holds the pages alone that differ from it; the base is a fi
 known by its id, so a directory of images can be moved.
 Lives here: writing one, checking it, reading a chain of them.  Not here: snapshots (the core), restoring (_region.py).
 Invariants
- 1. A path leads to a whole image or to what it led to before: the file gets its name after its last byte is on disk.
+ 1. A path leads to a whole image or to what it led to before (_draft.py).
  2. Nothing in a file is believed before it was checked; what cannot be right is a CorruptRegion that names it.
+ 3. However long a chain is, KEPT of its files are open: the newest, whose paths may come to lead elsewhere meanwhile.
+    The others are opened when they are read, and must be what they were.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import bisect
 import contextlib
 import dataclasses
 import datetime
-import errno
 import json
 import os
 import secrets
@@ -28,10 +29,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from pyshare._draft import Draft
 from pyshare._errors import CorruptRegion
 
 VERSION = 1
 CHUNK = 1 << 20  # bytes that are read or written at once; whole pages
+KEPT = 16
 _MAGIC = b"psimage\n"
 _FOOT = struct.Struct("<QII8s")  # length of the JSON, its CRC-32, 0, _MAGIC
 
@@ -181,32 +184,47 @@ def _parse(path: str, text: bytes) -> Trailer:
     raise _corrupt(path, wrong, f"its {wrong} cannot be right")
 
 
-class _File:
-    """One file, open; its trailer was checked, its pages were not."""
+def _identity(fd: int) -> tuple[int, ...]:
+    """Of an open file: two with the same are one, and it was not written to meanwhile."""
+    about = os.fstat(fd)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
-    def __init__(self, path: str) -> None:
+
+class _File:
+    """One file; its trailer was checked, its pages were not."""
+
+    def __init__(self, path: str, keep: bool) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo does not keep us
+        self._fd = -1
+        fd = self._open()
         try:
-            self.trailer = self._read_trailer()
-        except BaseException:
-            os.close(self._fd)
-            raise
+            self._identity = _identity(fd)
+            self.trailer = self._read_trailer(fd)
+            if keep:
+                self._fd, fd = fd, -1
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo does not keep us
 
     def close(self) -> None:
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
-    def _read_trailer(self) -> Trailer:
-        about = os.fstat(self._fd)
+    def _read_trailer(self, fd: int) -> Trailer:
+        about = os.fstat(fd)
         end = about.st_size - _FOOT.size
         if end < 0 or not stat.S_ISREG(about.st_mode):
             raise _corrupt(self.path, "magic", "it is no file, or too short")
-        length, crc, zero, magic = _FOOT.unpack(self.pread(end, _FOOT.size))
+        length, crc, zero, magic = _FOOT.unpack(self._read(fd, end, _FOOT.size))
         if magic != _MAGIC or zero:
             raise _corrupt(self.path, "magic", "it does not end as one")
         if length > end:
             raise _corrupt(self.path, "trailer", "it is too short")
-        text = self.pread(end - length, length)
+        text = self._read(fd, end - length, length)
         if zlib.crc32(text) != crc:
             raise _corrupt(self.path, "trailer", "the checksum of its trailer is wrong")
         trailer = _parse(self.path, text)
@@ -214,15 +232,26 @@ class _File:
             raise _corrupt(self.path, "size", f"it has {end - length} bytes of pages where {trailer.end} should be")
         return trailer
 
-    def pread(self, offset: int, length: int) -> bytes:
+    def _read(self, fd: int, offset: int, length: int) -> bytes:
         parts, at = [], offset
         while at < offset + length:
-            part = os.pread(self._fd, offset + length - at, at)
+            part = os.pread(fd, offset + length - at, at)
             if not part:
                 raise _corrupt(self.path, "size", "it has become shorter")
             parts.append(part)
             at += len(part)
         return b"".join(parts)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        if self._fd >= 0:
+            return self._read(self._fd, offset, length)
+        fd = self._open()
+        try:
+            if _identity(fd) != self._identity and self._read_trailer(fd) != self.trailer:
+                raise _corrupt(self.path, "id", "another has come in its place")
+            return self._read(fd, offset, length)
+        finally:
+            os.close(fd)
 
     def check(self) -> None:
         """Its pages are those that were saved."""
@@ -235,6 +264,9 @@ class _File:
 
 class Image:
     """What :meth:`Snapshot.save` wrote to a file, together with the images that it builds on; a context manager.
+
+    Of a long chain 16 files are kept open, the newest; the others are opened when something of them is read. One that was
+    replaced or removed meanwhile is a CorruptRegion or a FileNotFoundError then.
 
     Raises:
         CorruptRegion: a file is no whole image, or not the one that the image above was saved on.
@@ -260,7 +292,7 @@ class Image:
     def _open_all(self) -> None:
         path, wanted = self.path, None
         while True:
-            self._files.append(_File(path))
+            self._files.append(_File(path, len(self._files) < KEPT))
             trailer, newest = self._files[-1].trailer, self._files[0].trailer
             if wanted not in (None, trailer.id) or trailer.id in [one.trailer.id for one in self._files[:-1]]:
                 raise _corrupt(path, "id", f"it is not the image that {self._files[-2].path!r} was saved on")
@@ -358,58 +390,6 @@ def uncovered(runs: Iterable[Run], covered: list[Run]) -> Iterator[Run]:
 # -- Writing -------------------------------------------------------------------------------------------------------
 
 
-class _Draft:
-    """A file in a directory that has no name yet, or one that goes with it."""
-
-    def __init__(self, path: str) -> None:
-        self._name = os.path.basename(path)
-        self._spare = f".{self._name}.{secrets.token_hex(6)}"
-        self._named = False
-        self._folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._fd = self._create(os.O_RDWR | os.O_CLOEXEC)
-        except BaseException:
-            os.close(self._folder)
-            raise
-
-    def _create(self, flags: int) -> int:
-        try:
-            return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._folder)
-        except OSError as error:  # of file systems that have no such files
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
-                raise
-        self._named = True
-        return os.open(self._spare, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder)
-
-    def __enter__(self) -> _Draft:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-        try:
-            if self._named:
-                os.unlink(self._spare, dir_fd=self._folder)
-        finally:
-            os.close(self._folder)
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view, offset = view[done:], offset + done
-
-    def publish(self) -> None:
-        """The path leads to it, also after a power cut."""
-        os.fsync(self._fd)
-        if not self._named:
-            # A directory's descriptor makes it linkat(2), which follows /proc's link to the file.
-            os.link(f"/proc/self/fd/{self._fd}", self._spare, dst_dir_fd=self._folder, follow_symlinks=True)
-            self._named = True
-        os.rename(self._spare, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        self._named = False
-        os.fsync(self._folder)
-
-
 def save(source: Source, path: str | os.PathLike[str], since: object, progress: bool | Tell) -> str:
     """What Snapshot.save does; the path, so that a later one can be saved since this."""
     path = os.path.abspath(os.fsdecode(path))
@@ -442,7 +422,7 @@ def write(source: Source, path: str | os.PathLike[str], base: Image | None, tell
     total = sum(length for _, length in asked)
     held: list[Run] = []
     crc = done = 0
-    with _Draft(path) as draft:
+    with Draft(path) as draft:
         tell(0, total)
         for offset, length in chunks(asked):
             data = read_pages(source, offset, length)

@@ -157,6 +157,47 @@ def test_a_random_chain(tmp_path: Path) -> None:
                 assert image.read(at, 1) == state[at : at + 1]
 
 
+CHAIN = 40  # more than descriptors that are kept, and than the limit below
+
+
+def chain(folder: Path) -> list[Path]:
+    """Images that each build on the one before, of one page more."""
+    paths = [folder / str(number) for number in range(CHAIN)]
+    for number, path in enumerate(paths):
+        save(filled(*range(number + 1), size=CHAIN * PAGE), path, since=paths[number - 1] if number else None)
+    return paths
+
+
+def test_a_chain_is_as_long_as_it_gets(tmp_path: Path, fork: Fork) -> None:
+    def body(_: Child) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + _image.KEPT + 8, hard))
+        newest = chain(tmp_path)[-1]
+        with Image(newest) as image:
+            image.check()
+            assert len(image.paths) == CHAIN
+            assert image.read(0, image.size) == filled(*range(CHAIN), size=CHAIN * PAGE).data
+
+    assert fork(body).wait() == 0
+
+
+def test_a_chain_reads_what_it_was_when_it_was_opened(tmp_path: Path) -> None:
+    paths = chain(tmp_path)
+    wanted = filled(*range(CHAIN), size=CHAIN * PAGE).data
+    with Image(paths[-1]) as image:
+        os.utime(paths[0])  # which is not open
+        save(filled(9, size=CHAIN * PAGE), paths[-1])  # and which is
+        assert image.read(0, image.size) == wanted
+        save(filled(9, size=CHAIN * PAGE), paths[1])
+        assert image.read(0, PAGE) == wanted[:PAGE]
+        with pytest.raises(pyshare.CorruptRegion, match="another has come in its place") as told:
+            image.read(PAGE, PAGE)
+        assert told.value.field == "id"
+        paths[2].unlink()
+        with pytest.raises(FileNotFoundError):
+            image.read(2 * PAGE, PAGE)
+
+
 @pytest.mark.parametrize("what", ["size", "directory", "itself", "under it"])
 def test_a_base_that_cannot_be_one_is_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "other").mkdir()
@@ -329,6 +370,49 @@ def test_whoever_is_killed_leaves_what_was_there(tmp_path: Path, fork: Fork) -> 
     assert child.wait() == -signal.SIGKILL
     assert load(tmp_path / "image") == filled(1).data
     assert os.listdir(tmp_path) == ["image"]
+
+
+def test_what_the_killed_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: Fork) -> None:
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def body(_: Child) -> None:
+        monkeypatch.setattr(os, "rename", die)
+        save(filled(1), tmp_path / "image")
+
+    assert fork(body).wait() == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".pyshare.new.")
+    save(filled(1), tmp_path / "other")
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_who_is_alive_keeps_what_has_no_name_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: Fork) -> None:
+    def body(child: Child) -> None:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+        save(Failing(lambda: (child.say(), child.hear())), tmp_path / "image")
+
+    child = fork(body)
+    assert child.hear() == "ok"
+    save(filled(1), tmp_path / "other")
+    assert len(os.listdir(tmp_path)) == 2
+    child.say()
+    assert child.wait() == 0
+    assert sorted(os.listdir(tmp_path)) == ["image", "other"]
+
+
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "a file system without"])
+@pytest.mark.parametrize("length", [242, 255])
+def test_a_name_may_be_as_long_as_the_file_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, unnamed: bool
+) -> None:
+    if not unnamed:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    path = tmp_path / ("n" * length)
+    for number in (1, 2):  # new, and in the place of another
+        save(filled(number), path)
+        assert load(path) == filled(number).data
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, fork: Fork) -> None:
