@@ -613,6 +613,7 @@ cdef class Handle(Mapped):
     cdef Py_ssize_t holds    # leases and locks held
     cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
     cdef set queue           # calls of event loops that wait (_async.pxi), or None
+    cdef object itself       # a weak reference: its snapshots', which the garbage collector does not clear with them
 
     cdef enter(self, str doing):
         """A participant, too."""

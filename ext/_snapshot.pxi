@@ -3,8 +3,10 @@
 Lives here: what is held of a snapshot in this process, its buffer protocol, and
 saving it in the background.  Not here: protocol (snapshot.c, image.c), files
 (pyshare/_image.py).
-Invariant: whoever is inside a call has the Holding, so close() takes nothing
-away from under it; a buffer has the mapping, so it outlives both.
+Invariants
+ 1. Whoever is inside a call has the Holding, so close() takes nothing away from
+    under it; a buffer has the mapping, so it outlives both.
+ 2. What is the last to go, of Holding and mapping, gives the memory back.
 """
 
 import _thread
@@ -38,31 +40,50 @@ cdef extern from "core.h" nogil:
     int ps_dirty(ps_region *region, const ps_snapshot *since, uint64_t generation, uint8_t *map)
     int ps_put(ps_region *region, uint64_t offset, const void *data, uint64_t length)
 
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() noexcept
+
 cdef enum:
     SOME = 512  # pages that are saved between two looks at signals, or at whether somebody still wants it
 
 
+cdef sweep(region):
+    """Of a weak reference to the Handle: what nobody holds any more goes; what is complete is in no store's way."""
+    handle = None if region is None else region()
+    if handle is not None:
+        (<Handle>handle).sweep()
+
+
 @cython.final
+@cython.no_gc_clear  # __dealloc__ needs the region
 cdef class Holding:
     """A snapshot's descriptor and mapping, as long as anybody uses them."""
 
     cdef ps_snapshot at
-    cdef bint unwanted  # closed: who saves it in the background may stop
-    cdef bint busy      # somebody does, in the process of so many forks
+    cdef object region  # weak, or None
+    cdef bint unwanted        # its Snapshot is gone or closed: who saves it in the background stops
+    cdef bint busy            # somebody does, and has a reference, in the process of so many forks
     cdef uint32_t forks
+    cdef unsigned long saver  # who
 
     def __cinit__(self):
         self.at.fd = -1
 
     def __dealloc__(self):
-        if self.at.fd >= 0:
+        if self.at.fd >= 0 and not Py_IsFinalizing():
             ps_snapshot_close(&self.at)
+            sweep(self.region)
 
     cdef bint is_busy(self) noexcept:
-        return self.busy and self.forks == ps_forks()
+        if self.busy and self.forks != ps_forks():  # the thread did not come along in the fork, but its reference did
+            self.busy = False
+            Py_DECREF(self)
+        return self.busy
 
-    cdef await_saver(self):
-        while self.is_busy():
+    cdef void end(self) noexcept:
+        """Nobody will ask for it any more; who saves it has stopped when this returns."""
+        self.unwanted = True
+        while self.is_busy() and self.saver != PyThread_get_thread_ident():  # which may be collecting garbage
             with nogil:
                 ps_sys_pause()
 
@@ -77,12 +98,14 @@ cdef class Holding:
 
 
 @cython.final
+@cython.no_gc_clear
 cdef class Image:
     """What buffers of a Snapshot name as their object: the mapped image, which lives as long as it."""
 
     cdef void *address
     cdef uint64_t pages
     cdef uint64_t size
+    cdef object region  # as the Holding's
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.address, <Py_ssize_t>self.size, 1, flags)
@@ -91,8 +114,9 @@ cdef class Image:
         """As in Handle."""
 
     def __dealloc__(self):
-        if self.address is not NULL:
+        if self.address is not NULL and not Py_IsFinalizing():
             ps_snapshot_unview(self.address, self.pages)
+            sweep(self.region)
 
 
 cdef raise_lost(int rc, str doing):
@@ -102,24 +126,24 @@ cdef raise_lost(int rc, str doing):
     raise_code(rc, doing)
 
 
-def _finish(list only, region):
-    """In the background: all of it is saved, so that stores cost nothing again; unless nobody wants it any more."""
+def _save_all(list only):
+    """In the background, so that stores cost nothing again; until its Snapshot is gone or closed."""
     cdef uint64_t page = 0
     cdef Holding holding = only.pop()  # the thread's arguments keep no other
+    holding.saver = PyThread_get_thread_ident()
     try:
         while not holding.unwanted and holding.save(&page):
             pass
     except (OSError, _errors.CorruptRegion):
         pass  # whoever reads it is told
-    last = holding.unwanted
+    region = None if holding.unwanted else holding.region
     holding.busy = False
-    holding = None
-    handle = None if last else region()  # close() sees to the rest
-    if handle is not None:
-        (<Handle>handle).sweep()
+    holding = None  # before any other thread runs: who finds it idle finds our reference gone
+    sweep(region)
 
 
 @cython.final
+@cython.no_gc_clear  # __dealloc__ needs the Holding
 cdef class Snapshot:
     """Everything that a region held at one moment, unchanged for ever; made by :meth:`Region.snapshot`.
 
@@ -131,7 +155,6 @@ cdef class Snapshot:
 
     cdef Holding holding  # None: closed
     cdef Image image
-    cdef object region    # weak, or None
     cdef readonly object name
     cdef readonly uint64_t generation
     cdef readonly uint64_t size
@@ -249,12 +272,7 @@ cdef class Snapshot:
                 ps_sys_pause()
         while holding.save(&page):
             PyErr_CheckSignals()
-        self.sweep()
-
-    cdef sweep(self):
-        region = None if self.region is None else self.region()
-        if region is not None:
-            (<Handle>region).sweep()
+        sweep(holding.region)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         cdef Image image
@@ -265,7 +283,7 @@ cdef class Snapshot:
             rc = ps_snapshot_view(&self.held("buffer").at, &image.address)
             if rc:
                 raise_code(rc, "buffer")
-            image.pages, image.size = self.holding.at.pages, self.size
+            image.pages, image.size, image.region = self.holding.at.pages, self.size, self.holding.region
             self.image = image
         self.held("buffer")
         PyObject_GetBuffer(self.image, buffer, flags)
@@ -274,15 +292,20 @@ cdef class Snapshot:
         """As in Handle."""
 
     def close(self):
-        """This process does not hold it any more; its memory goes with its last holder and the last buffer of it."""
-        if self.holding is None:
-            return
+        """This process does not hold it any more; its memory goes with its last holder and the last buffer of it.
+
+        Dropping the object does the same. Where the last holder was killed, ended without this, or is no participant any
+        more, the next call of a participant gives the memory back: any but those for leases and locks that are free, and
+        one look in 0.1 s.
+        """
         cdef Holding holding = self.holding
         self.holding = self.image = None
-        holding.unwanted = True
-        holding.await_saver()
-        holding = None
-        self.sweep()
+        if holding is not None:
+            holding.end()
+
+    def __dealloc__(self):
+        if self.holding is not None and not Py_IsFinalizing():  # as in Handle
+            self.holding.end()
 
     def __enter__(self):
         self.held("snapshot")
@@ -341,15 +364,16 @@ def take_snapshot(Handle handle not None, timeout):
         name = ps_name(handle.region).decode() or None
     finally:
         handle.leave()
-    snapshot = snapshot_of(holding, name)
-    snapshot.region = weakref.ref(handle)
+    if handle.itself is None:
+        handle.itself = weakref.ref(handle)
+    holding.region = handle.itself
     if shared:
         holding.busy, holding.forks = True, ps_forks()
         try:
-            _thread.start_new_thread(_finish, ([holding], snapshot.region))
+            _thread.start_new_thread(_save_all, ([holding],))
         except RuntimeError:  # no more threads: who stores saves, and finish()
             holding.busy = False
-    return snapshot
+    return snapshot_of(holding, name)
 
 
 def dirty_pages(Handle handle not None, since):

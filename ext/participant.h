@@ -147,6 +147,7 @@ struct ps_region {
 
     _Atomic bool window; /* under page_lock: the data is mapped a second time, for leases by window */
     _Atomic bool shadow; /* under page_lock: it is mapped once more, with the snapshots' areas, for saving pages */
+    _Atomic uint64_t next_look; /* relaxed, a guess: when a call looks again for snapshots that nobody holds */
 
     /* Threads of ours that have a word, which names the participant only, and are inside a call; 0: none (lock.c).  W:
      * who gets the word, release, with no system call in between; 0 before it gives it up.  R: ps_owner_pass_on,
@@ -342,6 +343,7 @@ int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, b
 int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
 void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);
+void ps_snapshot_notice(struct ps_region *region); /* of a participant, without any lock */
 uint64_t ps_snapshot_run(const struct ps_region *region, uint64_t page, uint64_t end, bool *open);
 int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count);
 

@@ -751,7 +751,9 @@ static int be_ready(struct ps_region *region, struct ps_outcome *outcome) {
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome) {
     outcome->silent = 0;
     int rc = be_ready(region, outcome);
-    if (!rc)
-        ps_freeze_notice(region, GLANCE);
-    return rc;
+    if (rc)
+        return rc;
+    ps_freeze_notice(region, GLANCE);
+    ps_snapshot_notice(region);
+    return 0;
 }

@@ -39,6 +39,8 @@
 #include "point.h"
 
 #define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
+#define LOOK (100 * PS_MS)      /* between two looks of this process at what the killed left */
+#define GLANCE (20 * PS_MS)     /* a call waits so long for the lock that it then needs */
 #define WORD 8u                 /* states in a 64-bit word */
 #define HOLE 4096u              /* states in a page of the memfd */
 #define FEW 16u                 /* pages that are closed in the pause rather than in a round before it */
@@ -481,21 +483,53 @@ static bool any_writable(struct ps_region *region) {
     return false;
 }
 
-static void sweep_locked(struct ps_region *region) {
+static void sweep_locked(struct ps_region *region, int64_t deadline) {
     struct ps_outcome outcome;
-    if (ps_change_settle(region, ps_sys_now() + PATIENCE, &outcome))
+    if (ps_change_settle(region, deadline, &outcome))
         return;
     if (sweep(region) && any_writable(region))
-        ps_change_follow(region, PS_FOLLOW_OPEN, ps_sys_now() + PATIENCE, &outcome);
+        ps_change_follow(region, PS_FOLLOW_OPEN, deadline, &outcome);
     give_memory_back(region);
 }
 
-void ps_snapshot_sweep(struct ps_region *region) {
+static void sweep_until(struct ps_region *region, int64_t deadline) {
     uint32_t blocker;
-    if (ps_lock(region, ps_sys_now() + PATIENCE, &blocker))
+    if (ps_lock(region, deadline, &blocker))
         return; /* the next one does it */
-    sweep_locked(region);
+    sweep_locked(region, deadline);
     ps_unlock(region);
+}
+
+void ps_snapshot_sweep(struct ps_region *region) {
+    sweep_until(region, ps_sys_now() + PATIENCE);
+}
+
+/* An area is in use, and nobody holds it: a hint, since nothing keeps it so. */
+static bool is_left(struct ps_region *region) {
+    for (uint32_t index = 0; index < region->shape.areas; index++)
+        if (!is_empty(word_of(region, index)) && unwanted(region, index))
+            return true;
+    return false;
+}
+
+static bool any_in_use(const struct ps_region *region) {
+    for (uint32_t index = 0; index < region->shape.areas; index++)
+        if (!is_empty(atomic_load_explicit(&shared_of(region, index)->word, memory_order_relaxed))) /* another call's */
+            return true;
+    return false;
+}
+
+/* The last holder of a snapshot was killed, or ended, where nobody could give its memory back: one of our calls does,
+ * soon. */
+void ps_snapshot_notice(struct ps_region *region) {
+    if (!any_in_use(region))
+        return;
+    uint64_t now = ps_sys_coarse();
+    if (now < atomic_load_explicit(&region->next_look, memory_order_relaxed))
+        return;
+    atomic_store_explicit(&region->next_look, now + LOOK, memory_order_relaxed);
+    if (is_left(region))
+        sweep_until(region, ps_sys_now() + GLANCE);
 }
 
 /* An area that nobody has, its byte taken through a description of our own; those that were never used first. */
@@ -570,7 +604,7 @@ static int start(struct taking *taking, bool *shared) {
     int rc = ps_change_settle(region, taking->deadline, taking->outcome);
     if (rc)
         return rc;
-    sweep_locked(region);
+    sweep_locked(region, ps_sys_now() + PATIENCE);
     rc = find_area(region, snapshot);
     if (!rc && !is_empty(word_of(region, snapshot->index)))
         rc = empty(region, snapshot->fd, snapshot->index);

@@ -265,8 +265,8 @@ class _File:
 class Image:
     """What :meth:`Snapshot.save` wrote to a file, together with the images that it builds on; a context manager.
 
-    Of a long chain 16 files are kept open, the newest; the others are opened when something of them is read. One that was
-    replaced or removed meanwhile is a CorruptRegion or a FileNotFoundError then.
+    Of a long chain the 16 newest files are kept open; the others are opened when something of them is read. One that
+    was replaced or removed meanwhile is a CorruptRegion or a FileNotFoundError then.
 
     Raises:
         CorruptRegion: a file is no whole image, or not the one that the image above was saved on.

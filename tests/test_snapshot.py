@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import itertools
 import multiprocessing
 import os
@@ -174,6 +176,126 @@ def test_memory_goes_with_it(region: Region) -> None:
         assert blocks() >= before + PAGES // 2 * 8
         snap.close()
         until(lambda: blocks() <= before + 16)  # whoever saves it in the background may still look at it
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self, snap: Snapshot) -> None:
+        self.snap, self.this = snap, self
+
+
+def finished(region: Region) -> Snapshot:
+    snap = region.snapshot()
+    snap.finish()
+    return snap
+
+
+def drop(region: Region) -> None:
+    finished(region)
+
+
+def drop_a_view(region: Region) -> None:
+    snap = finished(region)
+    view = memoryview(snap)
+    snap.close()
+    assert bytes(view) == image(b"text")
+
+
+def drop_in_a_cycle(region: Region) -> None:
+    Cycle(finished(region))
+    gc.collect()
+
+
+def close_in_another_thread(region: Region) -> None:
+    snap = finished(region)
+    thread = threading.Thread(target=snap.close)
+    thread.start()
+    thread.join()
+
+
+def is_kept(region: Region) -> bool:
+    """It has its own half of the pages and some of the control segment: is there a snapshot with another half?"""
+    return os.fstat(region.fileno()).st_blocks * 512 > PAGES * PAGE
+
+
+@pytest.mark.parametrize("end", [drop, drop_a_view, drop_in_a_cycle, close_in_another_thread])
+def test_memory_goes_at_once_with_the_last_reference(region: Region, end: Callable[[Region], None]) -> None:
+    fill(region, b"text")
+    assert not is_kept(region)
+    for _ in range(2):
+        end(region)
+        assert not is_kept(region)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_without_close() -> None:
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "call"),
+    [
+        (kill, lambda region: region.protections()),
+        (end_without_close, lambda region: region.mprotect(0, PAGE, READ)),
+        (kill, lambda region: region.frozen().release()),
+        (Region.close, lambda region: region.read(0, 1)),
+    ],
+    ids=["killed, look", "ended, change", "killed, freeze", "no participant any more, read"],
+)
+def test_whom_nobody_saw_end_leaves_its_memory_to_the_next_call(
+    region: Region, ending: Callable[..., object], call: Callable[[Region], object], fork: Callable[..., Child]
+) -> None:
+    fill(region, b"text")
+
+    def body(child: Child) -> None:
+        snap = finished(region)
+        child.say()
+        child.hear()
+        ending(*[region] * (ending is Region.close))
+        snap.close()
+
+    child = fork(body)
+    child.hear()
+    assert is_kept(region)
+    child.say()
+    child.wait()
+    until(lambda: (call(region), not is_kept(region))[1])
+
+
+def test_what_is_dropped_is_saved_for_nobody_and_counts_no_more() -> None:
+    with pyshare.create(size=32 << 20) as region:
+        region.buf[:] = bytes([1]) * region.size
+        for _ in range(12):  # more than there can be
+            region.snapshot()
+        assert os.fstat(region.fileno()).st_blocks * 512 < region.size + (1 << 20)
+
+
+def descriptors() -> int:
+    """Of this process that lead to a region's memory."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:pyshare")
+    return found
+
+
+def test_a_forked_child_closes_what_is_being_saved(fork: Callable[..., Child]) -> None:
+    with pyshare.create(size=32 << 20) as region:
+        region.buf[:] = bytes([1]) * region.size
+
+        def body(_: Child) -> None:
+            before = descriptors()
+            snap.close()
+            assert descriptors() == before - 1
+
+        snap = region.snapshot()
+        child = fork(body)
+        assert child.wait() == 0
+        snap.close()
 
 
 def test_grants_everything_back(region: Region) -> None:
