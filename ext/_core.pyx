@@ -116,9 +116,6 @@ cdef extern from "core.h" nogil:
         uint32_t required
         ps_author author
         char region[208]
-        PyObject *code
-        PyObject *other
-        int line
     enum:
         PS_VIOLATIONS
     struct ps_shm_violation:
@@ -228,7 +225,7 @@ cdef extern from "<sys/uio.h>" nogil:
 # What Cython's own declarations hide from us.
 cdef extern from *:
     """
-    #include "core.h"
+    #include "exception.h"
     /* A name that is a type and a function in C; Cython keeps one namespace. */
     static int look_at_slot(struct ps_region *region, uint32_t slot, struct ps_participant *out) {
         return ps_participant(region, slot, out);
@@ -247,9 +244,6 @@ cdef extern from *:
             Py_CLEAR(capsule);
         return capsule;
     }
-    #if PY_VERSION_HEX < 0x030D0000
-    #define Py_IsFinalizing _Py_IsFinalizing
-    #endif
     #include <sys/stat.h>
     static bool is_file(int fd) {
         struct stat file;
@@ -264,7 +258,6 @@ cdef extern from *:
     int look_at_slot(ps_region *region, uint32_t slot, ps_participant *out) nogil
     Py_ssize_t users_of_view(object view)
     Py_ssize_t Py_REFCNT(PyObject *object)
-    void Py_XDECREF(PyObject *object)
     bint Py_IsFinalizing() nogil
     object capsule_of(ps_region *region)
 
@@ -1056,11 +1049,9 @@ cdef class Handle(Mapped):
     cdef refused(self, int rc, ps_refusal *refusal, str doing):
         if rc != PS_EREFUSED:
             raise_code(rc, doing)
-        author = refusal.author
         error = _errors.ProtectionError.__new__(_errors.ProtectionError)
-        error._fill(
-            doing, ps_name(self.region).decode() or None, refusal.page * PAGE_SIZE, self.unit(),
-            refusal.required, refusal.actual, author.generation if author.known else None, author.pid if author.known else None)
+        explain(error, doing, ps_name(self.region), refusal.page * PAGE_SIZE, self.unit(), refusal.required,
+                refusal.actual, refusal.author)
         raise error
 
     def _read(self, uint64_t offset, uint64_t length):

@@ -71,23 +71,26 @@ struct ps_refusal {
  */
 struct ps_violation {
     uint32_t count;   /* accesses, of which the first one is described; 0: none */
-    bool interrupted; /* it waited, and a signal wants to be served: the access did not take place */
+    bool interrupted; /* it waited, and a signal's handler is due: the access did not take place */
     uint64_t offset;  /* byte */
     uint64_t page_size;
     uint32_t actual, required;
     struct ps_author author;
     char region[PS_NAME_MAX + 8];
-    void *code, *other; /* the binding's: where the program was; what else was to be raised there */
-    int line;
 };
 
 /* What the handler of violations asks of the binding.  Called in the faulting thread, without any lock of ours. */
 struct ps_hooks {
-    bool (*can_raise)(void);                      /* the thread can be told of an exception */
-    void (*tell)(struct ps_violation *violation); /* ... and is, of its first one */
-    void *(*release)(void);           /* other threads of the interpreter may run; NULL: it did not keep them from it */
-    void (*regain)(void *token);      /* the end of that; does not come back where the process is about to end */
-    bool (*interrupted)(void *token); /* between the two: does a signal want to be served? */
+    bool (*can_raise)(void);     /* the thread can be told of an exception */
+    bool (*is_due)(void);        /* what it was to be told is still to come */
+    void (*tell)(void);          /* it is told of its first violation, now or soon */
+    void *(*release)(void);      /* other threads of the interpreter may run; NULL: it did not keep them from it */
+    void (*regain)(void *token); /* the end of that; does not come back where the process is about to end */
+    bool (*keeps)(void);         /* it has the interpreter, and may not release it: in code that relies on having it */
+    bool (*is_wanted)(void);     /* ... which others wait for */
+    bool (*is_signalled)(void);  /* a signal's handler is due in this thread */
+    bool (*serve)(void); /* calls it, while the interpreter is released; false: it has raised an exception, which is
+                            what the thread is told next */
 };
 
 struct ps_participant {

@@ -38,6 +38,9 @@
 /* How long a wait by policy sleeps before it looks at leases and for signals; at a freeze, whose end may have to be
  * ours, PS_BACKSTOP. */
 #define SLICE (20 * PS_MS)
+#define RED_ZONE                                                                                                       \
+    128u                /* below the stack pointer, and in use (System V ABI, AMD64 Architecture Processor Supplement) \
+                         */
 #define NEAR (1u << 20) /* how far from its caller's frame a handler is still inside of it */
 
 /* -- The copy -------------------------------------------------------------------------------------------------- */
@@ -573,22 +576,37 @@ static void describe(struct ps_region *region, uint64_t offset, bool store, stru
     memcpy(violation->region, region->shape.name, sizeof violation->region);
 }
 
+/* What the thread is to be told of, so that nothing else is told before. */
+static bool is_due(const struct ps_hooks *hooks) {
+    return ps_violation()->count && hooks->is_due();
+}
+
+enum cause {
+    FORBIDS,     /* the policy */
+    OVERDUE,     /* a wait has taken too long */
+    INTERRUPTED, /* a wait has ended, for a signal's handler that is due */
+    RAISED,      /* ... for an exception of one, which comes even if the access is allowed by now */
+};
+
 /* The access goes to a private page, and the thread is told of it. */
 static enum fate raise_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store,
-                          bool interrupted) {
+                          enum cause cause) {
     struct ps_violation *violation = ps_violation();
     if (!hooks->can_raise())
         return DIE;
     int rc = quarantine(region, offset / PS_PAGE, store);
-    if (rc <= 0)
+    if (rc < 0 || (!rc && cause != RAISED))
         return rc ? DIE : GO;
-    violation->interrupted |= interrupted;
-    if (violation->count++)
+    if (is_due(hooks)) {
+        violation->count++;
         return GO;
+    }
+    violation->count = 1;
+    violation->interrupted = cause == INTERRUPTED;
     describe(region, offset, store, violation);
-    if (!interrupted) /* else it is kept as what waited */
+    if (cause == FORBIDS) /* else it is kept as what waited */
         keep(region, offset, store, PS_RAISE);
-    hooks->tell(violation);
+    hooks->tell();
     return GO;
 }
 
@@ -607,22 +625,76 @@ static int sleep_on_map(struct ps_region *region) {
                        ps_sys_now() + (freezer ? PS_BACKSTOP : SLICE));
 }
 
-static enum fate wait_for_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store) {
+/* void ps_call_on(uintptr_t stack, void (*function)(void *), void *argument) */
+__asm__(".text\n"
+        ".p2align 4\n"
+        ".globl ps_call_on\n.hidden ps_call_on\n.type ps_call_on, @function\n"
+        "ps_call_on:\n"
+        "\tpushq %rbx\n"
+        "\tmovq %rsp, %rbx\n"
+        "\tmovq %rdi, %rsp\n"
+        "\tmovq %rdx, %rdi\n"
+        "\tcall *%rsi\n"
+        "\tmovq %rbx, %rsp\n"
+        "\tpopq %rbx\n"
+        "\tret\n"
+        ".size ps_call_on, .-ps_call_on\n");
+void ps_call_on(uintptr_t stack, void (*function)(void *), void *argument);
+
+struct service {
+    const struct ps_hooks *hooks;
+    bool done;
+};
+
+/* On the thread's own stack.  A fault meanwhile must not have the alternate one from its beginning, where we are. */
+static void serve_there(void *argument) {
+    struct service *service = argument;
+    stack_t alternate;
+    sigaltstack(&(stack_t){.ss_flags = SS_DISABLE}, &alternate);
+    service->done = service->hooks->serve();
+    sigaltstack(&alternate, NULL);
+}
+
+/* A handler of Python's needs more stack than a handler of signals may have got. */
+static bool serve(const struct ps_hooks *hooks, const ucontext_t *context) {
+    uintptr_t here = (uintptr_t)__builtin_frame_address(0), own = (uintptr_t)context->uc_mcontext.gregs[REG_RSP];
+    const stack_t *alternate = &context->uc_stack;
+    if (alternate->ss_flags & SS_DISABLE || here - (uintptr_t)alternate->ss_sp >= alternate->ss_size)
+        return hooks->serve();
+    struct service service = {.hooks = hooks};
+    ps_call_on((own - RED_ZONE) & ~(uintptr_t)15, serve_there, &service);
+    return service.done;
+}
+
+/* Why a wait ends before the access is allowed; FORBIDS: not yet.  Where the interpreter has to be kept others may wait
+ * for it, even who is to open the page: not for ever. */
+static enum cause ends_wait(const struct ps_hooks *hooks, const ucontext_t *context, bool keeps, int64_t *end) {
+    if (hooks->is_signalled() && (keeps || !serve(hooks, context)))
+        return keeps ? INTERRUPTED : RAISED;
+    if (keeps && *end == PS_NEVER && hooks->is_wanted())
+        *end = ps_sys_now() + PATIENCE;
+    return ps_sys_now() < *end ? FORBIDS : OVERDUE;
+}
+
+static enum fate wait_for_it(const struct ps_hooks *hooks, struct ps_region *region, uint64_t offset, bool store,
+                             const ucontext_t *context) {
     keep(region, offset, store, PS_WAIT);
-    void *token = hooks->release();
-    uint64_t page = offset / PS_PAGE;
-    bool interrupted = false;
-    while (in_order(region) && ps_policy(region) == PS_WAIT && !permits(region, page, store) && !interrupted) {
-        int rc = sleep_on_map(region);
-        interrupted = (rc == -EINTR || rc == -ETIMEDOUT) && hooks->interrupted(token);
+    bool keeps = hooks->keeps();
+    void *token = keeps ? NULL : hooks->release();
+    enum cause cause = FORBIDS;
+    int64_t end = PS_NEVER;
+    while (cause == FORBIDS && in_order(region) && ps_policy(region) == PS_WAIT &&
+           !permits(region, offset / PS_PAGE, store)) {
+        sleep_on_map(region);
+        cause = ends_wait(hooks, context, keeps, &end);
     }
     hooks->regain(token);
-    if (interrupted)
-        return raise_it(hooks, region, offset, store, true);
+    if (cause != FORBIDS)
+        return raise_it(hooks, region, offset, store, cause);
     return in_order(region) ? GO : DIE;
 }
 
-static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store) {
+static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store, const ucontext_t *context) {
     const struct ps_hooks *hooks = ps_process_hooks();
     enum ps_policy policy = hooks ? ps_policy(region) : PS_DIE;
     if (policy == PS_DIE || !in_order(region))
@@ -630,8 +702,9 @@ static enum fate by_policy(struct ps_region *region, uint64_t offset, bool store
     if (permits(region, offset / PS_PAGE, store)) /* our page tables should: not for ever */
         return ps_process_faults()->retries < 2 * REPEATS && !mend(region, offset / PS_PAGE) ? GO : DIE;
     /* A thread that is to raise does not wait on the way there, and nobody waits for himself. */
-    bool waits = policy == PS_WAIT && !ps_violation()->count && !ps_freeze_own(region);
-    return waits ? wait_for_it(hooks, region, offset, store) : raise_it(hooks, region, offset, store, false);
+    if (policy == PS_WAIT && !is_due(hooks) && !ps_freeze_own(region))
+        return wait_for_it(hooks, region, offset, store, context);
+    return raise_it(hooks, region, offset, store, FORBIDS);
 }
 
 /* -- System calls that store ----------------------------------------------------------------------------------- */
@@ -709,7 +782,7 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     }
     bool forbidden = signal == SIGSEGV || verdict == FORBIDDEN;
     bool executes = registers[REG_ERR] & (1 << 4);
-    if (data && by_kernel && forbidden && !executes && by_policy(region, at, store) == GO) {
+    if (data && by_kernel && forbidden && !executes && by_policy(region, at, store, context) == GO) {
         errno = saved;
         return;
     }

@@ -18,8 +18,6 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-_NAMES = {0: "NONE", 1: "READ", 2: "WRITE", 3: "READ_WRITE", 4: "EXEC"}
-
 
 class ShareError(Exception):
     """The base of all errors that pyshare itself raises."""
@@ -73,43 +71,6 @@ class ProtectionError(ShareError, PermissionError):
         self.author = author
         self.file = file
         self.line = line
-
-    def _fill(
-        self,
-        doing: str,
-        name: str | None,
-        offset: int,
-        page_size: int,
-        required: int,
-        actual: int,
-        generation: int | None,
-        author: int | None,
-        file: str | None = None,
-        line: int | None = None,
-    ) -> None:
-        """As __init__, with the message that belongs to it. `offset` is that of the byte."""
-        since = (
-            f"since change {generation} by pid {author}"
-            if generation
-            else "since a change older than the latest 1,024"
-            if generation is None
-            else f"since it was created by pid {author} (change 0)"
-        )
-        place = f", at {file}:{line}" if file else ""
-        page, whole = offset // page_size, f"region {name!r}" if name else "the region"
-        ProtectionError.__init__(
-            self,
-            f"{doing}: page {page} (offset {offset}) of {whole} is "
-            f"{_NAMES.get(actual, actual)} {since}; {_NAMES.get(required, required)} is needed{place}",
-            region=name,
-            offset=page * page_size,
-            required=required,
-            actual=actual,
-            generation=generation,
-            author=author,
-            file=file,
-            line=line,
-        )
 
 
 class PropagationTimeout(ShareError, TimeoutError):

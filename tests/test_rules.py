@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import subprocess
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,10 @@ def sources_of(module: str) -> list[Path]:
     return [ROOT / path for one in modules if one["name"] == module for path in one["sources"] if path.endswith(".c")]
 
 
-CORE = sources_of("pyshare._core")
+BINDING = [EXT / "exception.c", EXT / "wrappers.c"]  # the C that is Python's
+CORE = [path for path in sources_of("pyshare._core") if path not in BINDING]
 PROBE = [path for path in sources_of("pyshare._probe") if path not in CORE]
-C_FILES = sorted(EXT.glob("*.c"))
+C_FILES = sorted({*EXT.glob("*.c")} - {*BINDING})
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -76,6 +78,14 @@ def symbols(path: Path) -> list[tuple[str, str, str]]:
 def test_compiles_without_python_and_without_a_warning(source: Path, points: list[str], tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
     command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, "-I", EXT, "-c", source]
+    subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
+
+
+@pytest.mark.parametrize("source", BINDING, ids=names(BINDING))
+def test_binding_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
+    python = ["-isystem", sysconfig.get_path("include")]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *python, "-I", EXT, "-c", source]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
 
 
@@ -148,7 +158,7 @@ def test_syscall_is_called_in_sys_c_alone() -> None:
 
 
 def test_core_knows_no_python() -> None:
-    for path in [*CORE, *PROBE, *EXT.glob("*.h")]:
+    for path in [*CORE, *PROBE, *({*EXT.glob("*.h")} - {EXT / "exception.h"})]:
         assert not re.search(r"Python\.h|\bPy[A-Z_]\w+", without_comments(path)), path
 
 
