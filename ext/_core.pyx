@@ -36,6 +36,7 @@ import signal
 import sys
 import warnings
 
+import _pyshare_faulthandler
 from pyshare import _errors
 
 cdef extern from "stdbool.h":
@@ -167,6 +168,7 @@ cdef extern from "core.h" nogil:
     int ps_join(ps_region *region, int64_t deadline, ps_outcome *outcome, const char **field)
     void ps_join_abandon(ps_region *region)
     void ps_fault_install()
+    void ps_tell_also(int fd)
     int ps_close_begin(ps_region *region)
     void ps_close(ps_region *region)
     void ps_release(ps_region *region)
@@ -1498,19 +1500,6 @@ cdef hold_arrays():
         types.extend(type.__subclasses__(cls))
 
 
-# faulthandler.disable() puts back the handlers that it found when it was enabled: ours are gone with its own, if we came
-# later.  Participants that are woken for a change notice; those that are changed from outside would not.
-
-cdef object disable_faulthandler = None
-
-
-def _disable_faulthandler():
-    """disable(): Disable the fault handler."""
-    was_enabled = disable_faulthandler()
-    ps_fault_install()
-    return was_enabled
-
-
 # A thread that blocks SIGSEGV or SIGBUS dies at its first fault, also at one that is mended, as of a page that a snapshot
 # has to have first.  Programs block all that they can for the sake of sigwait(2), which is never for these two.
 
@@ -1530,13 +1519,20 @@ cdef hold_signals():
         signal.pthread_sigmask = _pthread_sigmask
 
 
+# faulthandler.disable() puts back the handlers that it found when it was enabled: ours are gone with its own, if we came
+# later.  Participants that are woken for a change notice; those that are changed from outside would not.
+
+def _faulthandler_changed(int descriptor):
+    ps_tell_also(descriptor)
+    if descriptor < 0:
+        ps_fault_install()
+
+
 cdef hold_handlers():
-    """Where faulthandler is loaded: be told when it is disabled."""
-    global disable_faulthandler
-    faulthandler = sys.modules.get("faulthandler")
-    if disable_faulthandler is None and faulthandler is not None:
-        disable_faulthandler = faulthandler.disable
-        faulthandler.disable = _disable_faulthandler
+    """Be told when faulthandler is enabled or disabled."""
+    if _pyshare_faulthandler.listener is None:
+        _pyshare_faulthandler.listener = _faulthandler_changed
+        ps_tell_also(_pyshare_faulthandler.descriptor)
 
 
 include "_snapshot.pxi"

@@ -24,6 +24,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -344,6 +345,21 @@ static void put_reason(struct text *text, struct ps_region *region, uint64_t pag
     put_lease(text, region, page);
 }
 
+static bool same_file(int one, int other) {
+    struct stat a, b;
+    return !fstat(one, &a) && !fstat(other, &b) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+/* On stderr, and where faulthandler writes: who captures the one leaves the other alone.  Where nobody listens the
+ * process ends all the same. */
+static void say(const struct text *text) {
+    int also = ps_process_told_too();
+    ssize_t ignored = write(STDERR_FILENO, text->at, text->length);
+    if (also >= 0 && !same_file(also, STDERR_FILENO))
+        ignored = write(also, text->at, text->length);
+    (void)ignored;
+}
+
 static void tell(struct ps_region *region, uintptr_t address, int signal, const greg_t *registers) {
     uint64_t at = address - (uintptr_t)ps_address(region), data = region->shape.pages * PS_PAGE;
     struct text text = {.length = 0};
@@ -371,8 +387,7 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
             keep(region, at, registers[REG_ERR] & (1 << 1), PS_DIE);
     }
     put(&text, "\n");
-    if (write(STDERR_FILENO, text.at, text.length) < 0)
-        return; /* nobody listens; the process ends all the same */
+    say(&text);
 }
 
 /* -- The chain ------------------------------------------------------------------------------------------------- */

@@ -494,6 +494,7 @@ ps_process_next(struct ps_region *region); /* of those that were ever open; NULL
 int ps_process_tid(void);                  /* of the calling thread */
 const char *ps_process_command(void);      /* PS_COMMAND bytes: its command line, of when it had its first region */
 int ps_process_holder(void);               /* as whom it takes words */
+int ps_process_told_too(void);             /* ps_tell_also's */
 struct ps_proxy *ps_process_proxy(void);   /* NULL: it is itself */
 void ps_process_set_proxy(struct ps_proxy *proxy);
 struct ps_waiter *ps_process_waiter(void);

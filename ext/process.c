@@ -48,6 +48,7 @@ static uint32_t forks;
 static int forker;     /* our parent, as it forked us; 0: we were not */
 static uint64_t pidns; /* as /proc said once; 0: unknown */
 static char command[PS_COMMAND];
+static _Atomic int told_too = -1;
 
 struct ps_chain *ps_process_chain(int signal) {
     return &chains[signal == SIGBUS];
@@ -86,6 +87,14 @@ int ps_process_tid(void) {
 
 const char *ps_process_command(void) {
     return command;
+}
+
+void ps_tell_also(int fd) {
+    atomic_store_explicit(&told_too, fd, memory_order_relaxed);
+}
+
+int ps_process_told_too(void) {
+    return atomic_load_explicit(&told_too, memory_order_relaxed);
 }
 
 struct ps_proxy *ps_process_proxy(void) {

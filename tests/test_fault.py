@@ -268,7 +268,7 @@ def test_fenced_process_says_so(region: Region, fork: Fork, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("capture", ["fd", "no"])
 def test_under_pytest(tmp_path: Path, capture: str) -> None:
-    """pytest enables faulthandler before us, and takes stderr for itself: the line shows where it lets it through."""
+    """pytest enables faulthandler before us, on a copy of stderr, and takes stderr for itself."""
     test = tmp_path / "test_stray.py"
     test.write_text(
         "import pyshare\n"
@@ -286,7 +286,43 @@ def test_under_pytest(tmp_path: Path, capture: str) -> None:
     assert ran.returncode == -signal.SIGSEGV
     assert "in test_stray" in ran.stderr
     assert ran.stderr.count(TRACEBACK) == 1
-    assert ran.stderr.count("pyshare: forbidden store") == (capture == "no")
+    assert ran.stderr.count("pyshare: forbidden store") == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (["enable(log)", "create()"], True),
+        (["create()", "enable(log)"], True),
+        (["enable()", "create()", "enable(log)"], True),
+        (["create()", "enable(log)", "disable()"], False),
+        (["enable(log)", "create()", "enable()"], False),
+        (["enable(log)", "disable()", "create()"], False),
+    ],
+)
+def test_the_line_goes_where_faulthandler_writes(
+    run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, steps: list[str], told: bool
+) -> None:
+    """And to stderr; once, where that is the same."""
+    log = tmp_path / "log"
+    ran = run_python(
+        "import sys, pyshare\n"
+        "from faulthandler import enable, disable\n"
+        "def create():\n"
+        "    global region\n"
+        "    region = pyshare.create(size=4096, prot=pyshare.READ)\n"
+        "log = open(sys.argv[1], 'w')\n" + "\n".join(steps) + "\nregion.buf[0] = 1\n",
+        str(log),
+    )
+    assert ran.returncode == -signal.SIGSEGV
+    assert ran.stderr.count("pyshare: forbidden store") == 1
+    assert log.read_text().count("pyshare: forbidden store") == told
+    assert log.read_text().count(TRACEBACK) == told
+
+
+def test_what_pytest_loads_is_light(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    ran = run_python("import sys, _pyshare_faulthandler; print('pyshare' in sys.modules)")
+    assert ran.stdout == "False\n"
 
 
 # -- Others': as if we were not there ------------------------------------------------------------------------------

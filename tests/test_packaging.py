@@ -112,6 +112,7 @@ def test_sdist_has_every_file(sdist: Path) -> None:
 
 def test_wheel_has_every_module(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
+        assert "_pyshare_faulthandler.py" in archive.namelist()
         packed = {name for name in archive.namelist() if name.startswith("pyshare/")}
     kept = [path for path in (ROOT / "pyshare").rglob("*") if path.suffix in (".py", ".pyi", ".typed")]
     assert {str(path.relative_to(ROOT)) for path in kept} <= packed

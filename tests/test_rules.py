@@ -101,7 +101,7 @@ MAY_CALL = {
     "create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
     "dirty.c": set(),
     "engine.c": {"mprotect"},
-    "fault.c": {"getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
+    "fault.c": {"fstat", "getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
     | {"sigaddset", "sigandset", "sigemptyset", "sigisemptyset"},
     "freeze.c": set(),
     "image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
