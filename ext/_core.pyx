@@ -176,6 +176,7 @@ cdef extern from "core.h" nogil:
     int ps_ready_now(const ps_region *region)
     uint32_t ps_forks()
     const char *ps_corrupt_field(const ps_region *region)
+    int ps_room(int fd, uint64_t *needed, uint64_t *most)
     void *ps_address(const ps_region *region)
     uint64_t ps_size(const ps_region *region)
     uint64_t ps_generation(const ps_region *region)
@@ -387,6 +388,20 @@ cdef raise_code(int code, str doing, str field=None):
     if code == PS_EREGIONS:
         raise OSError(errno.EMFILE, f"{doing}: this process has {PS_REGIONS_MAX} regions open, which is the limit")
     raise OSError(-code, f"{doing}: {os.strerror(-code)}")
+
+
+cdef raise_opening(int code, str doing, int fd, const char *field):
+    """The same, of a region that could not be mapped: there may be too little address space."""
+    cdef uint64_t needed = 0, most = 0
+    if code == -errno.ENOMEM and not ps_room(fd, &needed, &most):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        takes = f"{doing}: {os.strerror(errno.ENOMEM)}: the region takes {needed} bytes of address space"
+        if needed > most:
+            raise OSError(errno.ENOMEM, f"{takes}, and one can have {most}: make it smaller, or several of it")
+        if limit != resource.RLIM_INFINITY:
+            raise OSError(errno.ENOMEM, f"{takes}, up to 11 times its size, and this process may have {limit} in all "
+                          "(RLIMIT_AS; ulimit -v): raise the limit, or make the region smaller")
+    raise_code(code, doing, None if field is NULL else field.decode())
 
 
 cdef list pids_of(ps_outcome *outcome):
@@ -1638,7 +1653,7 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
         raise OSError(EOPNOTSUPP, "attach: the region has huge pages, which engine 'uffd' cannot change entry by entry; "
                                   "use 'auto' or 'mprotect'")
     if rc:
-        raise_code(rc, "attach", None if field is NULL else field.decode())
+        raise_opening(rc, "attach", fd, field)
     handle.region = region
     if ps_policy_of(region) != PS_DIE:
         expect_violations()

@@ -132,7 +132,7 @@ cdef class Observed(Mapped):
         cdef int rc = ps_observe(self.seen(), own, &field)
         if rc:
             os.close(own)
-            raise_code(rc, "observe", None if field is NULL else field.decode())
+            raise_opening(rc, "observe", fd, field)
         self.region = self.seen()
         self.readonly = True
         hold_arrays()

@@ -25,6 +25,7 @@ cdef extern from "core.h" nogil:
         uint64_t generation
         uint64_t size
         uint64_t pages
+    uint32_t ps_areas(const ps_region *region)
     int ps_snapshot_take(ps_region *region, int64_t deadline, ps_outcome *outcome, ps_snapshot *snapshot, flag *shared)
     int ps_snapshot_adopt(int fd, uint32_t index, uint32_t word, uint64_t generation, ps_snapshot *snapshot,
                           const char **field)
@@ -340,6 +341,12 @@ cdef Snapshot snapshot_of(Holding holding, name):
     return snapshot
 
 
+cdef raise_full(uint32_t areas):
+    if not areas:
+        raise _errors.ShareError("snapshot: above 6.4 TiB a region has no room for one in a process's address space")
+    raise _errors.ShareError(f"snapshot: as many are alive as the region has room for (at most {areas}); close one")
+
+
 def take_snapshot(Handle handle not None, timeout):
     """Handle.snapshot; see Region.snapshot."""
     cdef ps_outcome outcome
@@ -358,7 +365,7 @@ def take_snapshot(Handle handle not None, timeout):
         if rc == PS_ETIMEOUT:
             raise_timeout(&outcome, "snapshot")
         if rc == PS_EAREAS:
-            raise _errors.ShareError("snapshot: as many are alive as the region has room for (at most 8); close one")
+            raise_full(ps_areas(handle.region))
         if rc:
             raise_code(rc, "snapshot", handle.corrupt_field())
         name = ps_name(handle.region).decode() or None

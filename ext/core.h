@@ -141,9 +141,13 @@ int ps_ready_now(const struct ps_region *region); /* 1; 0: it takes the former; 
 uint32_t ps_forks(void); /* how many forks lie between the first region's process and this one */
 const char *ps_corrupt_field(const struct ps_region *region);
 
+/* Bytes of address space that each participant takes for the region, and the most that one may have. */
+int ps_room(int fd, uint64_t *needed, uint64_t *most);
+
 /* What it is. */
 void *ps_address(const struct ps_region *region);
 uint64_t ps_size(const struct ps_region *region);
+uint32_t ps_areas(const struct ps_region *region);     /* how many snapshots may be alive */
 uint64_t ps_page_size(const struct ps_region *region); /* of which ranges are whole multiples */
 uint64_t ps_generation(const struct ps_region *region);
 const char *ps_name(const struct ps_region *region);

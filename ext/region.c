@@ -214,10 +214,25 @@ static int map_at(uintptr_t address, uint64_t length, int prot, int flags, int f
 
 #define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
+#define SPAN_MAX (PS_FAR_SIZE / 2)
+
+static uint64_t span_of(const struct ps_shape *shape) {
+    return ps_data_offset(shape) + 3 * ps_window_offset(shape) + shape->areas * shape->pages * PS_PAGE;
+}
+
+int ps_room(int fd, uint64_t *needed, uint64_t *most) {
+    struct ps_shape shape;
+    const char *field;
+    int rc = ps_region_validate(fd, &shape, &field);
+    *needed = rc ? 0 : span_of(&shape);
+    *most = SPAN_MAX;
+    return rc;
+}
+
 int ps_region_place(struct ps_region *region) {
-    uint64_t data = ps_data_offset(&region->shape), room_of_one = ps_window_offset(&region->shape);
-    region->span = data + 3 * room_of_one + region->shape.areas * region->shape.pages * PS_PAGE;
-    if (region->span > PS_FAR_SIZE / 2)
+    uint64_t data = ps_data_offset(&region->shape);
+    region->span = span_of(&region->shape);
+    if (region->span > SPAN_MAX)
         return -ENOMEM;
     uint64_t unit = (uint64_t)region->shape.unit * PS_PAGE, step = unit > CHUNK ? unit : CHUNK;
     uint64_t room = (PS_FAR_SIZE - region->span) / step - data / step - 1;
@@ -550,6 +565,10 @@ void *ps_address(const struct ps_region *region) {
 
 uint64_t ps_size(const struct ps_region *region) {
     return region->shape.size;
+}
+
+uint32_t ps_areas(const struct ps_region *region) {
+    return region->shape.areas;
 }
 
 uint64_t ps_page_size(const struct ps_region *region) {

@@ -472,7 +472,8 @@ def create(
 
     Args:
         name: 1 to 200 characters of letters, digits, '.', '_' and '-', not beginning with '.'; None for no name.
-        size: bytes; need not be whole pages.
+        size: bytes; need not be whole pages. At most some 10.6 TiB: a region takes 11 times its size (large ones less,
+            with room for fewer snapshots) of each participant's address space, which ``ulimit -v`` counts.
         mode: permission bits of the memory and the name, less the umask; its owner's are needed to attach.
         prot: the protection of every page at first.
         max_participants: 1 to 2,047.
