@@ -361,10 +361,22 @@ def test_dirty_since_a_snapshot() -> None:
 
 def test_a_wait_in_vain() -> None:
     told = Told()
-    told.op(0, words.LOCK, 0, 3.0, at=(1, 3001), out=words.TIMEOUT, value=[None, [101]])
+    told.op(0, words.SNAPSHOT, 3.0, at=(1, 3001), out=words.TIMEOUT, value=[None, [101]])
     only(told.findings(), "it waited in vain")
     told.history.stops.append((101, 500 * MS, 2900 * MS))
     assert told.findings() == []
+
+
+@pytest.mark.parametrize(("stopped", "wrong"), [((50, 500), False), ((5, 500), True)])
+def test_a_lock_that_who_waits_keeps_from_others(stopped: tuple[int, int], wrong: bool) -> None:
+    """One that was stopped after it may have had it keeps it rightly; one that cannot have had it does not."""
+    told = Told()
+    name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
+    told.op(1, words.UNLOCK, name, "release", at=(19, 20))
+    told.op(0, words.LOCK, 0, 3.0, at=(3, 505), value=[False])
+    told.op(1, words.LOCK, 0, 0.2, at=(100, 301), out=words.TIMEOUT, value=[None, [100]])
+    told.history.stops.append((100, stopped[0] * MS, stopped[1] * MS))
+    assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
 
 
 def test_a_call_that_takes_too_long() -> None:

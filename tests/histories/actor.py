@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import gc
 import os
+import profile
 import resource
 import signal
 import sys
@@ -46,6 +47,8 @@ class Actor:
         self.boxes, self.own_boxes = stage.box_senders, stage.box_receivers
         self.ways, self.own_ways = stage.way_senders, stage.way_receivers
         self.soft = self.is_child = self.is_full = False
+        self.raised = self.caught = 0  # exceptions of Ctrl-C
+        self.bag = bytearray()  # of all threads
         self.region = stage.region
         self.releaser: Releaser | None = None
 
@@ -96,7 +99,10 @@ class Actor:
     def _live(self, worker: Worker, plan: Plan) -> None:
         if worker.is_blocked:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        worker.live(plan["steps"])
+        if "profiler" in self.extras and worker.is_main:
+            profile.Profile().runcall(worker.live, plan["steps"])
+        else:
+            worker.live(plan["steps"])
 
     def _join(self, log: Log) -> None:
         """It is a participant already, by the fork; or it leaves, and comes again by another way."""
@@ -149,6 +155,7 @@ class Actor:
         self.stage.tell_handled(self.index, number)
         if number == signal.SIGINT and self.soft:
             self.soft = False
+            self.raised += 1
             raise KeyboardInterrupt
 
     # -- Its own troubles ----------------------------------------------------------------------------------------------
@@ -168,14 +175,14 @@ class Actor:
         sys.settrace(trace)
 
     def _profile(self) -> None:
-        def profile(_frame: object, _event: str, _argument: object) -> None:
+        def look(_frame: object, _event: str, _argument: object) -> None:
             return None
 
-        threading.setprofile(profile)
-        sys.setprofile(profile)
+        threading.setprofile(look)
+        sys.setprofile(look)
 
     def _descriptors(self) -> None:
-        """All but a few are taken; after the threads' logs are open they need none."""
+        """All but a few are taken, or all but one."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = min(soft, 1024)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -183,7 +190,7 @@ class Actor:
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.dup(0))
-        for fd in taken[-4 - len(self.own["threads"]) :]:
+        for fd in taken[-self.own["free"] :]:
             os.close(fd)
 
     def _mappings(self) -> None:

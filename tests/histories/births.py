@@ -31,7 +31,8 @@ class Births(Imaging):
         if self.actor.is_child:
             return
         self.forks += 1
-        number, pid, ended = self.do(words.FORK, (f"{self.actor.name}-{self.slot}.{self.forks}",), os.fork)
+        name = f"{self.actor.name}-{self.slot}.{self.forks}"
+        number, pid, ended = self.do(words.FORK, (name,), os.fork, soft=False)  # in its hooks exceptions are lost
         if pid is FAILED:
             return
         if pid == 0:

@@ -134,6 +134,7 @@ class Hand:
     def __init__(self, actor: Actor, slot: int, log: Log, value: int, cell: int) -> None:
         self.actor, self.slot, self.log = actor, slot, log
         self.scratch = reserve(os.memfd_create("scratch"))
+        self.source = reserve(os.memfd_create("source"))
         self.pipe = [reserve(end) for end in os.pipe2(os.O_NONBLOCK)]
         self.on = Ground(actor.region, 0, self.scratch)
         self.hot: list[int] = actor.plan["hot"]
@@ -146,18 +147,21 @@ class Hand:
         self._value += 1
         return self._value
 
-    def do(self, kind: str, arguments: tuple[Any, ...], call: Callable[[], Any]) -> tuple[int, Any, int]:
+    def do(
+        self, kind: str, arguments: tuple[Any, ...], call: Callable[[], Any], *, soft: bool = True
+    ) -> tuple[int, Any, int]:
         """(number, what it returned, when); FAILED where it raised, which is written down. Else the caller ends it."""
         log, actor, result = self.log, self.actor, None
         number = log.begin(kind, self.on.participant, *arguments)
         try:
-            actor.soft = self.is_main
+            actor.soft = self.is_main and soft
             result = call()
             at = time.monotonic_ns()
             actor.soft = False
         except BaseException as error:
             at = time.monotonic_ns()
             actor.soft = False
+            actor.caught += isinstance(error, KeyboardInterrupt)
             result = None  # a lease that was had at the last moment goes before the end is told
             log.end(number, *describe(error), at=at if not isinstance(error, KeyboardInterrupt) else None)
             return number, FAILED, at
@@ -194,7 +198,23 @@ class Hand:
         means = "read" if self.is_blocked else step["means"]
         if not self.may(step, pyshare.READ | pyshare.WRITE):
             return
-        self.load(step["at"], means)
+        if means == "bag":
+            self.load_into_bag(step["at"])
+        else:
+            self.load(step["at"], means)
+
+    def load_into_bag(self, index: int) -> None:
+        """Into a bytearray that all threads of the process use: what it holds nobody knows, but that it lives on."""
+        at, bag, view = self.hot[index] * PAGE, self.actor.bag, self.on.view
+
+        def load() -> None:
+            bag[len(bag) // 2 : 0] = view[at : at + PAGE]
+            if len(bag) > 16 * PAGE:
+                bag.clear()
+
+        number, result, ended = self.do(words.LOAD, (index, 1, "bag", ""), load)
+        if result is not FAILED:
+            self.log.end(number, words.OK, "", at=ended)
 
     def load(self, index: int, means: str) -> None:
         load, at = LOADS[means], self.hot[index] * PAGE

@@ -78,7 +78,7 @@ class Holding(Hand):
     def take_lease(self, step: Step) -> tuple[str, Any]:
         """(its name, the lease or FAILED)"""
         offset, length = self.pages_of(step)
-        window, timeout = step["window"], step["timeout"]
+        window, timeout = step["window"] and not self.is_blocked, step["timeout"]
         region = self.on.region
         number, lease, ended = self.do(
             words.LEASE,
@@ -102,6 +102,8 @@ class Holding(Hand):
 
     def transact(self, step: Step, name: str, view: memoryview) -> None:
         """The same value at all places of all pages; before it a look at what the last holder left."""
+        if self.is_blocked:
+            step = {**step, "means": "write"}
         pages = self.hot[step["at"] : step["at"] + step["count"]]
         starts = [(page - pages[0]) * PAGE for page in pages]
         self.load_leased(step, name, view, starts)
@@ -113,10 +115,17 @@ class Holding(Hand):
                 self.take_steps(step["inner"])
 
     def load_leased(self, step: Step, name: str, view: memoryview, starts: list[int]) -> None:
+        pages = self.hot[step["at"] : step["at"] + step["count"]]
+
+        def load() -> list[bytes | memoryview]:
+            if self.is_blocked:  # a fault could not be told to it
+                return [self.on.region.read(page * PAGE, PAGE) for page in pages]
+            return [view[at : at + PAGE] for at in starts]
+
         number, result, ended = self.do(
             words.LOAD,
             (step["at"], step["count"], "lease", name),
-            lambda: b"".join(self.words_of(view[at : at + PAGE]) for at in starts),
+            lambda: b"".join(map(self.words_of, load())),
         )
         if result is not FAILED:
             self.log.end(number, words.OK, result, at=ended)
@@ -134,7 +143,11 @@ class Holding(Hand):
             for at in starts:
                 array[(at + within) // WORD] = value
 
-        store = by_numpy if step["means"] == "numpy" else by_view
+        def by_write() -> None:
+            for page in self.hot[step["at"] : step["at"] + step["count"]]:
+                self.on.region.write(page * PAGE + within, data)
+
+        store = {"numpy": by_numpy, "view": by_view, "write": by_write}[step["means"]]
         arguments = (name, step["at"], step["count"], place, value, step["means"])
         number, result, ended = self.do(words.TRANSACT, arguments, store)
         if result is not FAILED:

@@ -128,29 +128,37 @@ class Holds:
     def _whole(self) -> Iterator[str]:
         """Under a lease the last transaction is there as a whole, unless one was told of the dead."""
         leased = slice(len(self._facts.places) - len(words.LEASED_AT), None)
-        cut_off = self._cut_off()
+        halves = [self._halves(page, leased) for page in range(self._facts.hot)]
         for op in self._facts.by_kind[words.LOAD]:
             if op.args[2] != "lease" or op.outcome != words.OK:
                 continue
             taken = self._facts.by_id[op.args[3]]
-            if taken.value[0] or op.end > cut_off:
-                continue
             for index, values in enumerate(self._facts.pages_of(op.value)):
-                if len(set(values[leased])) > 1:
+                page = op.args[0] + index
+                if (
+                    len(set(values[leased])) > 1
+                    and not taken.value[0]
+                    and not halves[page].any_meeting(op.begin, op.end)
+                ):
                     found = [hex(value) for value in values[leased]]
-                    what = f"hot page {op.args[0] + index}: a lease found half of a transaction: {found}"
-                    yield finding(what, taken, op)
+                    yield finding(f"hot page {page}: a lease found half of a transaction: {found}", taken, op)
 
-    def _cut_off(self) -> int:
-        """Since when half of a transaction may be in memory: one was cut off, or such an image was restored."""
+    def _halves(self, page: int, leased: slice) -> Intervals[Op]:
+        """When half of a transaction may be there: one was cut off, or restored, and none was whole since."""
         facts = self._facts
-        leased = slice(len(facts.places) - len(words.LEASED_AT), None)
-        halves = {
-            name for name, pages in facts.contents.items() if any(len(set(values[leased])) > 1 for values in pages)
-        }
-        cut = [op.begin for op in facts.by_kind[words.TRANSACT] if op.outcome != words.OK]
-        cut += [op.begin for op in facts.by_kind[words.RESTORE] if op.outcome != words.OK or op.args[0] in halves]
-        return min(cut, default=FOREVER)
+        on = [op for op in facts.by_kind[words.TRANSACT] if op.args[1] <= page < op.args[1] + op.args[2]]
+        whole = sorted(op.end for op in on if op.args[3] == words.PLACES - 1 and op.outcome == words.OK)
+        cut = [(op.begin, op.end, op) for op in on if op.outcome != words.OK]
+        cut += [
+            (hold.op.begin, hold.possible[1], hold.op)
+            for hold in facts.leases_on[page].meeting(-1, FOREVER)
+            if hold.died
+        ]
+        for op in facts.by_kind[words.RESTORE]:
+            pages = facts.contents.get(op.args[0])
+            if op.outcome != words.OK or pages is None or len(set(pages[page][leased])) > 1:
+                cut.append((op.begin, op.end, op))
+        return Intervals((begin, _first_after(whole, end), op) for begin, end, op in cut)
 
     def _nothing_changes(self) -> Iterator[str]:
         """Where no store is possible all loads find the same."""
@@ -159,7 +167,7 @@ class Holds:
             loads = [
                 (op, self._facts.pages_of(op.value)[page - op.args[0]])
                 for op in self._facts.by_kind[words.LOAD]
-                if op.args[0] <= page < op.args[0] + op.args[1] and op.outcome == words.OK
+                if op.args[0] <= page < op.args[0] + op.args[1] and op.outcome == words.OK and op.value
                 if not self._facts.is_private(op)
             ]
             loads.sort(key=lambda load: load[0].begin)
@@ -190,3 +198,8 @@ class Holds:
 def over(hold: Hold) -> list[Op]:
     """What ended it, if anything did."""
     return [hold.over] if hold.over else []
+
+
+def _first_after(times: list[int], at: int) -> int:
+    index = bisect.bisect_right(times, at)
+    return times[index] if index < len(times) else FOREVER

@@ -22,16 +22,18 @@ PATIENT = 3.0  # seconds: a timeout of this length comes only where somebody is 
 PROTECTIONS = [READ] * 8 + [READ_WRITE] * 8 + [0, 0, 2, 4, 5, 6, 7, 7]
 
 STORES = ["view", "view", "numpy", "ctypes", "write", "pack", "fill", "syscall"]
-LOADS = ["read", "read", "view", "numpy", "ctypes"]
+LOADS = ["read", "read", "view", "numpy", "ctypes", "bag"]
 ENDS = ["release", "release", "with", "handed", "dropped"]
 ALL = [
     "change", "store", "load", "transact", "nine", "lock", "freeze", "snapshot", "look", "save", "pass", "adopt",
     "drop", "restore", "dirty", "generation", "readinto", "receive", "send", "fork", "attach", "observe",
+    "pour", "stem",
 ]  # fmt: skip
 SELDOM = {"fork": 0.1, "attach": 0.15, "observe": 0.2, "nine": 0.3, "save": 0.3, "pass": 0.3,
           "restore": 0.5, "freeze": 0.5, "generation": 0.5}  # fmt: skip
 TROUBLES = ["kill", "stop", "term", "int", "point"]
-EXTRAS = ["gc", "trace", "profile", "descriptors", "mappings", "blocked", "closerange"]
+EXTRAS = ["gc", "trace", "profile", "profiler", "descriptors", "mappings", "blocked", "closerange"]
+BULK = 8192  # pages of a part that is stored to at once
 POINTS = [
     "C1_lock", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "A2_apply", "R1_claim", "R2_remote",
     "H1_take", "H2_open", "H3_close", "H4_release", "K1_close", "K2_wait", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
@@ -60,7 +62,7 @@ class _Deviser:
         return {"at": at, "count": min(rng.choice([1, 1, 1, 2, most, hot]), hot - at)}
 
     def _patience(self) -> Step:
-        return {"timeout": PATIENT if self._rng.random() < 0.9 else self._rng.choice([0.0, 0.001, 0.03])}
+        return {"timeout": PATIENT if self._rng.random() < 0.9 else self._rng.choice([0.0, 0.001, 0.03, 0.2])}
 
     def _page(self) -> Step:
         return {"at": self._rng.randrange(len(self._plan["hot"]))}
@@ -154,6 +156,12 @@ class _Deviser:
         engine = self._rng.choice(["auto", "mprotect", "uffd"])
         return {"engine": engine, "by": self._rng.choice(["name", "fd"]), "steps": self._few()}
 
+    def _pour(self) -> Step:
+        return {}
+
+    def _stem(self) -> Step:
+        return {"pause": self._pause()}  # microseconds
+
     def _observe(self) -> Step:
         return self._page()
 
@@ -186,16 +194,19 @@ def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int)
     while kinds and (at := at + rng.expovariate(1 / mean)) < seconds:
         trouble: dict[str, Any] = {"at": round(at, 4), "what": rng.choice(kinds), "whom": rng.randrange(actors)}
         if trouble["what"] == "stop":
-            trouble["for"] = round(rng.choice([0.002, 0.02, 0.2]) * rng.uniform(0.5, 1.5), 4)
+            trouble["for"] = round(rng.choice([0.002, 0.02, 0.2, 0.6]) * rng.uniform(0.5, 1.5), 4)
         troubles.append(trouble)
     return troubles
 
 
 def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: list[int], extras: list[str]) -> Plan:
+    own = [extra for extra in extras if rng.random() < 0.3]
+    if "profiler" in own:
+        own = [extra for extra in own if extra != "profile"]  # there is one profile function
     threads: list[Plan] = []
     for slot in slots:
         deviser = _Deviser(rng, plan, weights)
-        if slot != slots[0] and rng.random() < 0.2:
+        if slot != slots[0] and "descriptors" not in own and rng.random() < 0.2:
             threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
         else:
             threads.append({"kind": "plain", "steps": deviser.steps(120)})
@@ -204,8 +215,9 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
         "engine": rng.choice(["auto", "uffd", "mprotect"]),
         "policy": rng.choice(["die", "raise", "raise", "wait"]),
         "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
-        "extras": [extra for extra in extras if rng.random() < 0.3],
+        "extras": own,
         "point": f"{rng.choice(POINTS)}={rng.choice(['kill', 'kill', 'stop'])}@{rng.randrange(1, 40)}",
+        "free": rng.choice([1, 1, 2, 8]),  # descriptors, where they are few
         "threads": threads,
     }
 
@@ -224,8 +236,11 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     plan["prot"] = rng.choice([READ, READ, READ_WRITE])
     plan["engine"] = rng.choice(["auto", "auto", "mprotect"])
     plan["named"] = rng.random() < 0.5
-    plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs
     chosen = only or [name for name in ALL if rng.random() < 0.5] or ALL
+    plan["bulk"] = BULK if only or rng.random() < 0.15 else 0
+    if not plan["bulk"]:
+        chosen = [name for name in chosen if name not in ("pour", "stem")]
+    plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs
     weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]

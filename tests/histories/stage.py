@@ -43,7 +43,7 @@ class Stage:
         name = f"histories-{os.getpid()}-{plan['seed']}" if plan["named"] else None
         region = pyshare.create(
             name,
-            size=plan["pages"] * 4096 + plan["tail"],
+            size=(plan["pages"] + plan["bulk"]) * 4096 + plan["tail"],
             prot=plan["prot"],
             engine=plan["engine"],
             max_participants=64,
@@ -54,6 +54,8 @@ class Stage:
             for page in range(0, plan["pages"], 2):
                 if page in others:
                     region.mprotect(page * 4096, 4096, pyshare.NONE)
+        if plan["bulk"]:
+            region.mprotect(plan["pages"] * 4096, plan["bulk"] * 4096, pyshare.READ)
         return region
 
     # -- The board -----------------------------------------------------------------------------------------------------
@@ -81,6 +83,15 @@ class Stage:
     def handled(self, actor: int, number: int) -> int:
         """How many signals of that number a handler of the actor has been called for, in all of its lives."""
         return self._counters[64 + 2 * actor + (number == signal.SIGINT)]
+
+    def tell_pouring(self, actor: int, pid: int) -> None:
+        """The process is in a large store; 0: it is over."""
+        self._counters[128 + actor] = pid
+
+    def pouring(self, other_than: int) -> int:
+        """One that is, or 0."""
+        pids = (self._counters[128 + actor] for actor in range(len(self.plan["actors"])) if actor != other_than)
+        return next((pid for pid in pids if pid), 0)
 
     def close(self) -> None:
         for one in (*self.way_senders, *self.way_receivers, *self.box_senders, *self.box_receivers):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import traceback
 
 from histories import words
-from histories.births import Births
 from histories.log import LogFull
 from histories.plan import Step
+from histories.pouring import Pouring
 
 
-class Worker(Births):
+class Worker(Pouring):
     """A thread that takes the steps of its plan, again and again."""
 
     def live(self, steps: list[Step]) -> None:
@@ -34,12 +34,16 @@ class Worker(Births):
         try:
             getattr(self, f"do_{step['do']}")(step)
         except KeyboardInterrupt:
+            self.actor.caught += 1
             self._close_operations()
         except LogFull:
             raise
         except BaseException:
             self.log.stray(traceback.format_exc())
             self._close_operations()
+        if self.is_main and self.actor.caught != self.actor.raised:
+            self.log.stray(f"{self.actor.raised} exceptions of Ctrl-C were raised, {self.actor.caught} arrived")
+            self.actor.caught = self.actor.raised
 
     def _close_operations(self) -> None:
         for number in list(self.log.under_way):

@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import ACCESSES, Facts, Intervals, finding
+from histories.facts import ACCESSES, Facts, Hold, Intervals, finding
 from histories.history import FOREVER, Life, Op
+from histories.images import without
 from histories.plan import PATIENT
 from histories.rights import Rights
 
 SECOND = 1_000_000_000
 GRACE = SECOND // 2  # beyond its timeout
-KILLED, SEGMENT, BUS = -9, -11, -7
+STOPPING = 2_000_000  # from the signal that stops to the last instruction
 MORE_MEMORY = 1 << 20  # bytes: what the control segment, and pages that were touched first, may have grown by
 TIMEOUT_AT = {  # which argument is the timeout
     words.CHANGE: 3, words.LEASE: 3, words.LOCK: 1, words.FREEZE: 0, words.SNAPSHOT: 0, words.RESTORE: 2,
@@ -49,6 +50,7 @@ class Waits:
         for life in self._history.lives.values():
             yield from self._death(life)
         yield from self._datagrams()
+        yield from self._stemmed()
         yield from self._left()
 
     # -- Outcomes ------------------------------------------------------------------------------------------------------
@@ -68,9 +70,16 @@ class Waits:
             case words.OK | words.TIMEOUT if op.kind in (words.SNAPSHOT, words.FREEZE):
                 if holds := self._certain_leases(op):
                     yield finding("it has a lease, and was not told that it would wait for itself", op, *holds)
+        yield from self._in_vain(op)
         patient = op.outcome == words.TIMEOUT and self._timeout(op) >= PATIENT
         if patient and not self._was_stopped(op) and self._lateness(op.begin, op.end) < SECOND:
             yield finding("it waited in vain, and nobody was stopped", op)
+
+    def _stemmed(self) -> Iterator[str]:
+        """After a revocation nothing is stored, not even by a process that is dying."""
+        for op in self._facts.by_kind[words.STEM]:
+            if op.outcome == words.OK and op.value[1] != op.value[2]:
+                yield finding("what may only be read has changed after the change had returned", op)
 
     def _may_fail(self, op: Op) -> bool:
         extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
@@ -98,6 +107,31 @@ class Waits:
             if hold.certain[0] < op.begin and op.end < hold.certain[1]
         ]
 
+    # -- Locks that nobody holds ---------------------------------------------------------------------------------------
+
+    def _in_vain(self, op: Op) -> Iterator[str]:
+        """A lock is waited for until a timeout, though nobody has had it for half of that time.
+
+        Who waits for it and is stopped does not have it, and may not keep it from others.
+        """
+        if op.kind != words.LOCK or op.outcome != words.TIMEOUT or self._timeout(op) < 0.1:
+            return
+        locks = [hold for hold in self._facts.locks if hold.op.args[0] == op.args[0]]
+        spans = sorted((self._since(hold, locks), hold.possible[1]) for hold in locks)
+        free = sum(end - begin for begin, end in without([(op.begin, op.end)], spans))
+        if free > (op.end - op.begin) // 2 + 2 * self._lateness(op.begin, op.end):
+            yield finding(f"a lock was waited for, and was free for {free / 1e9:.2f} s meanwhile", op)
+
+    def _since(self, hold: Hold, locks: list[Hold]) -> int:
+        """It was not held before that: others held it, and a taker that is stopped does not take."""
+        before = [other.certain[1] for other in locks if other is not hold and other.certain[1] < hold.op.end]
+        since = max([hold.op.begin, *before])
+        life = self._history.lives.get(hold.op.process)
+        for pid, begin, end in self._history.stops:
+            if life is not None and pid == life.pid and begin + STOPPING < since < end:
+                since = end
+        return min(since, hold.op.end)
+
     # -- Time ----------------------------------------------------------------------------------------------------------
 
     def _timeout(self, op: Op) -> float:
@@ -107,6 +141,12 @@ class Waits:
     def _was_stopped(self, op: Op) -> bool:
         return self._stops.any_meeting(op.begin, op.end)
 
+    def _may_wait(self, op: Op) -> bool:
+        """For a process that is stopped; but nobody's end is to wait for another."""
+        life = self._history.lives.get(op.process)
+        pids = set(self._stops.meeting(op.begin, op.end))
+        return bool(pids) and (op.kind != words.CLOSE or (life is not None and life.pid in pids))
+
     def _lateness(self, begin: int, end: int) -> int:
         first = bisect.bisect_left(self._late_at, begin)
         last = bisect.bisect_right(self._late_at, end + SECOND)
@@ -114,7 +154,7 @@ class Waits:
 
     def _in_time(self, op: Op) -> Iterator[str]:
         took = min(op.end, self._history.ops[-1].end) - op.begin
-        if took < GRACE or op.outcome is None or self._was_stopped(op):
+        if took < GRACE or op.outcome is None or self._may_wait(op):
             return
         life = self._history.lives.get(op.process)
         if op.kind == words.FORK or (op.kind in ACCESSES and life is not None and life.policy == "wait"):
@@ -131,14 +171,15 @@ class Waits:
         deaths = {life.pid: life.last for life in self._history.lives.values()}
         for sent, (number, pid, signal) in self._history.noted("signal"):
             end = min(handled.get(number, FOREVER), over[0] if over else FOREVER, deaths.get(pid, FOREVER))
-            if end - sent > SECOND + 2 * self._lateness(sent, end) and not self._stops.any_meeting(sent, end):
+            own = pid in self._stops.meeting(sent, end)
+            if end - sent > SECOND + 2 * self._lateness(sent, end) and not own:
                 came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
                 yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
 
     # -- Deaths --------------------------------------------------------------------------------------------------------
 
     def _death(self, life: Life) -> Iterator[str]:
-        killed = {values[0] for _, values in self._history.noted("kill")}
+        killed = {values[0] for _, values in self._history.noted("kill")}  # by the conductor, or who stems
         for at, values in self._history.noted("hangs"):
             if values[0] == life.pid and at > life.born:
                 yield finding(f"process {life.name} hangs, in: {values[1:]}", *self._under_way(life))
@@ -197,5 +238,5 @@ class Waits:
             if any(after[what] > before[what] for what in before):
                 yield finding(f"the conductor had {before} before, and {after} after it had closed the region")
         blocks = [values[0] for _, values in self._history.noted("blocks")]
-        if len(blocks) == 2 and blocks[1] > blocks[0] + MORE_MEMORY:
+        if len(blocks) == 2 and blocks[1] > blocks[0] + MORE_MEMORY + self._facts.plan.get("bulk", 0) * words.PAGE:
             yield finding(f"the region took {blocks[0]} bytes of memory, and in the end {blocks[1]}")

@@ -89,3 +89,5 @@ ATTACH = "attach"  # (engine, how) -> ()
 CLOSE = "close"  # ()
 OBSERVE = "observe"  # ()
 SEND = "send"  # (to, value)
+POUR = "pour"  # () -> bytes
+STEM = "stem"  # () -> (generation, what was there, what was there later)
