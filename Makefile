@@ -9,10 +9,10 @@ C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test everywhere soak lint format sanitize spec bench docs figures wheels clean
+.PHONY: help demo test everywhere soak soak-faults lint format sanitize spec bench docs figures wheels clean
 
 help:           ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed  ## a multi-process database buffer, with a rogue and a kill in it, 15 s (ARGS=--help)
 	@$(BIN)/python examples/database_buffer.py $(ARGS)
@@ -37,6 +37,9 @@ format: $(VENV)/linted  ## what lint wants to see
 
 soak: $(VENV)/tested  ## random histories of processes, judged by an oracle (SECONDS=3600; ARGS='--seed 7', ARGS=--help)
 	PYTHONPATH=tests $(BIN)/python -m histories.soak --seconds $(SECONDS) $(ARGS)
+
+soak-faults: $(VENV)/tested  ## how long the soak takes to see each fault that was mended (ARGS='snapshot_torn')
+	$(BIN)/python tests/faults/run.py $(ARGS)
 
 sanitize: $(VENV)/tested  ## the core's stress tests under ThreadSanitizer, AddressSanitizer and UBSan
 	$(BIN)/python -m pytest tests/test_sanitize.py --stress $(ARGS)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -530,3 +532,21 @@ def alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+# -- Faults that were mended -------------------------------------------------------------------------------------------
+
+FAULTS = sorted((Path(__file__).parent / "faults").glob("*.patch"))
+
+
+@pytest.mark.parametrize("patch", FAULTS, ids=lambda patch: patch.stem)
+def test_a_mended_fault_can_be_brought_back(patch: Path, tmp_path: Path) -> None:
+    """The patches fit the sources (tests/faults/run.py says how long the soak takes to see each)."""
+    root = Path(__file__).parent.parent
+    for name in re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.M):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    told = subprocess.run(
+        ["patch", "-p1", "--fuzz=0", "-d", tmp_path, "-i", patch], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout

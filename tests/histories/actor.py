@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import os
 import profile
@@ -19,6 +20,7 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pyshare
@@ -32,6 +34,7 @@ from histories.steps import Worker
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
+BEFORE, AFTER = ("gc", "trace", "profile"), ("descriptors", "mappings", "closerange")  # the threads begin
 
 
 class Actor:
@@ -48,6 +51,7 @@ class Actor:
         self.ways, self.own_ways = stage.way_senders, stage.way_receivers
         self.soft = self.is_child = self.is_full = False
         self.raised = self.caught = 0  # exceptions of Ctrl-C
+        self.begin = threading.Event()
         self.bag = bytearray()  # of all threads
         self.region = stage.region
         self.releaser: Releaser | None = None
@@ -67,11 +71,12 @@ class Actor:
         self._join(main)
         self.releaser = Releaser(Log(self.log_path("releaser")))
         threads = [self._thread(plan, slot) for slot, plan in zip(self._slots(), self.own["threads"], strict=True)]
-        self._trouble_itself()
-        self.releaser.start()
-        self.stage.tell_ready(self.index)
-        for thread, _ in threads[1:]:
+        self._trouble_itself(BEFORE)
+        for thread in (self.releaser, *(thread for thread, _ in threads[1:])):
             thread.start()
+        self._trouble_itself(AFTER)  # without room for a stack no thread begins
+        self.stage.tell_ready(self.index)
+        self.begin.set()
         threads[0][1]()
         for thread, _ in threads[1:]:
             thread.join()
@@ -83,22 +88,29 @@ class Actor:
         before = sum(len(actor["threads"]) for actor in self.plan["actors"][: self.index])
         return range(before, before + len(self.own["threads"]))
 
-    def _thread(self, plan: Plan, slot: int) -> tuple[threading.Thread, Any]:
+    def _thread(self, plan: Plan, slot: int) -> tuple[threading.Thread, Callable[[], None]]:
         log = Log(self.log_path(slot))
         value = words.first_value(slot, self.life, 0)
         if plan["kind"] == "loop":
             loop = Loop(self, slot, log, value, slot)
-            body = lambda: loop.live(plan["tasks"])  # noqa: E731
+            body = functools.partial(loop.live, plan["tasks"])
         else:
             worker = Worker(self, slot, log, value, slot)
             worker.is_main = slot == self._slots()[0]
-            worker.is_blocked = "blocked" in self.extras and not worker.is_main
-            body = lambda: self._live(worker, plan)  # noqa: E731
-        return threading.Thread(target=body, daemon=True), body
+            worker.is_blocked = "masked" in self.extras and not worker.is_main
+            body = functools.partial(self._live, worker, plan)
+
+        def begin() -> None:
+            self.begin.wait()
+            body()
+
+        return threading.Thread(target=begin, daemon=True), body
 
     def _live(self, worker: Worker, plan: Plan) -> None:
-        if worker.is_blocked:
+        if "blocked" in self.extras and not worker.is_main:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        if worker.is_blocked:  # behind Python's back, so SIGSEGV and SIGBUS too
+            LIBC.pthread_sigmask(signal.SIG_BLOCK, b"\xff" * 128, None)
         if "profiler" in self.extras and worker.is_main:
             profile.Profile().runcall(worker.live, plan["steps"])
         else:
@@ -160,9 +172,10 @@ class Actor:
 
     # -- Its own troubles ----------------------------------------------------------------------------------------------
 
-    def _trouble_itself(self) -> None:
-        for extra in self.extras:
-            getattr(self, f"_{extra}", lambda: None)()
+    def _trouble_itself(self, kinds: tuple[str, ...]) -> None:
+        for extra in kinds:
+            if extra in self.extras:
+                getattr(self, f"_{extra}")()
 
     def _gc(self) -> None:
         gc.set_threshold(1)

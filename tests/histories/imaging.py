@@ -65,14 +65,16 @@ class Imaging(Holding):
             self.drop(-1 if not step["keep"] else 0, "close")
 
     def look(self, kept: Kept, means: str) -> bool:
-        """All of it is read; False: something went wrong."""
+        """Its hot pages are read; False: something went wrong."""
         snapshot = kept.snapshot
 
         def read() -> tuple[bytes, int]:
-            whole = snapshot if means == "view" else snapshot.read(0, snapshot.size)
-            with memoryview(whole) as data:
-                hot = [self.words_of(data[page * PAGE : (page + 1) * PAGE]) for page in self.hot]
-                return b"".join(hot), zlib.crc32(data)
+            if means == "view":
+                with memoryview(snapshot) as data:
+                    pages = [bytes(data[page * PAGE : (page + 1) * PAGE]) for page in self.hot]
+            else:
+                pages = [snapshot.read(page * PAGE, PAGE) for page in self.hot]
+            return b"".join(map(self.words_of, pages)), zlib.crc32(b"".join(pages))
 
         number, result, ended = self.do(words.LOOK, (kept.name, means), read)
         if result is FAILED:

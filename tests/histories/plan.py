@@ -32,7 +32,7 @@ ALL = [
 SELDOM = {"fork": 0.1, "attach": 0.15, "observe": 0.2, "nine": 0.3, "save": 0.3, "pass": 0.3,
           "restore": 0.5, "freeze": 0.5, "generation": 0.5}  # fmt: skip
 TROUBLES = ["kill", "stop", "term", "int", "point"]
-EXTRAS = ["gc", "trace", "profile", "profiler", "descriptors", "mappings", "blocked", "closerange"]
+EXTRAS = ["gc", "trace", "profile", "profiler", "descriptors", "mappings", "blocked", "masked", "closerange"]
 BULK = 8192  # pages of a part that is stored to at once
 POINTS = [
     "C1_lock", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "A2_apply", "R1_claim", "R2_remote",
@@ -237,7 +237,7 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     plan["engine"] = rng.choice(["auto", "auto", "mprotect"])
     plan["named"] = rng.random() < 0.5
     chosen = only or [name for name in ALL if rng.random() < 0.5] or ALL
-    plan["bulk"] = BULK if only or rng.random() < 0.15 else 0
+    plan["bulk"] = BULK if rng.random() < 0.15 or "pour" in (only or []) else 0
     if not plan["bulk"]:
         chosen = [name for name in chosen if name not in ("pour", "stem")]
     plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs

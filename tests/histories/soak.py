@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -92,8 +93,8 @@ def _conduct(plan: Plan, folder: str) -> NoReturn:
 class Soak:
     """What a run of many episodes has seen."""
 
-    def __init__(self, keep: str) -> None:
-        self.keep = keep
+    def __init__(self, keep: str, ignored: re.Pattern[str] | None) -> None:
+        self.keep, self.ignored = keep, ignored
         self.episodes = self.bad = self.ops = 0
         self.met: Counter[coverage.Pair] = Counter()
         self._start = time.monotonic()
@@ -104,7 +105,7 @@ class Soak:
     def episode(self, plan: Plan) -> list[str]:
         """Plays and judges one; a history with findings is kept in a file."""
         history = play_aside(plan)
-        found = oracle.judge(history)
+        found = [each for each in oracle.judge(history) if not (self.ignored and self.ignored.search(each))]
         self.episodes += 1
         self.ops += len(history.ops)
         self.met += coverage.count(Facts(history))
@@ -139,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calm", action="store_const", const=True, help="no trouble")
     parser.add_argument("--plan", help="play this plan (JSON), again and again")
     parser.add_argument("--go-on", action="store_true", help="also after a finding")
+    parser.add_argument("--ignore", type=re.compile, help="findings in which this is found are none")
     parser.add_argument("--keep", default=".", help="the folder for histories with findings")
     return parser.parse_args()
 
@@ -150,7 +152,7 @@ def main() -> int:
     if arguments.plan:
         with open(arguments.plan) as file:
             given = json.load(file)
-    soak = Soak(arguments.keep)
+    soak = Soak(arguments.keep, arguments.ignore)
     print(f"seed {seed}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while soak.seconds() < arguments.seconds:
