@@ -4,8 +4,8 @@
     python tests/faults/run.py snapshot_torn --seconds 600
 
 NAME.patch here undoes the mending of a fault (patch -p1); its first line says what the fault is.  The sources are
-copied, patched and built in a temporary directory, and the soak runs on that.  What it finds first is told: read whether
-it is that fault.  Exit status 1: one was not found.
+copied, patched and built in a temporary directory, and the soak runs on that.  What it finds first is told: read
+whether it is that fault.  Exit status 1: one was not found.
 Lives here: copying, building, telling.  Not here: the soak (tests/histories).
 """
 

@@ -31,6 +31,7 @@ LIBC = ctypes.CDLL(None)
 PR_SET_CHILD_SUBREAPER = 36
 LOOK = 0.002  # seconds between two looks
 LATE = 0.01
+OPEN_SECONDS = 0.2  # the conductor itself waits for nobody longer
 LIVES = 40  # of all actors
 END_SECONDS = 20.0  # after which a process that does not end hangs
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT}
@@ -156,6 +157,8 @@ class Conductor:
         """All come to their end: who waits for a page gets it; who does not come hangs."""
         self.stage.end()
         self.log.note("over")
+        self.stopped = dict.fromkeys(self.stopped, 0.0)  # they go on at the next look
+        self._look()
         end = self.now + END_SECONDS
         opened = 0.0
         while self.pids and self._look() < end:
@@ -184,10 +187,12 @@ class Conductor:
     def _open(self) -> None:
         """Everything may be written by everybody, at last."""
         hot = self.plan["hot"]
-        number = self.log.begin(words.CHANGE, 0, 0, len(hot), 3, 2.0)
+        number = self.log.begin(words.CHANGE, 0, 0, len(hot), 3, OPEN_SECONDS)
         try:
             length = (hot[-1] + 1 - hot[0]) * words.PAGE
-            self.log.end(number, words.OK, self.stage.region.mprotect(hot[0] * words.PAGE, length, 3, timeout=2.0))
+            self.log.end(
+                number, words.OK, self.stage.region.mprotect(hot[0] * words.PAGE, length, 3, timeout=OPEN_SECONDS)
+            )
         except Exception as error:
             self.log.end(number, *describe(error))
 
