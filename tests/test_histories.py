@@ -103,11 +103,14 @@ def test_a_load_finds_what_was_stored_over() -> None:
     only(told.findings(), "which was not there at that time")
 
 
-def test_a_load_finds_what_nobody_has_stored() -> None:
+@pytest.mark.parametrize(("outcome", "what"), [(None, "nobody has stored"), (words.REFUSED, "has taken place")])
+def test_a_load_finds_what_nobody_has_stored(outcome: str | None, what: str) -> None:
     told = Told()
-    told.op(0, words.STORE, 0, "view", 7, 0, at=(1, 2), out=words.REFUSED)
-    told.op(1, words.LOAD, 0, 1, "read", "", at=(3, 4), value=page({0: 7}).hex())
-    assert any("which nobody has stored" in finding for finding in told.findings())
+    if outcome:
+        told.op(1, words.CHANGE, 0, 2, words.READ, 3.0, at=(1, 2), value=1)
+        told.op(0, words.STORE, 0, "view", 7, 0, at=(3, 4), out=outcome)
+    told.op(1, words.LOAD, 0, 1, "read", "", at=(5, 6), value=page({0: 7}).hex())
+    only(told.findings(), what)
 
 
 def test_what_a_dead_process_was_storing_may_be_there_or_not() -> None:

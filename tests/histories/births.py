@@ -45,7 +45,12 @@ class Births(Imaging):
         code = 1
         try:
             self.actor.become_child(f"{self.actor.name}-{self.slot}.{self.forks}")
-            self.log = Log(self.actor.log_path(self.slot))
+            os.close(self.source)  # two descriptors that it needs for its log, should there be no others
+            self.actor.own_ways[self.slot].close()
+            try:
+                self.log = Log(self.actor.log_path(self.slot))
+            except BaseException:
+                os._exit(code)  # with no log of its own: the other one is its parent's
             self.log.note("born", self.actor.name, os.getpid(), self.actor.policy)
             self.cell = words.cell_of(self.slot, self.actor.stage.threads, True)
             self._value = words.first_value(self.cell, self.actor.life, self.forks)

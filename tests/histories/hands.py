@@ -104,6 +104,28 @@ def _store_by_syscall(on: Ground, at: int, value: int) -> None:
     os.preadv(on.scratch, [on.view[at : at + WORD]], 0)
 
 
+def _store_by_flat(on: Ground, at: int, value: int) -> None:
+    on.words.flat[at // WORD] = value
+
+
+def _store_by_real(on: Ground, at: int, value: int) -> None:
+    on.words[at // WORD : at // WORD + 1].real = value
+
+
+def _store_by_nditer(on: Ground, at: int, value: int) -> None:
+    with np.nditer(on.words[at // WORD : at // WORD + 1], op_flags=["writeonly"]) as items:
+        for item in items:
+            item[...] = value  # type: ignore[index]
+
+
+def _store_by_copyto(on: Ground, at: int, value: int) -> None:
+    np.copyto(on.words[at // WORD : at // WORD + 1], np.uint64(value))
+
+
+def _store_by_out(on: Ground, at: int, value: int) -> None:
+    np.add(np.uint64(value), np.uint64(0), out=on.words[at // WORD : at // WORD + 1])
+
+
 STORES: dict[str, Callable[[Ground, int, int], None]] = {
     "view": _store_by_view,
     "numpy": _store_by_numpy,
@@ -112,6 +134,11 @@ STORES: dict[str, Callable[[Ground, int, int], None]] = {
     "pack": _store_by_pack,
     "write": _store_by_write,
     "syscall": _store_by_syscall,
+    "flat": _store_by_flat,
+    "real": _store_by_real,
+    "nditer": _store_by_nditer,
+    "copyto": _store_by_copyto,
+    "out": _store_by_out,
 }
 
 
@@ -125,6 +152,9 @@ LOADS: dict[str, Callable[[Ground, int], bytes]] = {
     "view": lambda on, at: bytes(on.view[at : at + PAGE]),
     "numpy": lambda on, at: on.words[at // WORD : (at + PAGE) // WORD].copy().tobytes(),
     "ctypes": _load_by_ctypes,
+    "join": lambda on, at: b"".join([on.view[at : at + PAGE]]),
+    "concat": lambda on, at: b"" + on.view[at : at + PAGE],
+    "iterate": lambda on, at: bytes(list(on.view[at : at + PAGE])),
 }
 
 

@@ -21,8 +21,22 @@ Step = dict[str, Any]
 PATIENT = 3.0  # seconds: a timeout of this length comes only where somebody is stopped
 PROTECTIONS = [READ] * 8 + [READ_WRITE] * 8 + [0, 0, 2, 4, 5, 6, 7, 7]
 
-STORES = ["view", "view", "numpy", "ctypes", "write", "pack", "fill", "syscall"]
-LOADS = ["read", "read", "view", "numpy", "ctypes", "bag"]
+STORES = [
+    "view",
+    "view",
+    "numpy",
+    "ctypes",
+    "write",
+    "pack",
+    "fill",
+    "syscall",
+    "flat",
+    "real",
+    "nditer",
+    "copyto",
+    "out",
+]
+LOADS = ["read", "read", "view", "numpy", "ctypes", "bag", "join", "concat", "iterate"]
 ENDS = ["release", "release", "with", "handed", "dropped"]
 ALL = [
     "change", "store", "load", "transact", "nine", "lock", "freeze", "snapshot", "look", "save", "pass", "adopt",

@@ -103,11 +103,10 @@ class Registers:
 
     def _writes(self) -> Iterator[tuple[int, int, Write]]:
         facts = self._facts
-        for kind in (words.STORE, words.READINTO, words.RECEIVE):
-            for op in facts.by_kind[kind]:
-                if op.outcome in (words.OK, words.INTERRUPTED, None):
-                    certain = op.outcome == words.OK and not facts.is_private(op)
-                    yield op.args[0], op.args[3], Write(op.begin, op.end, op.args[2], certain, op)
+        for op in self._stores():
+            if op.outcome in (words.OK, words.INTERRUPTED, None):
+                certain = op.outcome == words.OK and not facts.is_private(op)
+                yield op.args[0], op.args[3], Write(op.begin, op.end, op.args[2], certain, op)
         for op in facts.by_kind[words.TRANSACT]:
             _, first, count, place, value, _ = op.args
             for page in range(first, first + count):
@@ -115,6 +114,10 @@ class Registers:
         for op in facts.by_kind[words.RESTORE]:
             if op.args[0] in facts.contents and op.outcome in (words.OK, words.INTERRUPTED, words.KERNEL, None):
                 yield from self._restored(op, facts.contents[op.args[0]])
+
+    def _stores(self) -> Iterator[Op]:
+        for kind in (words.STORE, words.READINTO, words.RECEIVE):
+            yield from self._facts.by_kind[kind]
 
     def _restored(self, op: Op, pages: list[list[int]]) -> Iterator[tuple[int, int, Write]]:
         for page, values in enumerate(pages):
@@ -137,6 +140,9 @@ class Registers:
 
     def _cannot_be(self, op: Op, page: int, place: int, value: int) -> str:
         windows = self.at(page, place).windows(value)
+        refused = [other for other in self._stores() if other.args[2] == value and other.outcome == words.REFUSED]
+        if refused:
+            return finding("a store that was refused has taken place", refused[0], op)
         if not windows:
             return finding(f"hot page {page}, place {place}: a load found {value:#x}, which nobody has stored", op)
         near = min(windows, key=lambda window: min(abs(window.begin - op.end), abs(op.begin - window.end)))
