@@ -35,6 +35,13 @@ def until(condition: Callable[[], object]) -> None:
         os.sched_yield()
 
 
+def _readable(fd: int) -> bool:
+    """It can be read within PATIENCE seconds; whatever its number is, where select() takes none from 1,024 on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(PATIENCE * 1000))
+
+
 class Child:
     """A forked process that runs ``body(child)``; at the end of its ``with`` block it is killed and reaped.
 
@@ -87,7 +94,7 @@ class Child:
         """The next line from the other side. AssertionError: it is gone, or silent for PATIENCE seconds."""
         line = b""
         while not line.endswith(b"\n"):
-            if not select.select([self._receive], [], [], PATIENCE)[0]:
+            if not _readable(self._receive):
                 raise AssertionError(f"the other side has been silent for {PATIENCE} s, after {line!r}")
             byte = os.read(self._receive, 1)
             if not byte:
@@ -116,7 +123,7 @@ class Child:
         """It has been stopped, or has ended, since the last look."""
         pid, status = os.waitpid(self.pid, os.WUNTRACED | os.WNOHANG)
         if pid and not os.WIFSTOPPED(status):
-            self._status = os.waitstatus_to_exitcode(status)
+            self._reaped(status)
         return pid != 0
 
     def resume(self) -> None:
@@ -126,10 +133,17 @@ class Child:
     def wait(self) -> int:
         """Its exit code, or the signal that ended it, negative, once it has ended; AssertionError after PATIENCE s."""
         if self._status is None:
-            if not select.select([self._pidfd], [], [], PATIENCE)[0]:
+            if not _readable(self._pidfd):
                 raise AssertionError(f"process {self.pid} did not end within {PATIENCE} s")
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self._reaped(os.waitpid(self.pid, 0)[1])
+        assert self._status is not None
         return self._status
+
+    def _reaped(self, status: int) -> None:
+        """Its number may be another's from now on; a test of many children has no descriptors to spare."""
+        self._status = os.waitstatus_to_exitcode(status)
+        os.close(self._pidfd)
+        self._pidfd = -1
 
     def end(self) -> None:
         """It is gone, killed if need be, and so is all that this object had of it."""
@@ -137,6 +151,6 @@ class Child:
             self.kill()
             self.wait()
         if self._send >= 0:
-            for fd in (self._send, self._receive, self._pidfd):
-                os.close(fd)
-            self._send = self._receive = self._pidfd = -1
+            os.close(self._send)
+            os.close(self._receive)
+            self._send = self._receive = -1
