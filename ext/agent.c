@@ -35,6 +35,7 @@
 #define SLICE (20 * PS_MS)      /* of the agent's own waits: does anybody still want it? */
 #define ENDED (50 * PS_MS)      /* until a starter looks whether the thread was ended: it is woken otherwise */
 #define PATIENCE (1000 * PS_MS) /* a signal that came while we did not sleep is not seen here */
+#define YIELDS 100              /* to an agent that ends */
 
 /* -- Following ------------------------------------------------------------------------------------------------- */
 
@@ -518,10 +519,17 @@ void ps_agent_wake(struct ps_region *region) {
 
 static void await_end(struct ps_region *region) {
     ps_page_lock(region, PS_NEVER);
-    while (!is_gone(region)) {
+    for (int yields = 0; !is_gone(region);) {
+        uint32_t seen = atomic_load_explicit(&region->agent, memory_order_acquire);
         ps_page_unlock(region);
-        ps_agent_wake(region);
-        ps_sys_wait((struct ps_watch){&region->agent, PS_AGENT_STOPPING}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+        if (seen != PS_AGENT_NONE) {
+            ps_agent_wake(region);
+            ps_sys_wait((struct ps_watch){&region->agent, seen}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
+        } else if (yields++ < YIELDS) {
+            ps_sys_yield(); /* it has nothing more to do than to end, for which it may want our processor ... */
+        } else {
+            ps_sys_pause(); /* ... which a thread of real-time priority does not yield to it */
+        }
         ps_page_lock(region, PS_NEVER);
     }
 }
