@@ -24,7 +24,7 @@ def _tell(number: int) -> None:
         listener(number)
 
 
-def _wrap(enable: Callable[..., None], disable: Callable[[], bool]) -> None:
+def _wrap(enable: Any, disable: Any) -> None:
     @functools.wraps(enable)
     def enable_and_tell(file: Any = None, *args: Any, **options: Any) -> None:
         file = sys.stderr if file is None else file
@@ -32,7 +32,7 @@ def _wrap(enable: Callable[..., None], disable: Callable[[], bool]) -> None:
         _tell(file if isinstance(file, int) else file.fileno())
 
     @functools.wraps(disable)
-    def disable_and_tell() -> bool:
+    def disable_and_tell() -> Any:
         was_enabled = disable()
         _tell(-1)
         return was_enabled
