@@ -37,9 +37,11 @@ FLAGS = {
 
 
 def core_sources() -> list[Path]:
+    """Without the binding's own C, which knows Python."""
     modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     sources = next(module["sources"] for module in modules if module["name"] == "pyshare._core")
-    return [ROOT / source for source in sources if source.endswith(".c")]
+    found = [ROOT / source for source in sources if source.endswith(".c")]
+    return [source for source in found if '#include "exception.h"' not in source.read_text()]
 
 
 def compile_to(target: Path, compiler: str, sanitizer: str, sources: list[Path]) -> subprocess.CompletedProcess[str]:
