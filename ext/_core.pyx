@@ -1157,8 +1157,9 @@ cdef class Handle(Mapped):
                 self.leave()
             if got >= 0:
                 return got
-            if got != -errno.EAGAIN:  # that is: somebody else was quicker
+            if got != -errno.EAGAIN and got != -errno.EINTR:  # that is: somebody else was quicker; a signal came
                 raise OSError(-got, os.strerror(-got))
+            PyErr_CheckSignals()
 
     def _await_writable(self, offset, length, timeout):
         """The pages are WRITE, at a look; ProtectionError."""

@@ -219,6 +219,7 @@ SYSTEM_CALLS = {
     "mprotect": 10,
     "pidfd_getfd": 438,
     "pidfd_open": 434,
+    "read": 0,
     "recvfrom": 45,
     "socket": 41,
     "userfaultfd": 323,

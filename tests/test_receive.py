@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ def test_interrupt(region: Region, joined: Callable[..., Child], pipe: tuple[int
     until(lambda: Path(f"/proc/{child.pid}/syscall").read_text().split()[0] in {"7", "271"})  # poll, ppoll
     child.kill(signal.SIGINT)
     assert child.wait() == 0
+
+
+def test_a_signal_during_the_call_is_served(region: Region, joined: Callable[..., Child]) -> None:
+    """Somebody else was quicker, and the call sleeps in the kernel: of a terminal it cannot be made without a wait."""
+    master, slave = os.openpty()
+    tty.setraw(slave)
+
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: child.say("signal"))
+        child.say()
+        assert region.readinto(slave, 0, 10) == 4
+
+    child = joined(body)
+    with stopped_before(child.pid, "read", lambda: os.write(master, b"x")):
+        os.read(slave, 10)
+    until(lambda: Path(f"/proc/{child.pid}/syscall").read_text().split()[0] == "0")
+    child.kill(signal.SIGUSR1)
+    assert child.hear() == "signal"
+    os.write(master, b"1234")
+    assert child.wait() == 0
+    for end in (master, slave):
+        os.close(end)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (0, 1 << 20), (8 * PAGE + 10, 1)])
