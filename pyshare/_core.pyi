@@ -13,6 +13,7 @@ from typing import Final, Self, SupportsIndex, TypeVar, final
 from typing_extensions import Buffer, CapsuleType, disjoint_base
 
 PAGE_SIZE: Final[int]
+PROTECTIONS: Final[dict[int, str]]
 THP: Final[int]
 LOCK: Final[int]
 RESERVED: Final[int]
