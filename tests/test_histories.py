@@ -251,7 +251,17 @@ def test_nobody_died() -> None:
     told = Told(words.READ)
     lease(told, 0, (1, 2, 3, 4))
     lease(told, 1, (5, 6, 7, 8), abandoned=True)
-    only(told.findings(), "was told of somebody who died, and nobody did")
+    only(told.findings(), "was told of somebody who died, and nobody did since")
+
+
+def test_a_death_is_told_of_once() -> None:
+    told = Told(words.READ)
+    told.op(0, words.LEASE, 0, 1, False, 3.0, at=(1, 2), value=[False])
+    told.dies(0, 5)
+    lease(told, 1, (10, 11, 12, 13), abandoned=True)
+    assert told.findings() == []
+    lease(told, 1, (14, 15, 16, 17), abandoned=True)
+    only(told.findings(), "was told of somebody who died, and nobody did since")
 
 
 def test_half_of_a_transaction() -> None:
@@ -507,8 +517,8 @@ def test_a_plan_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_episode_is_played_and_told() -> None:
-    history = soak.play_aside(plan.devise(1, 0.3, only=["load", "lock"], calm=True))
-    assert {op.kind for op in history.ops} >= {words.LOAD, words.LOCK, words.CHANGE, words.CLOSE}
+    history = soak.play_aside(plan.devise(1, 0.3, only=["load", "generation"], calm=True))
+    assert {op.kind for op in history.ops} >= {words.LOAD, words.GENERATION, words.CHANGE, words.CLOSE}
     assert history.strays == []
     assert [life.status for life in history.lives.values()] == [0] * len(history.lives)
 

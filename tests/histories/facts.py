@@ -91,6 +91,8 @@ class Facts:
             [self._hold(op) for op in self.by_kind[kind] if is_perhaps_held(op)]
             for kind in (words.LEASE, words.LOCK, words.FREEZE)
         )
+        self.certain_leases = Intervals(certainly(self.leases))
+        self.held_by = self._held_by()
         self.leases_on = [Intervals(self._leases_on(page)) for page in range(self.hot)]
         self.changes = [change for op in self.by_kind[words.CHANGE] if (change := self._change(op))]
         self.contents = self._contents()
@@ -107,6 +109,13 @@ class Facts:
         if op.outcome != words.OK:
             return Hold(op, over, (op.begin, op.end + 1_000_000 if not died else last), (0, 0), died and op.open)
         return Hold(op, over, (op.begin, last), (op.end, sure_end), died)
+
+    def _held_by(self) -> dict[str, Intervals[Hold]]:
+        """thread -> what it held perhaps."""
+        found: dict[str, list[tuple[int, int, Hold]]] = defaultdict(list)
+        for hold in (*self.leases, *self.locks, *self.freezes):
+            found[hold.op.thread].append((*hold.possible, hold))
+        return {thread: Intervals(holds) for thread, holds in found.items()}
 
     def _leases_on(self, page: int) -> Iterator[tuple[int, int, Hold]]:
         for hold in self.leases:
@@ -166,6 +175,11 @@ class Facts:
         """Another thread of the participant had an access refused meanwhile."""
         refused = self.refused.get(op.participant)
         return refused is not None and any(other.thread != op.thread for other in refused.meeting(op.begin, op.end))
+
+
+def certainly(holds: Iterable[Hold]) -> Iterator[tuple[int, int, Hold]]:
+    """Of those that were certainly held at some time: when."""
+    return ((*hold.certain, hold) for hold in holds if hold.certain[0] < hold.certain[1])
 
 
 def is_perhaps_held(op: Op) -> bool:

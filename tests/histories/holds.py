@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import Facts, Hold, Intervals, finding
+from histories.facts import Facts, Hold, Intervals, certainly, finding, pages_of
 from histories.history import FOREVER, Op
 from histories.rights import Rights, Span, is_done
 
@@ -23,8 +23,7 @@ class Holds:
     def judge(self) -> Iterator[str]:
         facts = self._facts
         for page in range(facts.hot):
-            on = [hold for hold in facts.leases if hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]]
-            yield from self._excludes(on, f"leases of hot page {page}")
+            yield from self._excludes(leases_of(facts, page), f"leases of hot page {page}")
         for index in {hold.op.args[0] for hold in facts.locks}:
             yield from self._excludes([hold for hold in facts.locks if hold.op.args[0] == index], f"lock {index}")
         yield from self._excludes(facts.freezes, "freezes")
@@ -48,15 +47,8 @@ class Holds:
 
     def _keeps_changes_away(self) -> Iterator[str]:
         """No change is made of pages that are leased, nor any while all is frozen."""
-        leases = [
-            Intervals(
-                (*hold.certain, hold)
-                for hold in self._facts.leases
-                if hold.certain[0] < hold.certain[1] and hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]
-            )
-            for page in range(self._facts.hot)
-        ]
-        frozen = Intervals((*hold.certain, hold) for hold in self._facts.freezes if hold.certain[0] < hold.certain[1])
+        leases = [Intervals(certainly(leases_of(self._facts, page))) for page in range(self._facts.hot)]
+        frozen = Intervals(certainly(self._facts.freezes))
         for change in self._facts.changes:
             if not is_done(change) or change.op.outcome != words.OK:
                 continue
@@ -83,19 +75,15 @@ class Holds:
     def _abandoned(self) -> Iterator[str]:
         """Who takes what a dead holder had is told; who takes anything else is not."""
         facts = self._facts
-        for page in range(facts.hot):
-            on = [hold for hold in facts.leases if hold.op.args[0] <= page < hold.op.args[0] + hold.op.args[1]]
-            yield from self._must_be_told(on, f"hot page {page}")
-        yield from self._must_not_be_told(
-            facts.leases,
-            [(hold, range(hold.op.args[0], hold.op.args[0] + hold.op.args[1])) for hold in facts.leases if hold.died],
-            lambda hold: range(hold.op.args[0], hold.op.args[0] + hold.op.args[1]),
-        )
-        for index in {hold.op.args[0] for hold in facts.locks}:
-            locks = [hold for hold in facts.locks if hold.op.args[0] == index]
-            yield from self._must_be_told(locks, f"lock {index}")
-            dead = [(hold, range(1)) for hold in locks if hold.died]
-            yield from self._must_not_be_told(locks, dead, lambda _: range(1))
+        pages = {f"hot page {page}": leases_of(facts, page) for page in range(facts.hot)}
+        locks = {
+            f"lock {index}": [hold for hold in facts.locks if hold.op.args[0] == index]
+            for index in {hold.op.args[0] for hold in facts.locks}
+        }
+        for what, on in (*pages.items(), *locks.items()):
+            yield from self._must_be_told(on, what)
+        for things in (pages, locks):
+            yield from self._must_not_be_told(list(things.values()))
 
     def _must_be_told(self, on: list[Hold], what: str) -> Iterator[str]:
         """By the first one after a holder that certainly died with it, where nobody else can have come between."""
@@ -113,15 +101,20 @@ class Holds:
                 continue  # somebody else may have been told
             yield finding(f"{what}: its holder died, and the next one was not told", hold.op, first.op)
 
-    def _must_not_be_told(self, holds, dead, pages) -> Iterator[str]:  # type: ignore[no-untyped-def]
-        for hold in holds:
-            if hold.op.outcome != words.OK or not hold.op.value[0]:
-                continue
-            mine = pages(hold)
-            if not any(
-                other is not hold and other.op.begin < hold.op.end and set(theirs) & set(mine) for other, theirs in dead
-            ):
-                yield finding("a holder was told of somebody who died, and nobody did", hold.op)
+    def _must_not_be_told(self, things: list[list[Hold]]) -> Iterator[str]:
+        """Of a death that nobody died, or of one that a holder was told of who has let go since."""
+        told = {hold.op.id: hold for on in things for hold in on if hold.op.outcome == words.OK and hold.op.value[0]}
+        rightly: set[str] = set()
+        for on in things:
+            dead = [hold for hold in on if hold.died]
+            whole = [hold for hold in on if hold.over is not None and hold.over.outcome == words.OK]
+            rightly |= {
+                name
+                for name, hold in told.items()
+                if hold in on and any(may_be_told_of(other, hold, whole) for other in dead)
+            }
+        for name in told.keys() - rightly:
+            yield finding("a holder was told of somebody who died, and nobody did since", told[name].op)
 
     # -- What is there -------------------------------------------------------------------------------------------------
 
@@ -195,9 +188,26 @@ class Holds:
                 return
 
 
+def leases_of(facts: Facts, page: int) -> list[Hold]:
+    """Those over that page."""
+    return [hold for hold in facts.leases if page in pages_of(hold.op)]
+
+
 def over(hold: Hold) -> list[Op]:
     """What ended it, if anything did."""
     return [hold.over] if hold.over else []
+
+
+def may_be_told_of(dead: Hold, hold: Hold, whole: list[Hold]) -> bool:
+    """Nobody has certainly had it, and let it go, in between."""
+    return (
+        dead is not hold
+        and dead.op.begin < hold.op.end
+        and not any(
+            other.over is not None and other.op.begin > dead.possible[1] and other.over.end < hold.op.begin
+            for other in whole
+        )
+    )
 
 
 def _first_after(times: list[int], at: int) -> int:

@@ -71,12 +71,8 @@ class Images:
 
     def _leased(self, op: Op) -> list[Span]:
         """When leases were certainly held during the call."""
-        found = []
-        for hold in self._facts.leases:
-            begin, end = hold.certain
-            if begin < end and begin <= op.end and end >= op.begin:
-                found.append((begin + 1, end - 1))
-        return sorted(found)
+        holds = self._facts.certain_leases.meeting(op.begin, op.end)
+        return sorted((hold.certain[0] + 1, hold.certain[1] - 1) for hold in holds)
 
     def _note_limits(
         self,

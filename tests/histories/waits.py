@@ -89,11 +89,7 @@ class Waits:
         return number == errno.ENOMEM and "mappings" in extras
 
     def _holds_something(self, op: Op) -> bool:
-        return any(
-            hold.op.thread == op.thread and hold.possible[0] <= op.end and hold.possible[1] >= op.begin
-            for holds in (self._facts.leases, self._facts.locks, self._facts.freezes)
-            for hold in holds
-        )
+        return op.thread in self._facts.held_by and self._facts.held_by[op.thread].any_meeting(op.begin, op.end)
 
     def _is_full(self, op: Op) -> bool:
         """Eight snapshots may be alive."""
@@ -102,7 +98,7 @@ class Waits:
     def _certain_leases(self, op: Op) -> list[Op]:
         return [
             hold.op
-            for hold in self._facts.leases
+            for hold in self._facts.certain_leases.meeting(op.begin, op.end)
             if hold.op.thread == op.thread and hold.op.participant == op.participant
             if hold.certain[0] < op.begin and op.end < hold.certain[1]
         ]
