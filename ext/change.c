@@ -38,8 +38,7 @@
 #include "participant.h"
 #include "point.h"
 
-#define GRACE (20 * PS_MS)      /* how long a change goes on after a signal before it is closed for the handler */
-#define PATIENCE (1000 * PS_MS) /* ... and without one: a signal that came while we did not sleep is not seen here */
+#define GRACE (20 * PS_MS) /* how long a change goes on after a signal before it is closed for the handler */
 #define US INT64_C(1000)
 #define SPIN 500 /* looks at an acknowledgement before sleeping; some 10 µs */
 
@@ -266,9 +265,8 @@ struct ps_author ps_change_author(const struct ps_region *region, uint64_t page)
 
 struct waiting {
     uint64_t generation;
-    int64_t deadline;
+    struct ps_until until;
     bool committed;   /* nobody undoes it: who failed is waited for until it has fenced itself */
-    bool early;       /* the deadline is not the caller's but the end of the grace, or of the patience */
     uint32_t slowest; /* pid of the last one that had not acknowledged when it was first looked at; 0: none */
     int spins;  /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
     int socket; /* of ours, for answers from agents that were asked for their userfaultfd; -1: none was */
@@ -281,18 +279,8 @@ static bool failed_at(struct ps_shm_slot *slot, uint64_t generation) {
     return (uint32_t)error && error >> 32 == (generation & PS_ACK_MASK);
 }
 
-static void note_signal(struct waiting *waiting) {
-    int64_t grace = ps_sys_now() + GRACE;
-    if (grace < waiting->deadline) {
-        waiting->early = true;
-        waiting->deadline = grace;
-    }
-}
-
-static struct waiting patient(int64_t deadline, struct ps_outcome *outcome) {
-    int64_t end = ps_sys_now() + PATIENCE;
-    bool early = end < deadline;
-    return (struct waiting){.deadline = early ? end : deadline, .early = early, .socket = -1, .outcome = outcome};
+static struct waiting wait_until(struct ps_until until, struct ps_outcome *outcome) {
+    return (struct waiting){.until = until, .socket = -1, .outcome = outcome};
 }
 
 /* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
@@ -308,8 +296,8 @@ static void sleep_on(struct ps_region *region, uint32_t index, uint32_t ack, int
     }
     ps_waits_for(region, ps_owner_of(index, atomic_load_explicit(&slot->status, memory_order_relaxed)));
     if (ps_sleep_two((struct ps_watch){&slot->ack, ack}, (struct ps_watch){&slot->live, live},
-                     backstop < waiting->deadline ? backstop : waiting->deadline) == -EINTR)
-        note_signal(waiting);
+                     backstop < waiting->until.at ? backstop : waiting->until.at) == -EINTR)
+        ps_until_at_most(&waiting->until, ps_sys_now() + GRACE);
     ps_waits_no_more(region);
 }
 
@@ -347,9 +335,9 @@ static bool await_slot(struct ps_region *region, uint32_t index, struct waiting 
         if (atomic_load_explicit(&slot->status, memory_order_acquire) != status)
             return true; /* left, died, or made room for one that joined under a later lock */
         int64_t now = ps_sys_now();
-        if ((slept || now >= waiting->deadline) && ps_slot_dead(region, index, status))
+        if ((slept || now >= waiting->until.at) && ps_slot_dead(region, index, status))
             return true;
-        if (now >= waiting->deadline)
+        if (now >= waiting->until.at)
             return false;
         sleep_on(region, index, ack, now, waiting);
     }
@@ -363,11 +351,11 @@ static int await_all(struct ps_region *region, struct waiting *waiting) {
     for (uint32_t index = 0; index < used; index++)
         if (!await_slot(region, index, waiting))
             outcome->pids[outcome->silent++] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
-    return !outcome->silent ? 0 : waiting->early ? PS_ESIGNAL : PS_ETIMEOUT;
+    return outcome->silent ? ps_timed_out(waiting->until) : 0;
 }
 
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome) {
-    struct waiting waiting = patient(deadline, outcome);
+    struct waiting waiting = wait_until(ps_until(deadline), outcome);
     waiting.generation = outcome->generation = generation;
     waiting.committed = true;
     return ps_waited(await_all(region, &waiting));
@@ -522,7 +510,7 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     int rc = ps_lock(region, deadline, blocker);
     if (rc)
         return rc;
-    struct waiting waiting = patient(deadline, &outcome);
+    struct waiting waiting = wait_until(ps_until(deadline), &outcome);
     if (ps_change_open(region))
         rc = settle(region, &waiting);
     ps_agent_settle(region, PS_NEVER);
@@ -531,7 +519,7 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
 }
 
 int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
-    struct waiting waiting = patient(deadline, outcome);
+    struct waiting waiting = wait_until(ps_until(deadline), outcome);
     int rc = ps_change_open(region) ? settle(region, &waiting) : 0;
     outcome->generation = outcome->failed_pid = outcome->error = 0; /* of another's change */
     ps_borrow_collect(region, waiting.socket);
@@ -540,10 +528,8 @@ int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outco
 
 /* Page tables of a large region take their time. */
 int ps_change_follow(struct ps_region *region, uint32_t how, int64_t deadline, struct ps_outcome *outcome) {
-    struct waiting waiting = patient(deadline, outcome);
-    int64_t end = waiting.deadline + (int64_t)region->shape.pages * US;
-    waiting.deadline = end < deadline ? end : deadline;
-    waiting.early = end < deadline;
+    struct waiting waiting = wait_until((struct ps_until){deadline, false}, outcome);
+    ps_until_at_most(&waiting.until, ps_sys_now() + PS_PATIENCE + (int64_t)region->shape.pages * US);
     int rc = carry_out(region, &(struct change){PS_FOLLOW, how, 0, region->shape.pages, 0}, &waiting);
     ps_borrow_collect(region, waiting.socket);
     return rc;
@@ -552,15 +538,15 @@ int ps_change_follow(struct ps_region *region, uint32_t how, int64_t deadline, s
 /* The writer lock is ours, and no record is open. */
 static int enter(struct ps_region *region, int64_t deadline, struct waiting *waiting, struct ps_outcome *outcome) {
     uint32_t blocker;
-    *waiting = patient(deadline, outcome);
-    int rc = ps_lock(region, waiting->deadline, &blocker);
+    struct ps_until until = ps_until(deadline);
+    int rc = ps_lock(region, until.at, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
         outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
-        return rc == PS_ESIGNAL || waiting->early ? PS_ESIGNAL : PS_ETIMEOUT;
+        return rc == PS_ESIGNAL ? rc : ps_timed_out(until);
     }
     if (rc)
         return rc;
-    *waiting = patient(deadline, outcome);
+    *waiting = wait_until(ps_until(deadline), outcome);
     PS_POINT(C1_lock);
     rc = ps_change_open(region) ? settle(region, waiting) : 0;
     if (rc != PS_ETIMEOUT && rc != PS_ESIGNAL && rc != PS_ECORRUPT)
@@ -651,7 +637,7 @@ int ps_change_freeze(struct ps_region *region, int64_t deadline, struct ps_outco
     if (rc == PS_ETIMEOUT) {
         struct ps_outcome after;
         waiting.outcome = &after;
-        waiting.deadline = ps_sys_now() + GRACE;
+        waiting.until = (struct ps_until){ps_sys_now() + GRACE, false};
         thaw(region, &waiting);
         outcome->generation = 0;
     } else if (outcome->error) {
@@ -668,10 +654,10 @@ int ps_change_thaw(struct ps_region *region, int64_t deadline, uint32_t *blocker
     int rc = ps_lock(region, deadline, blocker);
     if (rc)
         return rc;
-    struct waiting waiting = patient(PS_NEVER, &outcome);
+    struct waiting waiting = wait_until(ps_until(PS_NEVER), &outcome);
     if (ps_change_open(region))
         settle(region, &waiting);
-    waiting.deadline = ps_sys_now() + PATIENCE;
+    waiting.until = ps_until(PS_NEVER);
     if (ps_frozen(region))
         thaw(region, &waiting);
     leave(region, &waiting);

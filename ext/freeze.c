@@ -24,8 +24,6 @@
 #include "participant.h"
 #include "point.h"
 
-#define PATIENCE (1000 * PS_MS) /* a signal that came while we did not sleep is not seen here */
-
 static _Atomic uint32_t *freezer(const struct ps_region *region) {
     return &ps_header(region)->freezer;
 }
@@ -85,29 +83,22 @@ static int wait_for(struct ps_region *region, uint32_t seen, int64_t deadline, u
     return ps_owner_wait(region, (struct ps_watch){freezer(region), flagged}, owner, deadline);
 }
 
-/* The end of a wait: PS_ESIGNAL where it was the patience that ran out. */
-static int tell(struct ps_region *region, int rc, bool early, uint32_t blocker, struct ps_outcome *outcome) {
-    if (rc == -ETIMEDOUT && early)
-        return PS_ESIGNAL;
+/* The end of a wait. */
+static int tell(struct ps_region *region, int rc, struct ps_until until, uint32_t blocker, struct ps_outcome *outcome) {
     if (rc != -ETIMEDOUT)
         return rc;
-    outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
-    return PS_ETIMEOUT;
-}
-
-static int64_t patient(int64_t deadline, bool *early) {
-    int64_t end = ps_sys_now() + PATIENCE;
-    *early = end < deadline;
-    return *early ? end : deadline;
+    rc = ps_timed_out(until);
+    if (rc == PS_ETIMEOUT)
+        outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
+    return rc;
 }
 
 /* For a change that found the region frozen: 0: look again. */
 int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire), blocker = 0;
-    bool early;
-    int64_t end = patient(deadline, &early);
-    int rc = seen ? wait_for(region, seen, end, &blocker) : 0;
-    return tell(region, rc, early, blocker, outcome);
+    struct ps_until until = ps_until(deadline);
+    int rc = seen ? wait_for(region, seen, until.at, &blocker) : 0;
+    return tell(region, rc, until, blocker, outcome);
 }
 
 /* Nothing is frozen any more by anybody who is dead: before a dead owner's closer goes (invariant 4). */
@@ -142,8 +133,7 @@ bool ps_freeze_notice(struct ps_region *region, int64_t patience) {
 
 static int take_word(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     uint32_t slept = 0, blocker = 0;
-    bool early;
-    int64_t end = patient(deadline, &early);
+    struct ps_until until = ps_until(deadline);
     for (int rc = 0;;) {
         uint32_t seen = 0;
         /* acquire: pairs with the release in clear. */
@@ -151,8 +141,8 @@ static int take_word(struct ps_region *region, int64_t deadline, struct ps_outco
                                                     memory_order_acquire, memory_order_relaxed))
             return 0;
         slept = PS_OWNER_WAITING; /* others may sleep still */
-        if ((rc = wait_for(region, seen, end, &blocker)))
-            return tell(region, rc, early, blocker, outcome);
+        if ((rc = wait_for(region, seen, until.at, &blocker)))
+            return tell(region, rc, until, blocker, outcome);
     }
 }
 
@@ -196,7 +186,7 @@ int ps_thaw(struct ps_region *region) {
     struct ps_shm_closer *closer = region->freeze_closer;
     tell_thread(region, ps_process_tid());
     ps_closer_thread(region, closer, ps_process_tid());
-    int rc = ps_change_thaw(region, ps_sys_now() + PATIENCE, &blocker);
+    int rc = ps_change_thaw(region, ps_sys_now() + PS_PATIENCE, &blocker);
     if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
         tell_thread(region, 0);
         ps_closer_thread(region, closer, 0);

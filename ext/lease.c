@@ -28,15 +28,13 @@
 #include "participant.h"
 #include "point.h"
 
-#define SPIN 200                /* looks before sleeping, at most: some 5 µs */
-#define PATIENCE (1000 * PS_MS) /* a signal that came while we did not sleep is not seen here */
-#define WORDS 512u              /* held words in a page of the memfd */
+#define SPIN 200   /* looks before sleeping, at most: some 5 µs */
+#define WORDS 512u /* held words in a page of the memfd */
 
 /* One call that takes words, or waits until others have given them back. */
 struct wait {
     struct ps_region *region;
-    int64_t deadline;      /* PS_TRY: no wait */
-    bool early;            /* it is not the caller's but the end of the patience */
+    struct ps_until until;
     uint32_t mine;         /* owner word */
     uint64_t first, count; /* pages of the same lease that we have already, while we wait for the next one */
     uint32_t blocker;      /* owner word of whom we waited for in vain */
@@ -62,13 +60,7 @@ static void count_for(struct ps_region *region, int holder, int32_t change) {
 }
 
 static struct wait begin_wait(struct ps_region *region, int64_t deadline) {
-    struct wait wait = {.region = region, .deadline = deadline, .mine = ps_owner_word(region)};
-    int64_t patience = deadline == PS_TRY ? PS_NEVER : ps_sys_now() + PATIENCE;
-    if (patience < deadline) {
-        wait.early = true;
-        wait.deadline = patience;
-    }
-    return wait;
+    return (struct wait){.region = region, .until = ps_until(deadline), .mine = ps_owner_word(region)};
 }
 
 static uint32_t holder_of(uint64_t held) {
@@ -152,7 +144,7 @@ static int sleep_on(struct taking *taking, uint32_t owner, bool next_gone) {
     taking->reserved |= reserves;
     struct ps_watch low = {low_half(taking->word), (uint32_t)flagged},
                     high = {high_half(taking->word), (uint32_t)(flagged >> PS_HELD_NEXT_SHIFT)};
-    int rc = ps_owner_wait(taking->wait->region, taking->reserved ? high : low, owner, taking->wait->deadline);
+    int rc = ps_owner_wait(taking->wait->region, taking->reserved ? high : low, owner, taking->wait->until.at);
     taking->slept = true;
     return rc;
 }
@@ -209,7 +201,7 @@ static int take_word(struct wait *wait, _Atomic uint64_t *word, uint64_t index, 
             rc = take_seen(&taking);
         } else if (holder_of(taking.seen) == wait->mine && ps_here_own(wait->region, index)) {
             rc = give_up(&taking, wait->mine, PS_ENESTED);
-        } else if (wait->deadline == PS_TRY) {
+        } else if (wait->until.at == PS_TRY) {
             rc = -EAGAIN;
         } else if (in_the_way(&taking)) {
             rc = give_up(&taking, wait->mine, -EBUSY);
@@ -278,9 +270,9 @@ static int bury(struct wait *wait, struct ps_shm_closer *closer, uint32_t dead) 
         return 0;
     ps_closer_thread(wait->region, closer, ps_process_tid());
     bool freezes = !atomic_load_explicit(&closer->drain, memory_order_relaxed); /* or may have: not a snapshot */
-    int rc = freezes ? ps_freeze_finish(wait->region, wait->deadline, &wait->blocker) : 0;
+    int rc = freezes ? ps_freeze_finish(wait->region, wait->until.at, &wait->blocker) : 0;
     if (!rc && ps_change_open(wait->region))
-        rc = ps_change_finish(wait->region, wait->deadline, &wait->blocker);
+        rc = ps_change_finish(wait->region, wait->until.at, &wait->blocker);
     if (!rc) {
         clear(wait->region, closer);
     } else { /* for the next one to bury */
@@ -298,7 +290,7 @@ static int wait_for_closer(struct wait *wait, struct ps_shm_closer *closer) {
     if (!owner) { /* through; a bit without an owner is damage: look again, but not for ever */
         struct ps_watch nobody = {&closer->owner, 0};
         uint64_t bits = atomic_load_explicit(&header->closers, memory_order_seq_cst);
-        return bits >> (closer - header->closer) & 1 ? ps_owner_wait(wait->region, nobody, wait->mine, wait->deadline)
+        return bits >> (closer - header->closer) & 1 ? ps_owner_wait(wait->region, nobody, wait->mine, wait->until.at)
                                                      : 0;
     }
     if (!ps_owner_known(wait->region, owner))
@@ -309,7 +301,7 @@ static int wait_for_closer(struct wait *wait, struct ps_shm_closer *closer) {
     if (seen != flagged && !atomic_compare_exchange_strong_explicit(&closer->owner, &seen, flagged,
                                                                     memory_order_relaxed, memory_order_relaxed))
         return 0;
-    return ps_owner_wait(wait->region, (struct ps_watch){&closer->owner, flagged}, owner, wait->deadline);
+    return ps_owner_wait(wait->region, (struct ps_watch){&closer->owner, flagged}, owner, wait->until.at);
 }
 
 /* Which thread of ours has the entry: should it be ended, another passes it on (lock.c).  0: whoever comes to clear it.
@@ -370,7 +362,7 @@ static int await_holder(struct wait *wait, _Atomic uint64_t *word) {
             !atomic_compare_exchange_strong_explicit(word, &seen, flagged, memory_order_seq_cst, memory_order_relaxed))
             continue;
         struct ps_watch low = {low_half(word), (uint32_t)flagged};
-        int rc = ps_owner_wait(wait->region, low, holder, wait->deadline);
+        int rc = ps_owner_wait(wait->region, low, holder, wait->until.at);
         if (rc)
             return rc;
     }
@@ -399,9 +391,8 @@ static void add_pid(const struct wait *wait, uint32_t owner, struct ps_outcome *
 /* The result of a wait that has ended, with the pids of all that hold one of the words. */
 static int tell(const struct wait *wait, int rc, _Atomic uint64_t *word, uint64_t count, struct ps_outcome *outcome) {
     outcome->generation = outcome->silent = 0;
-    if (rc == PS_ESIGNAL || (rc == -ETIMEDOUT && wait->early))
-        return PS_ESIGNAL;
-    if (rc != -ETIMEDOUT)
+    rc = rc == -ETIMEDOUT ? ps_timed_out(wait->until) : rc;
+    if (rc != PS_ETIMEOUT)
         return rc;
     uint32_t last = wait->blocker;
     add_pid(wait, last, outcome);
@@ -508,7 +499,7 @@ static int drain_slot(struct wait *wait, uint32_t index) {
         if (gone(wait, owner))
             return 0;
         wait->blocker = owner;
-        int rc = ps_owner_wait(wait->region, (struct ps_watch){&slot->leases, leases}, owner, wait->deadline);
+        int rc = ps_owner_wait(wait->region, (struct ps_watch){&slot->leases, leases}, owner, wait->until.at);
         if (rc)
             return rc;
     }
@@ -615,7 +606,7 @@ static int take_open_pages(struct wait *wait, struct ps_lease *lease) {
         }
         if (!closer)
             continue; /* it went meanwhile */
-        rc = wait->deadline == PS_TRY ? -EAGAIN : wait_for_closer(wait, closer);
+        rc = wait->until.at == PS_TRY ? -EAGAIN : wait_for_closer(wait, closer);
         if (rc)
             return rc;
     }
@@ -659,7 +650,7 @@ static void close_pages(struct ps_region *region, const struct ps_lease *lease) 
 static int open_pages(struct wait *wait, const struct ps_lease *lease, struct ps_refusal *refusal) {
     struct ps_region *region = wait->region;
     mark_in_place(region, lease, true);
-    int rc = ps_engine_lease(region, lease->first, lease->count, wait->deadline);
+    int rc = ps_engine_lease(region, lease->first, lease->count, wait->until.at);
     if (!rc) {
         PS_POINT(H2_open);
         return 0;
@@ -672,7 +663,7 @@ static int open_pages(struct wait *wait, const struct ps_lease *lease, struct ps
         *refusal = (struct ps_refusal){lease->first, PROT_NONE, PROT_READ, ps_change_author(region, lease->first)};
         return PS_EREFUSED;
     }
-    return rc == -ETIMEDOUT && wait->deadline == PS_TRY ? -EAGAIN : rc;
+    return rc == -ETIMEDOUT && wait->until.at == PS_TRY ? -EAGAIN : rc;
 }
 
 /* The window is made by the first that needs it. */
@@ -699,7 +690,7 @@ int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t dead
     if (!rc && deadline != PS_TRY) /* before anybody is waited for */
         rc = ps_freeze_own(region) ? PS_EFROZEN : nested(region, lease) ? PS_ENESTED : 0;
     if (!rc && lease->window)
-        rc = ps_lease_window(region, wait.deadline);
+        rc = ps_lease_window(region, wait.until.at);
     if (!rc && !(rc = take_open_pages(&wait, lease))) {
         rc = look_at_map(region, lease, refusal);
         if (!rc && ps_snapshots(region))

@@ -1,7 +1,8 @@
 /* lock.c - words owned by (slot, epoch), and two that are private.
  *
  * Lives here: the writer lock and its take-over from the dead; the claim on
- * a participant's page tables; the locks of one process; what is told of waits.
+ * a participant's page tables; the locks of one process; until when a call
+ * waits, and what is told of that.
  *
  * The writer lock word (see PS_OWNER_*) and its transitions:
  *   0              -> me               CAS, acquire; with WAITING if we have slept: others may sleep still
@@ -56,6 +57,20 @@ bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
         return true;
     enum ps_state state = ps_state_of(status);
     return state == PS_FREE || state == PS_DEAD || ps_slot_dead(region, slot, status);
+}
+
+/* -- Until when ------------------------------------------------------------------------------------------------ */
+
+void ps_until_at_most(struct ps_until *until, int64_t at) {
+    if (at < until->at)
+        *until = (struct ps_until){at, true};
+}
+
+struct ps_until ps_until(int64_t deadline) {
+    struct ps_until until = {deadline, false};
+    if (deadline != PS_TRY)
+        ps_until_at_most(&until, ps_sys_now() + PS_PATIENCE);
+    return until;
 }
 
 /* -- Who waits for whom: told to those who look (observe.c) ---------------------------------------------------- */

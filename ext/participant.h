@@ -274,7 +274,20 @@ static inline enum ps_state ps_state_of(uint32_t status) {
     return (enum ps_state)(status & PS_STATE_MASK);
 }
 
+/* Until when a call waits.  A signal that comes while its thread does not sleep is not seen in the core, so no call
+ * waits for longer than PS_PATIENCE: then it returns PS_ESIGNAL, signals are served, and it is made again. */
+#define PS_PATIENCE (1000 * PS_MS)
+struct ps_until {
+    int64_t at; /* CLOCK_MONOTONIC, ns; PS_TRY: no wait */
+    bool early; /* it is not the caller's deadline: */
+};
+static inline int ps_timed_out(struct ps_until until) {
+    return until.early ? PS_ESIGNAL : PS_ETIMEOUT;
+}
+
 /* lock.c: the writer lock, claims, private locks */
+struct ps_until ps_until(int64_t deadline);
+void ps_until_at_most(struct ps_until *until, int64_t at);
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
 uint32_t ps_owner_word(const struct ps_region *region); /* ours */

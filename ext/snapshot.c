@@ -566,15 +566,14 @@ struct taking {
 
 static int lock(struct taking *taking) {
     struct ps_outcome *outcome = taking->outcome;
-    int64_t end = ps_sys_now() + PATIENCE;
-    bool early = end < taking->deadline;
+    struct ps_until until = ps_until(taking->deadline);
     uint32_t blocker;
-    int rc = ps_lock(taking->region, early ? end : taking->deadline, &blocker);
+    int rc = ps_lock(taking->region, until.at, &blocker);
     if (rc != -ETIMEDOUT)
         return rc;
     outcome->silent = 0;
     outcome->pids[outcome->silent++] = ps_owner_pid(taking->region, blocker);
-    return early ? PS_ESIGNAL : PS_ETIMEOUT;
+    return ps_timed_out(until);
 }
 
 /* It begins a new round: page tables that were opened since the last one are closed again.  -EAGAIN: all beginnings
