@@ -883,7 +883,9 @@ cdef class Handle(Mapped):
             RegionClosed, CorruptRegion.
 
         A holder that dies leaves the pages to the next one, whose lease is ``abandoned``. A forked child holds nothing
-        of what its parent does. Pages are taken in ascending order, so two ranges cannot block each other for ever.
+        of what its parent does. Who waits holds nothing, so two ranges cannot block each other for ever, and who is
+        stopped while it waits is overtaken after 0.2 s. A lease comes before changes, freezes and snapshots that are
+        asked for later than it. A thread that has one gets others while these wait for its end.
         """
         cdef Lease lease = self.wanted_lease(offset, length, timeout, window)
         self.take_lease(lease, timeout)
@@ -949,7 +951,8 @@ cdef class Handle(Mapped):
             RegionClosed, CorruptRegion.
 
         A holder that dies leaves it to the next one, whose lock is ``abandoned``: what it protects may be half done. A
-        forked child does not hold what its parent holds.
+        forked child does not hold what its parent holds. Who waits first is first; who is stopped while it waits is
+        overtaken after 0.2 s.
         """
         cdef Lock lock = self.wanted_lock(index, timeout)
         self.take_lock(lock, timeout)
@@ -1001,8 +1004,8 @@ cdef class Handle(Mapped):
 
         A consistent point in time of the memory of all processes: ``with region.frozen():`` what is read belongs
         together. Pages that are NONE can be read too, those that are EXEC cannot be executed; ``protections()`` says
-        READ. Leases end first, and none begins; whoever wants one, or calls ``mprotect``, or freezes too, in whatever
-        process or thread, waits for the end. A store is a violation, by each participant's policy.
+        READ. Leases end first, and none begins, but for who has one already; whoever wants one, or calls ``mprotect``,
+        or freezes too, in whatever process or thread, waits for the end. A store is a violation, by each participant's policy.
 
         Raises:
             PropagationTimeout: somebody (``pids``) held a lease or the region's lock, had it frozen, or was silent for
@@ -1272,10 +1275,19 @@ cdef Py_ssize_t receive(int fd, char *to, size_t length, int flags) except? -1:
     return got
 
 
+_IN_THE_WAY = {  # what those did whom a timeout names
+    "lease": "held a lease on some of these pages, or kept leases from them",
+    "lock": "held it",
+    "frozen": "held a lease or the region's lock, had it frozen, or was silent",
+}
+
+
 cdef raise_held(ps_outcome *outcome, str doing):
     pids = pids_of(outcome)
-    who = ", ".join(map(str, pids))
-    raise _errors.PropagationTimeout(f"{doing}: pid {who} held it until the timeout; nothing is held", pids=pids)
+    who = "nobody held it, but others were before us"
+    if pids:
+        who = f"pid {', '.join(map(str, pids))} {_IN_THE_WAY[doing]}"
+    raise _errors.PropagationTimeout(f"{doing}: {who}, until the timeout; nothing is held", pids=pids)
 
 
 cdef warn_dropped(str what):

@@ -333,7 +333,7 @@ struct ps_seen_lock { /* a user lock that somebody has */
 };
 struct ps_seen_closer { /* a change, a freeze or a snapshot that keeps leases from its pages */
     uint32_t owner;
-    bool drain; /* a snapshot */
+    bool drain; /* of a snapshot */
     uint64_t first, count;
 };
 int ps_observe(struct ps_region *seen, int fd, const char **field);

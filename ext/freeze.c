@@ -1,6 +1,6 @@
 /* freeze.c - everything is READ for everybody, until it is again what it was.
  *
- *   F1_own     the freezer's word is ours; then the whole region is closed to leases (lease.c)
+ *   F1_own     the freezer's word is ours; then the whole region is closed to leases (closer.c)
  *   F2_keep    kept := cur, with the writer lock (change.c)
  *   F3_freeze  `frozen` names the generation before; a change makes everything READ (change.c)
  *   F4_thaw    a change makes everything what `kept` says; it is never undone (change.c)
@@ -21,7 +21,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 
-#include "participant.h"
+#include "hold.h"
 #include "point.h"
 
 static _Atomic uint32_t *freezer(const struct ps_region *region) {
@@ -149,7 +149,7 @@ static int take_word(struct ps_region *region, int64_t deadline, struct ps_outco
 /* Leases have ended, and none begins; then the change. */
 static int freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     PS_POINT(F1_own);
-    int rc = ps_lease_close(region, 0, region->shape.pages, deadline, outcome, &region->freeze_closer);
+    int rc = ps_lease_drain(region, PS_CLOSER_FREEZE, deadline, outcome, &region->freeze_closer);
     if (rc)
         return rc;
     rc = ps_change_freeze(region, deadline, outcome);
@@ -162,6 +162,8 @@ int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *out
     outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
     if (ps_freeze_own(region))
         return PS_EFROZEN;
+    if (ps_thread_holds(region)) /* before another freezer is waited for, who may wait for that lease */
+        return PS_ENESTED;
     int rc = take_word(region, deadline, outcome);
     if (rc)
         return ps_waited(rc);

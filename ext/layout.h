@@ -39,6 +39,7 @@
 #define PS_VIOLATIONS 16u /* the latest forbidden accesses that are kept */
 #define PS_COMMAND 80     /* bytes of a process's command line, as they have it, with a NUL */
 #define PS_CLOSERS 64u    /* changes that wait for leases at the same time; one bit each in a mask */
+#define PS_TICKETS 32u    /* leases that gave way to changes, and go before the next ones; likewise */
 
 /* An owner word names a participant for ever (until its slot's epoch wraps,
  * after 2^20 joins of one slot): WAITING | epoch | slot + 1.  0: nobody. */
@@ -147,14 +148,24 @@ struct ps_shm_snapshot {
     _Atomic uint64_t generation;
 };
 
+/* What keeps leases from its pages, and whom it lets pass (closer.c). */
+enum ps_closer_kind {
+    PS_CLOSER_SHUT = 0, /* a change of pages that nobody has leased: nobody */
+    PS_CLOSER_WAITS =
+        1, /* a change that waits for leases in its range: whoever has one there, at last whoever has any */
+    PS_CLOSER_FREEZE = 2,   /* a freeze, of all pages, by counts: whoever has a lease, so nobody once it is frozen */
+    PS_CLOSER_SNAPSHOT = 3, /* a snapshot: likewise */
+};
+
 /* A held word says who has a page leased, or a lock: two owner words.
  * Low half: the holder, 0 for nobody; its WAITING: somebody sleeps on that half.
- * High half: next, a waiter that slept and lost: nobody else takes the word before
- * it does; its WAITING: it sleeps on that half.
- * W: taker by CAS from a free word, a dead holder's, or one reserved for it, seq_cst (a lease-taker then
- * looks at the closers); waiters set WAITING and `next` by CAS; the holder clears its half at the end, seq_cst, or
- * puts the dead holder's back, where it gives up what it had taken over.
- * R: anybody, acquire.  Crash: names a dead owner: taken over, and the next holder is told. */
+ * High half: next, a waiter that slept and lost, or had the word already and waits for another page of its lease:
+ * nobody else takes the word before it does, unless it does not come; its WAITING: it sleeps on that half. W: taker by
+ * CAS from a free word, a dead holder's, one reserved for it, or one that was reserved and free for so long that it
+ * gives up on whoever is `next`; seq_cst (a lease-taker then looks at the closers); waiters set WAITING and `next` by
+ * CAS; the holder clears its half at the end, seq_cst, or puts the dead holder's back, where it gives up what it had
+ * taken over; then it may set `next`, if there is none. R: anybody, acquire.  Crash: names a dead owner: taken over,
+ * and the next holder is told. */
 #define PS_HELD_HOLDER UINT64_C(0xffffffff)
 #define PS_HELD_WAITING UINT64_C(0x80000000)
 #define PS_HELD_NEXT_SHIFT 32
@@ -193,9 +204,23 @@ struct ps_shm_closer {
      * the change, and clears it.
      * R: lease-takers, acquire.  Crash: names a dead owner. */
     _Atomic uint32_t owner;
-    _Atomic uint32_t drain; /* W: as first; 1: a snapshot's, which lets pass who holds a lease already.  R: as first */
-    _Atomic uint64_t first; /* W: owner, before its bit in `closers`.  R: lease-takers, relaxed; only compared */
+    /* enum ps_closer_kind. W: as first; then, of a change, owner, PS_CLOSER_WAITS before it waits for a holder, and
+     * PS_CLOSER_SHUT before it looks at all words again; seq_cst.  R: lease-takers, seq_cst after their words and their
+     * count.  Crash: as it was. */
+    _Atomic uint32_t kind;
+    _Atomic uint64_t first; /* W: owner, before its bit in `closers`.  R: lease-takers, relaxed; clipped */
     _Atomic uint64_t count; /* W: as first.  R: as first */
+};
+
+/* A lease that had to give way to a closer: those that come later let it go first. */
+struct ps_shm_ticket {
+    /* W: lease-taker by CAS 0, or a dead owner's word, -> its owner word; 0 when it has its words, or gives up, by CAS,
+     * and wakes who sleeps on it (WAITING); 0 by CAS too by whoever has waited for it in vain.  R: whoever is about to
+     * publish a closer, acquire.  Crash: names a dead owner. */
+    _Atomic uint32_t owner;
+    _Atomic uint32_t serial; /* W: lease-taker, relaxed, + 1 for each ticket in this place.  R: as owner; compared */
+    _Atomic uint64_t first;  /* W: lease-taker, before its bit in `tickets`.  R: as owner, relaxed; clipped */
+    _Atomic uint64_t count;  /* W: as first.  R: as first */
 };
 
 struct ps_shm_section {
@@ -304,8 +329,8 @@ struct ps_shm_slot {
     /* Line 3: what it holds. */
     /* W: owner's threads: + 1, seq_cst, when a lease's words are taken, or before the pages of a frozen region are
      * stored to, and before the look at the closers; - 1, seq_cst, after the words are given back, and wakes who sleeps
-     * on it where a closer is there.  R: snapshotter, seq_cst after its closer: 0: no lease is held by it.  Crash: too
-     * high; ignored once the owner is dead. */
+     * on it where a freeze or a snapshot is.  R: freezer and snapshotter, seq_cst after their closer: 0: no lease is
+     * held by it.  Crash: too high; ignored once the owner is dead. */
     _Atomic uint32_t leases;
     /* W: owner's threads: + 1, seq_cst, before they look at a snapshot's word; - 1, release, when what they save for it
      * lies in its area.  R: snapshotter at S1, seq_cst: not 0: somebody may still write to an area that was in use.
@@ -377,6 +402,9 @@ struct ps_shm_header {
     /* W: under the writer lock, seq_cst, after the word when a bit comes; when it goes, some time after it.
      * R: lease-takers, seq_cst after their look at the closers; who follows the map, seq_cst.  Crash: as the words. */
     _Atomic uint64_t snapshots;
+    /* W: lease-taker that gives way: its bit, release, after the entry; cleared before the entry is.  R: whoever is
+     * about to publish a closer, acquire.  Crash: a bit whose entry names a dead owner, or nobody. */
+    _Atomic uint64_t tickets;
     /* W: as its fields say.  R: as its fields say */
     _Alignas(PS_LINE) struct ps_shm_closer closer[PS_CLOSERS];
 
@@ -400,6 +428,10 @@ struct ps_shm_header {
     /* W: whoever made one, + 1, relaxed, before it writes the entry.  R: anybody, relaxed, after the entries: what is
      * not of the latest PS_VIOLATIONS was overtaken.  Crash: an entry that is none. */
     _Alignas(PS_LINE) _Atomic uint64_t violations;
+
+    /* Line 44: leases that gave way. */
+    /* W: as its fields say.  R: as its fields say */
+    _Alignas(PS_LINE) struct ps_shm_ticket ticket[PS_TICKETS];
 };
 
 static_assert(sizeof(struct ps_shm_section) == 24, "section");
@@ -408,6 +440,7 @@ static_assert(sizeof(struct ps_shm_ring) == 64, "ring entry: one line");
 static_assert(sizeof(struct ps_shm_slot) == 4 * PS_LINE, "slot: four lines");
 static_assert(sizeof(struct ps_shm_lock) == PS_LINE, "lock: one line");
 static_assert(sizeof(struct ps_shm_closer) == 24, "closer");
+static_assert(sizeof(struct ps_shm_ticket) == 24, "ticket");
 static_assert(sizeof(struct ps_shm_snapshot) == 16, "snapshot");
 static_assert(sizeof(struct ps_shm_violation) == 2 * PS_LINE, "violation: no byte is left between the fields");
 static_assert(sizeof(struct ps_shm_header) <= 4096, "header: one page");

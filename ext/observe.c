@@ -202,7 +202,7 @@ bool ps_observe_closer(const struct ps_region *seen, uint32_t index, struct ps_s
     const struct ps_shm_closer *closer = &header->closer[index];
     *out = (struct ps_seen_closer){
         .owner = atomic_load_explicit(&closer->owner, memory_order_acquire) & ~PS_OWNER_WAITING,
-        .drain = atomic_load_explicit(&closer->drain, memory_order_relaxed),
+        .drain = atomic_load_explicit(&closer->kind, memory_order_relaxed) == PS_CLOSER_SNAPSHOT,
         .first = atomic_load_explicit(&closer->first, memory_order_relaxed),
         .count = atomic_load_explicit(&closer->count, memory_order_relaxed),
     };

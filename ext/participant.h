@@ -97,6 +97,14 @@ struct ps_quarantine { /* pages that were replaced by private ones, after a forb
     int tid; /* of the thread that did it */
 };
 
+/* How many leases a thread has: the difference, modulo 2^32. */
+struct ps_count {
+    _Atomic uint32_t
+        own; /* W: the thread alone, seq_cst or release.  Those that it has taken, less those it gave back */
+    _Atomic uint32_t
+        others; /* W: the others, seq_cst.  Those of its leases that they gave back, less those handed over */
+};
+
 struct ps_region {
     _Atomic uint32_t use;   /* enum ps_use */
     _Atomic uintptr_t base; /* of the reservation: control, guard, data, guard, window, guard, shadow; 0: none */
@@ -135,7 +143,7 @@ struct ps_region {
     _Atomic uint64_t *here;
     /* Private memory, made by the first lease: how many leases each thread of ours has, by its id (lease.c).  NULL:
      * none was ever taken. */
-    _Atomic(_Atomic uint32_t *) counts;
+    _Atomic(struct ps_count *) counts;
     uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock; 0 at first */
     _Atomic uint64_t leased; /* in-place leased pages; 0: the words of pages need not be looked at */
     _Atomic uint32_t spins;  /* how many looks a wait that did not sleep has taken of late; relaxed, a guess */
@@ -336,8 +344,8 @@ int ps_change_follow(struct ps_region *region, uint32_t how, int64_t deadline, s
 /* With the writer lock: finishes the record of a dead caller. */
 int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
 
-/* lease.c: held words, and the changes that wait for them */
-int ps_lease_drain(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
+/* closer.c: what keeps leases from pages */
+int ps_lease_drain(struct ps_region *region, enum ps_closer_kind kind, int64_t deadline, struct ps_outcome *outcome,
                    struct ps_shm_closer **closer);
 int ps_lease_close(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                    struct ps_outcome *outcome, struct ps_shm_closer **closer);
@@ -346,6 +354,8 @@ void ps_closer_thread(struct ps_region *region, const struct ps_shm_closer *clos
 /* While a thread stores to pages as a lease does, but has none.  0; PS_ESIGNAL: again. */
 int ps_lease_enter(struct ps_region *region);
 void ps_lease_leave(struct ps_region *region);
+
+/* lease.c */
 /* What a proxy has taken is from now on the thread's for which it did. */
 void ps_lease_hand_over(struct ps_region *region, struct ps_lease *lease, int tid);
 void ps_user_lock_hand_over(struct ps_region *region, uint32_t index, int tid);
@@ -459,7 +469,8 @@ struct ps_patience {
 /* In whose place the calling thread takes words, where it is not in its own. */
 struct ps_proxy {
     int holder;                  /* who has them in `here`; 0: the thread */
-    bool passes;                 /* it has a lease already, so that it passes a snapshot */
+    int tid;                     /* the thread whose they will be */
+    bool passes;                 /* of that thread's leases one is its own, while the thread has any */
     struct ps_patience patience; /* of `holder` */
 };
 

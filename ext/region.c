@@ -604,8 +604,8 @@ static int map_here(struct ps_region *region) {
 
 /* A forked child finds it zero as well.  Where another thread of ours makes it too, the first is the one. */
 int ps_region_map_counts(struct ps_region *region) {
-    const uint64_t length = PS_TIDS * sizeof(uint32_t);
-    _Atomic uint32_t *none = NULL;
+    const uint64_t length = PS_TIDS * sizeof(struct ps_count);
+    struct ps_count *none = NULL;
     void *got = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED)
         return -errno;

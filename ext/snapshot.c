@@ -34,8 +34,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "hold.h"
 #include "image.h"
-#include "participant.h"
 #include "point.h"
 
 #define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
@@ -656,7 +656,7 @@ static int take_once(struct taking *taking, bool *shared) {
     rc = start(taking, shared);
     ps_unlock(region);
     if (!rc)
-        rc = ps_lease_drain(region, taking->deadline, taking->outcome, &taking->closer);
+        rc = ps_lease_drain(region, PS_CLOSER_SNAPSHOT, taking->deadline, taking->outcome, &taking->closer);
     if (rc)
         return rc;
     PS_POINT(S3_drain);
@@ -673,6 +673,8 @@ int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outco
                      struct ps_snapshot *snapshot, bool *shared) {
     struct taking taking = {.region = region, .snapshot = snapshot, .outcome = outcome, .deadline = deadline};
     int rc;
+    if (ps_thread_holds(region)) /* before page tables are protected for nothing */
+        return PS_ENESTED;
     do {
         *snapshot = (struct ps_snapshot){.fd = -1};
         outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;

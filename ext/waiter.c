@@ -253,8 +253,9 @@ static int begin(struct scheduler *scheduler, struct ps_call *call) {
     if (!fiber)
         return -ENOMEM;
     uint32_t holder = PS_TIDS + scheduler->serial++ % PS_TIDS;
-    *fiber = (struct fiber){
-        .proxy = {.holder = (int)holder, .passes = call->passes}, .back = &scheduler->stack, .call = call};
+    *fiber = (struct fiber){.proxy = {.holder = (int)holder, .tid = call->tid, .passes = call->passes},
+                            .back = &scheduler->stack,
+                            .call = call};
     prepare(fiber);
     call->fiber = fiber;
     return 0;
@@ -418,7 +419,7 @@ static int start(struct ps_waiter *waiter) {
 
 int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
                  struct ps_refusal *refusal) {
-    struct ps_proxy proxy = {.passes = passes};
+    struct ps_proxy proxy = {.tid = ps_process_tid(), .passes = passes};
     ps_process_set_proxy(&proxy);
     int rc = ps_lease_take(region, lease, PS_TRY, outcome, refusal);
     ps_process_set_proxy(NULL);

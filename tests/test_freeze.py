@@ -33,6 +33,7 @@ from kernel import (
     mapped,
     readable,
     refuse,
+    sleeping,
     tell,
     word,
 )
@@ -459,17 +460,12 @@ def test_ctrl_c_while_it_waits_for_a_lease(region: Region, fork: Fork) -> None:
 
     with region.lease(6 * PAGE, PAGE):
         waiter = fork(body)
-        until(lambda: word(region, CLOSERS, "Q") and held(region, LEASES, 6)[0] and sleeps(region, 6))
+        until(lambda: word(region, CLOSERS, "Q"))
+        sleeping(region, waiter.pid)
         waiter.kill(signal.SIGINT)
         assert waiter.hear() == "ok"
         assert not word(region, FREEZER)
     nothing_is_frozen(region, waiter)
-
-
-def sleeps(region: Region, page: int) -> bool:
-    """Somebody waits for the holder of a lease."""
-    lease = word(region, SECTIONS + 24 * (LEASES - 1) + 8, "Q") + 8 * page
-    return bool(word(region, lease, "Q") & WAITING)
 
 
 @co_operative

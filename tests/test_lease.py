@@ -513,7 +513,7 @@ def test_a_change_waits_for_the_lease_and_holds_nobody_up(region: Region, joined
 
 
 def test_a_change_by_whom_a_lease_waits_for(region: Region, fork: Fork) -> None:
-    """It holds page 1, and changes page 0, which the other has already."""
+    """It holds page 1, and changes page 0, which is reserved for the other already."""
 
     def body(child: Child) -> None:
         with region.lease(0, 2 * PAGE, timeout=None):
@@ -521,7 +521,7 @@ def test_a_change_by_whom_a_lease_waits_for(region: Region, fork: Fork) -> None:
 
     with take(region, 1):
         waiting = fork(body)
-        until(lambda: held(region, LEASES, 0)[0])
+        reserved(region, 0)
         assert region.mprotect(0, PAGE, READ_WRITE, timeout=PATIENCE) == 1
     assert waiting.hear() == "ok"
     assert waiting.wait() == 0
