@@ -833,8 +833,12 @@ cdef class Handle(Mapped):
     def guard(self):
         """A context manager at whose end this thread is told, by a ProtectionError, of forbidden accesses in it.
 
-        ``with region.guard():`` is exact for whatever stores: ctypes, torch, any C code. Where the policy is "raise"
-        an error comes without it too, but, except for memoryviews, arrays and calls, some instructions late.
+        ``with region.guard():`` is exact for whatever loads or stores: ctypes, torch, any C code. Where the policy is
+        "raise" an error comes without it too, but, except for memoryviews, arrays and calls, some instructions late.
+        An exception that leaves the block stays, with the ProtectionError as its context.
+
+        Where the policy is "wait" other threads run also while C code in the block waits that relies on having the
+        interpreter: nothing in it may use an object that other threads change meanwhile, as a bytearray that grows.
         """
         return Guard.__new__(Guard)
     cdef sweep(self):

@@ -88,7 +88,7 @@ cdef class Guard:
     """A block at whose end this thread is told of its forbidden accesses, whatever made them; from Region.guard().
 
     Exact for all code, where an item assignment by ctypes, say, is told of a few instructions later. For regions whose
-    policy here is "raise", or "wait" where the wait was interrupted. May be used again.
+    policy here is "raise", or "wait" where the wait was ended. May be used again.
 
     An exception that is on its way out of the block stays what it is, with the ProtectionError as its context.
     """

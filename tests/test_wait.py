@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -297,22 +298,156 @@ def test_interrupt_while_a_worker_waits(region: Region, joined: Callable[..., Ch
     assert region.read(0, 1) == b"\x01"
 
 
-def test_other_signals_do_not_end_the_wait(region: Region, joined: Callable[..., Child]) -> None:
+@pytest.mark.parametrize("store", [store_item, store_all, add_without_the_interpreter, store_by_c])
+def test_handlers_run_during_the_wait(
+    region: Region, joined: Callable[..., Child], store: Callable[[Region], None]
+) -> None:
+    """Where they return the wait goes on."""
+
     def body(child: Child) -> None:
-        called = []
-        signal.signal(signal.SIGUSR1, lambda *_: called.append(1))
+        signal.signal(signal.SIGTERM, lambda *_: child.say("handled"))
         child.say()
-        region.buf[0] = 1
-        until(lambda: called)
+        store(region)
 
     child = joined(body)
     until_waits(child)
     for _ in range(20):
-        child.kill(signal.SIGUSR1)
+        child.kill(signal.SIGTERM)
+        assert child.hear() == "handled"
     assert region.read(0, 1) == OLD
-    region.mprotect(0, PAGE, READ_WRITE)
+    region.mprotect(0, region.size, READ_WRITE)
     assert child.wait() == 0
     assert region.read(0, 1) == b"\x01"
+
+
+def test_a_handler_may_do_anything(region: Region, crash: Crash) -> None:
+    """It has the thread's own stack, not the few pages of a handler of signals; it may open the page itself."""
+
+    def body(_: Child) -> None:
+        def deep(depth: int) -> int:
+            return max(map(deep, (depth - 1,))) + 1 if depth else 0
+
+        def handler(*_: object) -> None:
+            assert deep(150) == 150
+            with pytest.raises(ZeroDivisionError):
+                _ = 1 // 0
+            with pyshare.create(size=PAGE, prot=READ, on_violation="raise") as other, pytest.raises(ProtectionError):
+                other.buf[0] = 1
+            region.mprotect(0, PAGE, READ_WRITE)
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        region.buf[0] = 1
+        assert region.read(0, 1) == b"\x01"
+
+    assert crash(body) == (0, "")
+
+
+# -- Code that relies on the interpreter -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("region", ["mprotect"], indirect=True)
+@pytest.mark.parametrize("how", ["+=", "extend"])
+def test_a_bytearray_that_grows_is_let_alone(region: Region, fork: Callable[..., Child], how: str) -> None:
+    """Another thread, for which the memory would be freed, waits for the interpreter; so who waits has to give up."""
+
+    def body(_: Child) -> None:
+        region.mprotect(region.size // 2, region.size // 2, NONE)
+        shared, view, raised = bytearray(1 << 20), region.buf, []
+
+        def grow() -> None:
+            nonlocal shared
+            try:
+                if how == "+=":
+                    shared += view
+                else:
+                    shared.extend(view)
+            except ProtectionError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=grow)
+        thread.start()
+        until(lambda: not thread.is_alive() or is_asleep(thread.native_id or 0))
+        shared.clear()
+        kept = [bytes(1 << 20) for _ in range(4)]
+        region.mprotect(0, region.size, READ)
+        thread.join()
+        assert len(raised) == 1
+        assert not any(map(any, kept))
+
+    assert fork(body).wait() == 0
+
+
+def settle() -> None:
+    """Whatever is due comes here, at the latest."""
+
+
+def load_bytes(region: Region) -> bytes:
+    return bytes(region.buf[:4])
+
+
+@pytest.mark.parametrize("region", ["mprotect"], indirect=True)
+def test_waits_for_long_where_nobody_wants_the_interpreter(region: Region, joined: Callable[..., Child]) -> None:
+    region.mprotect(0, PAGE, NONE)
+
+    def body(child: Child) -> None:
+        child.say()
+        assert load_bytes(region) == OLD * 4
+
+    child = joined(body)
+    until_waits(child)
+    began = time.monotonic()
+    until(lambda: time.monotonic() > began + 1.5)  # longer than it would wait otherwise
+    region.mprotect(0, PAGE, READ)
+    assert child.wait() == 0
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_signal_ends_such_a_wait(region: Region, joined: Callable[..., Child], raises: bool) -> None:
+    """The handler cannot run in the midst of it; where it returns the load has not taken place."""
+    region.mprotect(0, PAGE, NONE)
+
+    def body(child: Child) -> None:
+        called = []
+
+        def handler(*_: object) -> None:
+            called.append(1)
+            if raises:
+                raise LookupError
+
+        signal.signal(signal.SIGTERM, handler)
+        child.say()
+        try:
+            load_bytes(region)
+        except LookupError:
+            assert raises
+            settle()
+        except ProtectionError:
+            assert not raises
+            settle()
+        assert called == [1]
+        settle()
+
+    child = joined(body)
+    until_waits(child)
+    child.kill(signal.SIGTERM)
+    assert child.wait() == 0
+
+
+def test_others_run_during_a_wait_in_a_guard(region: Region) -> None:
+    region.mprotect(0, PAGE, NONE)
+    seen: list[bytes] = []
+
+    def body() -> None:
+        with region.guard():
+            seen.append(load_bytes(region))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    until(lambda: is_asleep(thread.native_id or 0))
+    region.mprotect(0, PAGE, READ)
+    thread.join(PATIENCE)
+    assert seen == [OLD * 4]
 
 
 # -- Ends --------------------------------------------------------------------------------------------------------------
