@@ -27,6 +27,9 @@ cdef extern from "participant.h":
         ps_shape shape
         ps_cached memory
 
+cdef extern from "sys.h":
+    uint64_t ps_sys_start_time(int pid)
+
 cdef extern from "core.h" nogil:
     enum:
         PS_SEC_CUR
@@ -100,6 +103,11 @@ cdef extern from "core.h" nogil:
 RING = PS_RING
 KINDS = {PS_SET: "set", PS_UNDO: "undone", PS_THAW: "thawed", PS_FOLLOW: "follow"}
 SNAPSHOT_STATES = ("free", "preparing", "active", "complete")
+
+
+def start_time(int pid) -> int:
+    """When a process began, in clock ticks of the machine, give or take one; 0: unknown."""
+    return ps_sys_start_time(pid)
 
 
 def read_only(int fd):

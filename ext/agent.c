@@ -222,13 +222,15 @@ static int own_descriptors(struct ps_region *region) {
     return rc;
 }
 
-/* What callers outside need to change our page tables; without a socket they may still find another way. */
+/* What callers outside need to change our page tables. */
 static int offer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
     uintptr_t canary = (uintptr_t)ps_address(region) - PS_GUARD;
     uint32_t name = 0;
     atomic_store_explicit(&slot->canary, canary, memory_order_relaxed); /* says where the data are, by uffd or not */
     int rc = region->uffd ? ps_engine_try(region) : 0;
+    if (!rc && region->uffd)
+        rc = ps_borrow_offer(region, &name);
     if (rc && region->engine == PS_ENGINE_AUTO) { /* a filter that lets part of it pass, or an emulation */
         close(region->own_userfault);
         region->own_userfault = -1;
@@ -237,7 +239,6 @@ static int offer(struct ps_region *region) {
     }
     if (rc || !region->uffd)
         return rc;
-    region->own_socket = ps_sys_socket(&name);
     atomic_store_explicit(&slot->uffd, (uint32_t)region->own_userfault, memory_order_relaxed);
     atomic_store_explicit(&slot->socket, name, memory_order_relaxed);
     /* release: whoever finds it (acquire) finds the others.  Of a successor, once it follows the whole map. */

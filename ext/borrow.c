@@ -181,6 +181,18 @@ void ps_borrow_collect(struct ps_region *region, int socket) {
 
 /* -- Our own ------------------------------------------------------------------------------------------------------ */
 
+/* In the agent: there is a way to its userfaultfd, which the program's threads need too: its socket, whose name this
+ * is, or at least a pidfd of its thread. */
+int ps_borrow_offer(struct ps_region *region, uint32_t *name) {
+    region->own_socket = ps_sys_socket(name);
+    if (region->own_socket >= 0)
+        return 0;
+    int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
+    if (fd >= 0)
+        close(fd);
+    return fd < 0 ? region->own_socket : 0;
+}
+
 /* In the agent: to whoever has asked on its socket, or waits for long for a word of ours. */
 void ps_borrow_answer(struct ps_region *region) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);

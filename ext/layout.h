@@ -314,8 +314,8 @@ struct ps_shm_slot {
      * compared with what the kernel says before it means anything. */
     _Atomic uint32_t pid; /* W: owner, in its own pid namespace.  R: anybody */
     _Atomic uint32_t tid; /* W: owner's agent, same namespace.  R: anybody */
-    /* W: owner: start time, clock ticks, as its time namespace shows it, 0 unknown.  R: who looks, to tell it from one
-     * that was given its pid since; not who decides whether it is dead */
+    /* W: owner: start time, clock ticks of the machine, 0 unknown.  R: anybody, to tell it from one that was given its
+     * pid since, give or take one */
     _Atomic uint64_t start;
     _Atomic uint64_t pidns;        /* W: owner: inode of its pid namespace, 0 unknown.  R: anybody */
     _Atomic uint32_t capabilities; /* W: owner: PS_CAN_*.  R: anybody */

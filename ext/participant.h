@@ -408,6 +408,7 @@ uintptr_t ps_borrow_data(const struct ps_region *region, uint32_t slot);
 void ps_borrow_lost(struct ps_region *region, uint32_t slot);
 void ps_borrow_collect(struct ps_region *region, int socket);
 int ps_borrow_own(struct ps_region *region);
+int ps_borrow_offer(struct ps_region *region, uint32_t *name);
 void ps_borrow_answer(struct ps_region *region);
 void ps_borrow_give_back(struct ps_region *region);
 

@@ -201,6 +201,17 @@ static bool process_gone(const struct ps_shm_slot *slot) {
     return pidns && pidns == ps_process_pidns() && pid != getpid() && ps_sys_process_gone(pid);
 }
 
+/* Its pid was given to another process.  Not asked of who has a byte, which tells more surely; a bare one has no other
+ * sign then. */
+static bool was_replaced(const struct ps_shm_slot *slot) {
+    uint64_t start = atomic_load_explicit(&slot->start, memory_order_relaxed);
+    uint64_t pidns = atomic_load_explicit(&slot->pidns, memory_order_relaxed);
+    if (!start || !pidns || pidns != ps_process_pidns())
+        return false;
+    uint64_t now = ps_sys_start_time((int)atomic_load_explicit(&slot->pid, memory_order_relaxed));
+    return now && now - start + 1 > 2;
+}
+
 /* The participant that had `status` is gone. */
 void ps_slot_bury(struct ps_region *region, uint32_t index, uint32_t status) {
     struct ps_shm_slot *slot = ps_slot(region, index);
@@ -226,8 +237,9 @@ bool ps_slot_dead(struct ps_region *region, uint32_t index, uint32_t status) {
     if (now != status) /* from JOINING to LIVE is no death */
         return now >> PS_STATE_BITS != status >> PS_STATE_BITS || ps_state_of(now) == PS_FREE ||
                ps_state_of(now) == PS_DEAD;
-    bool byte = !(now & PS_STATE_BARE) && byte_free(region, index);
-    if (!byte && !(is_marked(slot) && process_gone(slot) && is_marked(slot))) /* twice: `live` came with who it is */
+    bool bare = now & PS_STATE_BARE, byte = !bare && byte_free(region, index);
+    if (!byte && !(is_marked(slot) && (process_gone(slot) || (bare && was_replaced(slot))) &&
+                   is_marked(slot))) /* twice: `live` came with who it is */
         return false;
     ps_slot_bury(region, index, status);
     return true;

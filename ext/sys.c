@@ -63,6 +63,8 @@
 #define WAITV_32 2        /* FUTEX2_SIZE_U32, not private */
 #define COMMAND_LINE 1024 /* bytes of it that are read */
 #define PAGE 4096u
+#define INITIAL_TIME 0xEFFFFFFAu /* inode of the first time namespace (PROC_TIME_INIT_INO, linux/proc_ns.h) */
+#define TICKS 100u               /* a second, where x86-64 tells clock ticks (USER_HZ) */
 
 struct waitv {
     uint64_t value, address;
@@ -592,20 +594,53 @@ static int read_file(const char *path, char *to, size_t size) {
     return length;
 }
 
+static uint64_t number_of(const char *digits) {
+    uint64_t number = 0;
+    while (*digits >= '0' && *digits <= '9')
+        number = number * 10 + (uint64_t)(*digits++ - '0');
+    return number;
+}
+
+static const char *next_word(const char *text) {
+    while (*text && *text != ' ')
+        text++;
+    while (*text == ' ')
+        text++;
+    return text;
+}
+
+/* Clock ticks by which our time namespace shifts what is told in the machine's boot time.  Who has made one for its
+ * children is told theirs, so it does not know its own. */
+static bool boottime_shift(uint64_t *ticks) {
+    struct stat own, children;
+    char text[128];
+    *ticks = 0;
+    if (stat("/proc/self/ns/time", &own))
+        return errno == ENOENT; /* of a kernel without them */
+    if (own.st_ino == INITIAL_TIME)
+        return true;
+    if (stat("/proc/self/ns/time_for_children", &children) || children.st_ino != own.st_ino ||
+        read_file("/proc/self/timens_offsets", text, sizeof text) <= 0)
+        return false;
+    const char *line = strchr(text, '\n'); /* the second is "boottime SECONDS NANOSECONDS" */
+    const char *seconds = line ? next_word(line + 1) : text, *nanoseconds = next_word(seconds);
+    uint64_t whole = number_of(*seconds == '-' ? seconds + 1 : seconds) * TICKS;
+    *ticks = (*seconds == '-' ? -whole : whole) + number_of(nanoseconds) / (1000000000 / TICKS);
+    return true;
+}
+
 uint64_t ps_sys_start_time(int pid) {
     char path[48], text[1024], *end = path;
+    uint64_t shift;
     put_text(&end, "/proc/");
     put_number(&end, (unsigned long)pid);
     put_text(&end, "/stat");
-    if (read_file(path, text, sizeof text) <= 0)
+    if (!boottime_shift(&shift) || read_file(path, text, sizeof text) <= 0)
         return 0;
     char *at = strrchr(text, ')'); /* the command may hold spaces and parentheses */
     for (int field = 2; at && field < 22; field++)
         at = strchr(at + 1, ' ');
-    uint64_t start = 0;
-    for (at = at ? at + 1 : text; *at >= '0' && *at <= '9'; at++)
-        start = start * 10 + (uint64_t)(*at - '0');
-    return start;
+    return at ? number_of(at + 1) - shift : 0;
 }
 
 uint64_t ps_sys_pid_namespace(void) {
@@ -636,13 +671,6 @@ static bool proc_is_ours(void) {
     return length > 0 && (size_t)length == strlen(mine) && !memcmp(text, mine, (size_t)length);
 }
 
-static int number_of(const char *digits) {
-    int number = 0;
-    while (*digits >= '0' && *digits <= '9')
-        number = number * 10 + *digits++ - '0';
-    return number;
-}
-
 /* Where its file cannot be read (no descriptor is left, /proc hides it), only of one that is no more. */
 static bool thread_without_memory(const char *statm, int pid, int tid) {
     char text[64];
@@ -668,7 +696,7 @@ static int threads_without_memory(int pid) {
             put_text(&end, "/");
             put_text(&end, name);
             put_text(&end, "/statm");
-            held = !thread_without_memory(path, pid, number_of(name));
+            held = !thread_without_memory(path, pid, (int)number_of(name));
         }
     close(dir);
     return held ? 0 : length < 0 ? length : seen ? 1 : -ESRCH;

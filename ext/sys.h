@@ -119,12 +119,12 @@ int ps_sys_socket_take(int socket, int *pid, int *fd, uint32_t *number);
 int ps_sys_socket_wait(int socket, int64_t deadline);
 
 /* Who a process is, beyond its pid. 0 where /proc does not say. */
-uint64_t ps_sys_start_time(int pid);
+uint64_t ps_sys_start_time(int pid); /* clock ticks of the machine, whatever the time namespace; one less or more */
 uint64_t ps_sys_pid_namespace(void);
 /* The words of this process's command line, each without the folders before it, as far as there is room; or "". */
 void ps_sys_command(char *to, size_t size);
 /* Can no thread of that process of our own pid namespace store any more?  Unknown counts as no; and so does a process
- * that was given its pid since: it has memory. */
+ * that was given its pid since, which has memory. */
 bool ps_sys_process_gone(int pid);
 
 /* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe.h). */

@@ -212,6 +212,7 @@ KINDS: Final[dict[int, str]]
 SNAPSHOT_STATES: Final[tuple[str, ...]]
 
 def read_only(fd: int) -> int: ...
+def start_time(pid: int) -> int: ...
 
 @disjoint_base
 class Observed(Mapped):

@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 
     owner: int  # its name in lease words and the freeze
     pid: int  # as it sees itself
-    start: int  # of the process, in clock ticks
+    start: int  # of the process, in clock ticks of the machine, give or take one; 0: unknown
     applied: int  # the change that its page tables follow
     data: int  # where it says to have the data
     live: bool  # it has joined
@@ -54,10 +54,8 @@ class Slot(NamedTuple):
 
     def process(self) -> psutil.Process | None:
         """Its process; None where that is gone, or cannot be seen from here."""
-        with contextlib.suppress(psutil.Error, OSError, ValueError, IndexError):
-            with open(f"/proc/{self.pid}/stat") as stat:
-                start = int(stat.read().rpartition(")")[2].split()[19])
-            if self.here and start == self.start:
+        with contextlib.suppress(psutil.Error):
+            if self.here and self.start and abs(_core.start_time(self.pid) - self.start) <= 1:
                 return psutil.Process(self.pid)
         return None
 

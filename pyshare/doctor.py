@@ -674,15 +674,17 @@ class Diagnosis:
 
     @property
     def engine(self) -> str | None:
-        """What "auto" gives."""
+        """What "auto" gave; None where it gives none."""
         if not self.works or self.missing(AUTO):
             return None
-        return "mprotect" if self.missing(ENGINE) else "uffd"
+        return next(check.found for check in self.checks if check.name == "auto").split('"')[1]
 
     @property
     def why(self) -> str:
         """The reason of the engine."""
         lacking = self.missing(EVERYTHING) or self.missing(AUTO) or self.missing(ENGINE)
+        if not lacking and self.engine == "mprotect":  # nothing leads from the program to what its agent has
+            lacking = next(check for check in self.checks if check.name == "socket")
         return f"{lacking.name}: {lacking.why}" if lacking else "userfaultfd can write-protect shared memory here"
 
     @property

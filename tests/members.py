@@ -7,9 +7,10 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from conftest import Child
+from conftest import Child, idle
 from kernel import (
     PAGE,
     SYSTEM_CALLS,
@@ -28,6 +29,19 @@ Joined = Callable[..., Child]
 CHUNK = 512  # pages of one page table, which are armed together
 AT_ONCE = 0.05  # a timeout that is meant to run out
 SOON = 0.5  # the same, where somebody is meant to come to so-and-so before it does
+
+
+def has_thread_pidfd() -> bool:
+    """A descriptor of a thread's own table can be taken from outside."""
+    with contextlib.suppress(OSError):
+        os.close(os.pidfd_open(os.getpid(), os.O_EXCL))  # PIDFD_THREAD
+        return True
+    return False
+
+
+needs_thread_pidfd = pytest.mark.skipif(
+    not has_thread_pidfd(), reason="before Linux 6.9 a participant is reached once its agent has answered on its socket"
+)
 
 
 def change(region: Region, first: int, count: int, prot: int, **options: float) -> int:
@@ -121,3 +135,30 @@ def own_userfaultfds() -> list[int]:
             if "userfaultfd" in os.readlink(f"/proc/self/fd/{name}"):
                 found.append(int(name))
     return found
+
+
+def in_new_pids(fork: Fork, body: Callable[[], object]) -> None:
+    """In a process that is number 1, with a /proc of its own, where nobody else takes pids."""
+    new_mounts_and_pids, private = 0x20000 | 0x20000000, 0x44000  # CLONE_NEWNS | CLONE_NEWPID; MS_PRIVATE | MS_REC
+
+    def first(_: Child) -> None:
+        assert libc.mount(b"none", b"/", None, private, None) == 0
+        assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
+        body()
+
+    def outside(child: Child) -> None:
+        permitted = libc.unshare(new_mounts_and_pids) == 0
+        child.say(str(permitted))
+        assert not permitted or Child(first).wait() == 0
+
+    child = fork(outside)
+    if child.hear() == "False":
+        pytest.skip("a new pid namespace is not permitted here")
+    assert child.wait() == 0
+
+
+def successor_of(dead: Child) -> Child:
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(dead.pid - 1))
+    child = Child(idle)
+    assert child.pid == dead.pid
+    return child

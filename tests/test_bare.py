@@ -8,11 +8,13 @@ import fcntl
 import os
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Child, idle
+from conftest import PATIENCE, Child, idle, until
+from members import in_new_pids, successor_of
 
 import pyshare
 from pyshare import READ, READ_WRITE, Region
@@ -73,6 +75,25 @@ def test_an_observer_keeps_nobody_away(region: Region, fork: Fork) -> None:
             other.mprotect(0, PAGE, READ)
         assert alive(region) == [os.getpid()]
     works(region, fork)
+
+
+def test_a_pid_that_is_used_again_is_not_who_had_it(fork: Fork) -> None:
+    """There is no byte to tell by; whoever has the pid has begun at another time."""
+
+    def body() -> None:
+        with pyshare.create(size=PAGE, max_participants=4) as region, observed(region, 1, 0):
+            begun, dead = time.monotonic(), Child(idle)
+            assert dead.hear() == "ok"
+            until(lambda: time.monotonic() > begun + 0.05)  # times are told in hundredths of a second
+            dead.kill()
+            dead.wait()
+            second = successor_of(dead)
+            assert second.hear() == "ok"
+            region.mprotect(0, PAGE, READ)
+            assert len(alive(region)) == 2
+            second.end()
+
+    in_new_pids(fork, body)
 
 
 def test_an_observer_makes_nobody_look_alive(region: Region, fork: Fork) -> None:

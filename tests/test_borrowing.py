@@ -35,13 +35,16 @@ from members import (
     change,
     close_all,
     engines,
+    in_new_pids,
     member,
+    needs_thread_pidfd,
     new_userfaultfd,
     obey,
     order,
     own_userfaultfds,
     pages_of,
     silent,
+    successor_of,
 )
 
 import pyshare
@@ -87,6 +90,7 @@ def regions(like: list[int]) -> None:
 kept: list[Region] = []
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("reuse", [nothing, other_files, userfaultfds, regions])
 @pytest.mark.parametrize("known", [False, True], ids=["before", "after"])
 def test_closed_descriptors_are_noticed(
@@ -128,6 +132,7 @@ def test_closed_descriptors_are_noticed(
     assert region.buf[0] == 1
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("which", range(3))
 def test_one_number_becomes_another_userfaultfd(region: Region, joined: Joined, which: int) -> None:
     """Any one of those that were borrowed, while the others are what they were: it would change our own page tables."""
@@ -217,6 +222,7 @@ def test_exec_takes_a_participant_away(region: Region, joined: Joined) -> None:
     assert list(engines(region)) == [os.getpid()]
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("limit", [1024, 4096])
 def test_borrowed_descriptors_stay_out_of_the_way(region: Region, fork: Fork, joined: Joined, limit: int) -> None:
     """High numbers where the limit allows it."""
@@ -306,6 +312,7 @@ def test_a_caller_killed_while_it_changes_others(
     agreed(region, *pids)
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("point", ["R1_claim", "R2_remote", "R3_ack"])
 def test_an_agent_takes_the_claim_of_a_dead_caller_over(region: Region, fork: Fork, joined: Joined, point: str) -> None:
     """In the process of the claimed participant, whose own threads wait for it."""
@@ -316,6 +323,7 @@ def test_an_agent_takes_the_claim_of_a_dead_caller_over(region: Region, fork: Fo
     assert agreed(region, child.pid, target.pid)[:2] == [(0, PAGE, READ), (PAGE, PAGE, NONE)]
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("point", ["R1_claim", "R2_remote", "R3_ack"])
 def test_a_participant_dies_while_it_is_changed(region: Region, fork: Fork, joined: Joined, point: str) -> None:
     """Between the look at its descriptor and the change; its slot is free for the next."""
@@ -349,6 +357,7 @@ def with_pid(pid: int, joined: Joined) -> Child:
     pytest.skip("others were always quicker")
 
 
+@needs_thread_pidfd
 def test_a_pid_that_is_used_again(region: Region, joined: Joined) -> None:
     """What was borrowed of the first is of no use for the second, in the same slot or another."""
     for _ in range(3):
@@ -365,33 +374,7 @@ def test_a_pid_that_is_used_again(region: Region, joined: Joined) -> None:
         second.wait()
 
 
-def in_new_pids(fork: Fork, body: Callable[[], object]) -> None:
-    """In a process that is number 1, with a /proc of its own, where nobody else takes pids."""
-    new_mounts_and_pids, private = 0x20000 | 0x20000000, 0x44000  # CLONE_NEWNS | CLONE_NEWPID; MS_PRIVATE | MS_REC
-
-    def first(_: Child) -> None:
-        assert libc.mount(b"none", b"/", None, private, None) == 0
-        assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
-        body()
-
-    def outside(child: Child) -> None:
-        permitted = libc.unshare(new_mounts_and_pids) == 0
-        child.say(str(permitted))
-        assert not permitted or Child(first).wait() == 0
-
-    child = fork(outside)
-    if child.hear() == "False":
-        pytest.skip("a new pid namespace is not permitted here")
-    assert child.wait() == 0
-
-
-def successor_of(dead: Child) -> Child:
-    Path("/proc/sys/kernel/ns_last_pid").write_text(str(dead.pid - 1))
-    child = Child(idle)
-    assert child.pid == dead.pid
-    return child
-
-
+@needs_thread_pidfd
 def test_a_pid_that_is_used_again_before_anything_was_borrowed(fork: Fork) -> None:
     """A slot of the dead leads to a living one's userfaultfd, which marks pages of that pid: not kept for both."""
 
@@ -415,6 +398,7 @@ def test_a_pid_that_is_used_again_before_anything_was_borrowed(fork: Fork) -> No
     in_new_pids(fork, body)
 
 
+@needs_thread_pidfd
 def test_a_pid_that_is_used_again_between_borrowing_and_changing(fork: Fork) -> None:
     """The change does nothing to its successor, which joins with the map that is made."""
 
@@ -530,6 +514,22 @@ def belongings() -> tuple[int, int, int, int]:
     with open("/proc/self/maps") as maps:
         mine = sum("pyshare" in line for line in maps)
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), mine, len(pyshare.names())
+
+
+def test_where_nothing_leads_to_ones_own_userfaultfd(fork: Fork) -> None:
+    """The agent has it, and cannot give the program a copy: then its own changes could not be made."""
+
+    def body(_: Child) -> None:
+        refuse("socket", errno.EPERM)
+        refuse("pidfd_open", errno.ENOSYS)
+        with pytest.raises(PermissionError):
+            pyshare.create(size=PAGE, engine="uffd")
+        with pyshare.create(size=2 * PAGE) as region:
+            assert region.engine == "mprotect"
+            change(region, 0, 1, READ)
+            change(region, 0, 1, READ_WRITE)
+
+    assert fork(body).wait() == 0
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)

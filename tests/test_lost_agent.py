@@ -21,7 +21,7 @@ from kernel import (
     refuse,
     wake,
 )
-from members import AT_ONCE, CHUNK, Fork, change, close_all, obey, order, own_userfaultfds, silent
+from members import AT_ONCE, CHUNK, Fork, change, close_all, needs_thread_pidfd, obey, order, own_userfaultfds, silent
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, Region
@@ -108,7 +108,7 @@ def test_a_lost_agent_that_nothing_can_replace_opens_nothing(region: Region, for
     agreed(region)
 
 
-@pytest.mark.parametrize("borrowed", [False, True], ids=["", "borrowed"])
+@pytest.mark.parametrize("borrowed", [False, pytest.param(True, marks=needs_thread_pidfd)], ids=["", "borrowed"])
 def test_who_has_lost_its_userfaultfd_gets_another(region: Region, fork: Fork, borrowed: bool) -> None:
     """It is open still, by the mapping or by who has borrowed it, so what it is registered for is mapped anew."""
 

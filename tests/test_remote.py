@@ -27,7 +27,22 @@ from kernel import (
     tell,
     word,
 )
-from members import AT_ONCE, CHUNK, SOON, Fork, Joined, Member, change, engines, member, obey, order, pages_of, silent
+from members import (
+    AT_ONCE,
+    CHUNK,
+    SOON,
+    Fork,
+    Joined,
+    Member,
+    change,
+    engines,
+    member,
+    needs_thread_pidfd,
+    obey,
+    order,
+    pages_of,
+    silent,
+)
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, WRITE, Prot, Region
@@ -52,6 +67,7 @@ def test_engines_are_told(region: Region, joined: Joined) -> None:
     assert engines(region) == {os.getpid(): "uffd", one.pid: "uffd", other.pid: "mprotect"}
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize(
     ("first", "count"),
     [(0, 1), (5, 200), (CHUNK - 1, 2), (CHUNK, 1), (2 * CHUNK - 10, 17), (2 * CHUNK + 6, 1)],
@@ -68,6 +84,7 @@ def test_the_stopped_are_reached(region: Region, joined: Joined, first: int, cou
         assert {one.applied for one in region.participants()} == {generation}
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("count", [1, 257], ids=["page", "many"])
 @pytest.mark.parametrize("prot", [NONE, READ | EXEC])
 def test_the_stopped_follow_later_where_entries_do_not_say_it(
@@ -106,6 +123,7 @@ def test_large_and_scattered_changes_are_everybodys_own(region: Region, joined: 
     agreed(region, stopped.pid)
 
 
+@needs_thread_pidfd
 def test_chunks_without_page_tables_are_armed_in_the_same_change(region: Region, joined: Joined) -> None:
     """The kernel says ENOENT where a chunk is not registered, after what lies before it was changed."""
     stopped, other = joined(), joined()
@@ -267,6 +285,7 @@ def mappings(pid: int, region: Region) -> int:
     return sum(region.address <= start < region.address + region.size for start in starts)
 
 
+@needs_thread_pidfd
 @pytest.mark.parametrize("region", [2 * SCATTERED * PAGE], indirect=True)
 def test_scattered_pages_are_refused_where_they_split_mappings(region: Region, joined: Joined) -> None:
     """One participant by mprotect comes to its limit of mappings: refused for all, and nobody is in doubt."""
@@ -303,6 +322,7 @@ def test_every_protection_in_turn(region: Region, joined: Joined, turn: int) -> 
             assert other.follows(region)
 
 
+@needs_thread_pidfd
 def test_only_the_other_kind_is_late(region: Region, joined: Joined) -> None:
     other, stopped = Member(joined, region), joined()
     other.child.stop()
@@ -402,6 +422,7 @@ def test_an_agent_that_is_at_work_itself_is_not_helped(region: Region, joined: J
     assert other.follows(region)
 
 
+@needs_thread_pidfd
 def test_a_claim_that_is_stopped_holds_up_no_lease(region: Region, fork: Fork) -> None:
     """The agent here waits for it, once it has been told of the change; who leases another page does not."""
     change(region, 4, 1, READ)
