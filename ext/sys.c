@@ -648,7 +648,6 @@ uint64_t ps_sys_pid_namespace(void) {
     return stat("/proc/thread-self/ns/pid", &ns) ? 0 : (uint64_t)ns.st_ino;
 }
 
-/* A /proc of another pid namespace (a container's) speaks of other processes under our numbers. */
 void ps_sys_command(char *to, size_t size) {
     char line[COMMAND_LINE];
     int length = read_file("/proc/self/cmdline", line, sizeof line);
@@ -664,6 +663,7 @@ void ps_sys_command(char *to, size_t size) {
     to[end && to[end - 1] == ' ' ? end - 1 : end] = 0; /* each word ends with a NUL, the last one too */
 }
 
+/* A /proc of another pid namespace (a container's) speaks of other processes under our numbers. */
 static bool proc_is_ours(void) {
     char text[24], mine[24], *end = mine;
     ssize_t length = readlink("/proc/self", text, sizeof text - 1);
