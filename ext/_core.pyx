@@ -167,7 +167,7 @@ cdef extern from "core.h" nogil:
     int ps_attach(int fd, int name_fd, engine_t engine, ps_region **region, const char **field)
     int ps_join(ps_region *region, int64_t deadline, ps_outcome *outcome, const char **field)
     void ps_join_abandon(ps_region *region)
-    void ps_fault_install()
+    void ps_fault_tracer(bint enabled)
     void ps_tell_also(int fd)
     int ps_close_begin(ps_region *region)
     void ps_close(ps_region *region)
@@ -1551,13 +1551,13 @@ cdef hold_signals():
         signal.pthread_sigmask = _pthread_sigmask
 
 
-# faulthandler.disable() puts back the handlers that it found when it was enabled: ours are gone with its own, if we came
-# later.  Participants that are woken for a change notice; those that are changed from outside would not.
+# faulthandler.enable() puts its handlers above ours, and disable() puts back those that it found: ours are gone with its
+# own, if we came later.  Participants that are woken for a change notice; those that are changed from outside would not.
 
-def _faulthandler_changed(int descriptor):
+def _faulthandler_changed(int descriptor, bint handlers):
     ps_tell_also(descriptor)
-    if descriptor < 0:
-        ps_fault_install()
+    if handlers:
+        ps_fault_tracer(descriptor >= 0)
 
 
 cdef hold_handlers():

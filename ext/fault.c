@@ -431,7 +431,7 @@ static void await_install(struct ps_chain *chain) {
 static void pass_on(int signal, siginfo_t *info, void *context, bool by_kernel, struct ps_offer *offer) {
     struct ps_chain *chain = ps_process_chain(signal);
     await_install(chain);
-    uint32_t version = atomic_load_explicit(&chain->version, memory_order_acquire); /* pairs with remember */
+    uint32_t version = atomic_load_explicit(&chain->version, memory_order_acquire); /* pairs with rewrite */
     struct ps_handlers *below = &chain->copy[version % 2];
     uint32_t level = offer->version == version && offer->level < below->count ? offer->level : below->count;
     struct sigaction *next = level ? &below->handler[level - 1] : NULL;
@@ -658,26 +658,35 @@ void ps_call_on(uintptr_t stack, void (*function)(void *), void *argument);
 
 struct service {
     const struct ps_hooks *hooks;
+    sigset_t mask; /* the thread's */
     bool done;
 };
 
 /* On the thread's own stack.  A fault meanwhile must not have the alternate one from its beginning, where we are. */
 static void serve_there(void *argument) {
     struct service *service = argument;
+    sigset_t all;
     stack_t alternate;
     sigaltstack(&(stack_t){.ss_flags = SS_DISABLE}, &alternate);
+    pthread_sigmask(SIG_SETMASK, &service->mask, &all);
     service->done = service->hooks->serve();
+    pthread_sigmask(SIG_SETMASK, &all, &service->mask);
     sigaltstack(&alternate, NULL);
 }
 
-/* A handler of Python's needs more stack than a handler of signals may have got. */
+/* A handler of Python's needs more stack than a handler of signals may have got.  No signal comes between a change of
+ * stacks and the kernel's being told of it: its handler would have the alternate one from its beginning, too. */
 static bool serve(const struct ps_hooks *hooks, const ucontext_t *context) {
     uintptr_t here = (uintptr_t)__builtin_frame_address(0), own = (uintptr_t)context->uc_mcontext.gregs[REG_RSP];
     const stack_t *alternate = &context->uc_stack;
     if (alternate->ss_flags & SS_DISABLE || here - (uintptr_t)alternate->ss_sp >= alternate->ss_size)
         return hooks->serve();
     struct service service = {.hooks = hooks};
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &service.mask);
     ps_call_on((own - RED_ZONE) & ~(uintptr_t)15, serve_there, &service);
+    pthread_sigmask(SIG_SETMASK, &service.mask, NULL);
     return service.done;
 }
 
@@ -826,16 +835,17 @@ static bool same(const struct sigaction *a, const struct sigaction *b) {
     return (a->sa_flags & SA_SIGINFO) == (b->sa_flags & SA_SIGINFO) && a->sa_handler == b->sa_handler;
 }
 
-/* The other copy of the chain, with what was found on top; a handler found before moves up. */
-static void remember(struct ps_chain *chain, const struct sigaction *found) {
+/* The other copy of the chain without this handler, or with it on top, wherever it was before. */
+static void rewrite(struct ps_chain *chain, const struct sigaction *handler, bool on_top) {
     uint32_t version = atomic_load_explicit(&chain->version, memory_order_relaxed);
     struct ps_handlers *from = &chain->copy[version % 2], *to = &chain->copy[(version + 1) % 2];
-    uint32_t skip = from->count == PS_CHAIN; /* full: forget the oldest */
+    uint32_t skip = on_top && from->count == PS_CHAIN; /* full: forget the oldest */
     to->count = 0;
     for (uint32_t i = skip; i < from->count; i++)
-        if (!same(&from->handler[i], found))
+        if (!same(&from->handler[i], handler))
             to->handler[to->count++] = from->handler[i];
-    to->handler[to->count++] = *found;
+    if (on_top)
+        to->handler[to->count++] = *handler;
     atomic_store_explicit(&chain->version, version + 1, memory_order_release); /* pairs with pass_on */
 }
 
@@ -852,10 +862,10 @@ static void install(int signal) {
     sigaction(signal, NULL, &found);
     if (!is_ours(&found)) {
         struct sigaction replaced;
-        remember(chain, &found);
+        rewrite(chain, &found, true);
         sigaction(signal, &ours, &replaced);
         if (!is_ours(&replaced) && !same(&replaced, &found)) /* by another thread, between the two calls */
-            remember(chain, &replaced);
+            rewrite(chain, &replaced, true);
     }
     atomic_store_explicit(&chain->busy, 0, memory_order_release);
 }
@@ -863,6 +873,26 @@ static void install(int signal) {
 void ps_fault_install(void) {
     install(SIGSEGV);
     install(SIGBUS);
+}
+
+/* faulthandler's, if it came above ours: once disabled it returns at once, wherever it is called from, and a fault that
+ * it is given would come for ever. */
+static void follow_tracer(int signal, bool enabled) {
+    struct ps_chain *chain = ps_process_chain(signal);
+    struct sigaction top;
+    sigaction(signal, NULL, &top);
+    while (atomic_exchange_explicit(&chain->busy, 1, memory_order_acquire))
+        await_install(chain);
+    if (!enabled && chain->tracer.sa_handler)
+        rewrite(chain, &chain->tracer, false);
+    chain->tracer = enabled ? top : (struct sigaction){.sa_handler = NULL};
+    atomic_store_explicit(&chain->busy, 0, memory_order_release);
+}
+
+void ps_fault_tracer(bool enabled) {
+    follow_tracer(SIGSEGV, enabled);
+    follow_tracer(SIGBUS, enabled);
+    ps_fault_install();
 }
 
 /* For a stack overflow in the main thread to be reported at all; other threads run the handler on their own. */

@@ -489,6 +489,7 @@ struct ps_waiter {
 /* Handlers found when ours was installed, oldest first.  Copy version % 2 is read, the other written. */
 struct ps_chain {
     _Atomic uint32_t busy, version;
+    struct sigaction tracer; /* faulthandler's handler, if we were told; written under `busy` */
     struct ps_handlers {
         uint32_t count;
         struct sigaction handler[PS_CHAIN];

@@ -158,7 +158,7 @@ def is_asleep(native_id: int, pid: str | int = "self") -> bool:
     """That thread is in a futex call, which is where the core sleeps."""
     try:
         return Path(f"/proc/{pid}/task/{native_id}/syscall").read_text().split()[0] in {"202", "449", "455"}
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return False
 
 

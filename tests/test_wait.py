@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
@@ -316,6 +317,44 @@ def test_handlers_run_during_the_wait(
         assert child.hear() == "handled"
     assert region.read(0, 1) == OLD
     region.mprotect(0, region.size, READ_WRITE)
+    assert child.wait() == 0
+    assert region.read(0, 1) == b"\x01"
+
+
+def test_a_storm_of_signals(region: Region, joined: Callable[..., Child]) -> None:
+    """They come at every instruction of those that change stacks for a handler, too."""
+    region.mprotect(0, PAGE, READ_WRITE)
+
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        child.say()
+        buf = region.buf
+        while region.read(PAGE, 1) == OLD:
+            buf[0] = 1
+
+    child = joined(body)
+    for turn in range(150):
+        region.mprotect(0, PAGE, READ)
+        for _ in range(1 + turn % 25):
+            child.kill(signal.SIGUSR1)
+        region.mprotect(0, PAGE, READ_WRITE)
+    region.mprotect(0, region.size, READ_WRITE)
+    region.write(PAGE, b"\x01")
+    assert child.wait() == 0
+
+
+def test_faulthandler_comes_later(region: Region, joined: Callable[..., Child]) -> None:
+    """Nobody is woken for a change by the uffd engine who could see that our handler is the topmost no more."""
+
+    def body(child: Child) -> None:
+        faulthandler.disable()
+        faulthandler.enable(file=2)
+        child.say()
+        region.buf[0] = 1
+
+    child = joined(body)
+    until_waits(child)
+    region.mprotect(0, PAGE, READ_WRITE)
     assert child.wait() == 0
     assert region.read(0, 1) == b"\x01"
 
