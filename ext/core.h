@@ -191,7 +191,7 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
                       struct ps_refusal *refusal);
 int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_refusal *refusal);
 
-void ps_fault_install(void); /* our handlers of SIGSEGV and SIGBUS are on top again */
+void ps_fault_install(void);        /* our handlers of SIGSEGV and SIGBUS are on top again */
 void ps_fault_tracer(bool enabled); /* the handler on top is faulthandler's, just enabled; or that one is no more */
 void ps_tell_also(int fd); /* the line that explains a death goes there too, where that is not stderr's file; -1: no */
 /* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;
