@@ -194,6 +194,7 @@ int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **
 void ps_fault_install(void);        /* our handlers of SIGSEGV and SIGBUS are on top again */
 void ps_fault_tracer(bool enabled); /* the handler on top is faulthandler's, just enabled; or that one is no more */
 void ps_tell_also(int fd); /* the line that explains a death goes there too, where that is not stderr's file; -1: no */
+
 /* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;
  * PS_ESIGNAL: as that, and the caller may try again; nothing is held after any result but 0. */
 struct ps_lease {

@@ -103,7 +103,7 @@ MAY_CALL = {
     "dirty.c": set(),
     "engine.c": {"mprotect"},
     "fault.c": {"fstat", "getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
-    | {"sigaddset", "sigandset", "sigemptyset", "sigisemptyset"},
+    | {"sigaddset", "sigandset", "sigemptyset", "sigfillset", "sigisemptyset"},
     "freeze.c": set(),
     "held.c": set(),
     "image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
