@@ -105,9 +105,12 @@ static void threads_may_not_change(void) {
 static void threads_changed(void) {
     pthread_rwlock_unlock(&threads);
 }
-/* In a forked child, before the core's own handler: ThreadSanitizer still counts its parent's agents, whose place in
- * memory may be given to threads of the child's. */
-static void forget_agents(void) {
+/* In a forked child, before the core's own handler: ThreadSanitizer still counts the threads that the core has in its
+ * parent, whose places in memory may be given to threads of the child's. */
+static void forget_threads(void) {
+    struct ps_waiter *waiter = ps_process_waiter();
+    if (waiter->running)
+        pthread_detach(waiter->thread);
     for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
         if (region->threaded)
             pthread_detach(region->thread);
@@ -119,7 +122,7 @@ static void threads_may_not_change(void) {
 }
 static void threads_changed(void) {
 }
-static void forget_agents(void) {
+static void forget_threads(void) {
 }
 #endif
 
@@ -594,7 +597,7 @@ int main(int argc, char **argv) {
     int rc = ps_create(&wanted, &memory);
     CHECK(!rc, "ps_create: %d", rc);
     CHECK(!pipe(alive), "%d", errno);
-    CHECK(!pthread_atfork(NULL, NULL, forget_agents), "pthread_atfork");
+    CHECK(!pthread_atfork(NULL, NULL, forget_threads), "pthread_atfork");
     pid_t pid = fork();
     if (!pid) {
         close(alive[1]);
