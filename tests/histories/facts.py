@@ -49,6 +49,24 @@ class Change:
 
 
 T = TypeVar("T")
+Span = tuple[int, int]
+
+
+def without(some: list[Span], others: list[Span]) -> list[Span]:
+    """What is left of them; the others in order."""
+    found = []
+    for begin, end in some:
+        for other_begin, other_end in others:
+            if other_begin > end:
+                break
+            if other_end < begin:
+                continue
+            if other_begin > begin:
+                found.append((begin, other_begin - 1))
+            begin = max(begin, other_end + 1)
+        if begin <= end:
+            found.append((begin, end))
+    return found
 
 
 class Intervals(Generic[T]):

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import Facts, finding
+from histories.facts import Facts, Span, finding, without
 from histories.history import Op
 from histories.registers import Registers
-
-Span = tuple[int, int]
 
 
 class Images:
@@ -173,20 +171,3 @@ def meet(some: list[Span], others: list[Span]) -> list[Span]:
             if other_begin <= end and other_end >= begin:
                 found.append((max(begin, other_begin), min(end, other_end)))
     return sorted(found)
-
-
-def without(some: list[Span], others: list[Span]) -> list[Span]:
-    """What is left of them; the others in order."""
-    found = []
-    for begin, end in some:
-        for other_begin, other_end in others:
-            if other_begin > end:
-                break
-            if other_end < begin:
-                continue
-            if other_begin > begin:
-                found.append((begin, other_begin - 1))
-            begin = max(begin, other_end + 1)
-        if begin <= end:
-            found.append((begin, end))
-    return found

@@ -22,7 +22,8 @@ from histories.waits import Waits
 def judge(history: History) -> list[str]:
     """What cannot be explained; empty: all of it can."""
     facts = Facts(history)
-    registers, rights = Registers(facts), Rights(facts)
+    rights = Rights(facts)
+    registers = Registers(facts, rights)
     found = [f"stray exception in {thread}: {text}" for thread, _, text in history.strays]
     for judgement in (registers, rights, Images(facts, registers), Holds(facts, rights), Waits(facts, rights)):
         found += judgement.judge()

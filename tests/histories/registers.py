@@ -16,6 +16,7 @@ from typing import NamedTuple
 from histories import words
 from histories.facts import Facts, finding
 from histories.history import Op
+from histories.rights import Rights
 
 LONG_AGO = -1
 
@@ -87,8 +88,8 @@ class Place:
 class Registers:
     """All places of all hot pages."""
 
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    def __init__(self, facts: Facts, rights: Rights) -> None:
+        self._facts, self._rights = facts, rights
         writes: dict[tuple[int, int], list[Write]] = defaultdict(list)
         for page, place, write in self._writes():
             writes[page, place].append(write)
@@ -104,7 +105,8 @@ class Registers:
     def _writes(self) -> Iterator[tuple[int, int, Write]]:
         facts = self._facts
         for op in self._stores():
-            if op.outcome in (words.OK, words.INTERRUPTED, None):
+            taken_place = op.outcome in (words.OK, words.INTERRUPTED, None)
+            if taken_place or (op.outcome == words.REFUSED and self._rights.may_be_granted(op)):
                 certain = op.outcome == words.OK and not facts.is_private(op)
                 yield op.args[0], op.args[3], Write(op.begin, op.end, op.args[2], certain, op)
         for op in facts.by_kind[words.TRANSACT]:

@@ -12,12 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import ACCESSES, Change, Facts, Hold, Intervals, finding, pages_of
+from histories.facts import ACCESSES, Change, Facts, Hold, Intervals, Span, finding, pages_of, without
 from histories.history import FOREVER, Op
-from histories.images import without
 from histories.words import READ, WRITE
-
-Span = tuple[int, int]
 
 
 class Page:
@@ -151,9 +148,6 @@ class Rights:
         if self._facts.is_private(op):
             return
         page = pages_of(op)[0]
-        frozen = any(
-            hold.certain[0] < op.begin and op.end < hold.certain[1] for hold in self.frozen.meeting(op.begin, op.end)
-        )
         if op.kind == words.LOAD:
             may = self.pages[page].protections(op.begin, op.end)
             if (
@@ -165,10 +159,24 @@ class Rights:
             return
         if self.is_leased(op, page):
             return
-        if frozen:
+        if self._is_frozen(op):
             yield self._tell("a store has succeeded while all was frozen", op)
         elif not any(prot & WRITE for prot in self.pages[page].protections(op.begin, op.end)):
             yield self._tell("a store has succeeded that the map forbids", op)
+
+    def _is_frozen(self, op: Op) -> bool:
+        """From its beginning to its end, for certain."""
+        return any(
+            hold.certain[0] < op.begin and op.end < hold.certain[1] for hold in self.frozen.meeting(op.begin, op.end)
+        )
+
+    def may_be_granted(self, op: Op) -> bool:
+        """What is left to store of it when it was refused may have been allowed meanwhile."""
+        page = pages_of(op)[0]
+        if self.is_leased(op, page) or self._restores.any_meeting(op.begin, op.end):
+            return True
+        may = self.pages[page].protections(op.begin, op.end)
+        return not self._is_frozen(op) and any(prot & WRITE for prot in may)
 
     def is_leased(self, op: Op, page: int) -> bool:
         """Its own participant may have had a lease on the page."""

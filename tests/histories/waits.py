@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import ACCESSES, Facts, Hold, Intervals, finding
+from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, without
 from histories.history import FOREVER, Life, Op
-from histories.images import without
 from histories.plan import PATIENT
 from histories.rights import Rights
 
