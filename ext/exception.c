@@ -92,6 +92,20 @@ static bool has_signals(const PyThreadState *state) {
 #endif
 }
 
+/* The calling thread's own. */
+static void set_async_exc(PyThreadState *mine, PyObject *exception) {
+#if PY_VERSION_HEX >= 0x030C0000
+    PyThreadState_SetAsyncExc(mine->thread_id, exception);
+#else
+    /* That function would give it to a thread that this one is creating, which has its number until it runs. */
+    PyObject *before = mine->async_exc;
+    mine->async_exc = Py_NewRef(exception);
+    Py_XDECREF(before);
+    mine->interp->ceval.pending.async_exc = 1;
+    _Py_atomic_store_relaxed(&mine->interp->ceval.eval_breaker, 1);
+#endif
+}
+
 static bool is_wanted(const PyThreadState *state) {
 #if PY_VERSION_HEX >= 0x030D0000
     return state->eval_breaker & _PY_GIL_DROP_REQUEST_BIT;
@@ -179,7 +193,7 @@ void ps_forget(void) {
     ps_due.other = NULL;
     Py_CLEAR(ps_due.code);
     if (other)
-        PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), other);
+        set_async_exc(mine, other);
     Py_XDECREF(other);
 }
 
@@ -358,7 +372,7 @@ static void ask_interpreter(PyThreadState *mine) {
     if (queue(mine) || mine->async_exc == violation_class)
         return;
     ps_due.other = Py_XNewRef(mine->async_exc);
-    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), violation_class);
+    set_async_exc(mine, violation_class);
 }
 
 /* -- Hooks -------------------------------------------------------------------------------------------------------- */

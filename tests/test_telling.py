@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import gc
@@ -413,6 +414,23 @@ def test_guard_after_another_violation(region: Region, where: str) -> None:
         settle()
 
     run_in_thread(body) if where == "thread" else body()
+
+
+@each_store
+def test_a_thread_that_creates_another_is_told_itself(region: Region, store: Callable[[Any], None]) -> None:
+    """Python 3.11 gives a thread that is being created its creator's number; one that could not be keeps it."""
+    array = region.numpy(np.uint8, PAGE)
+
+    def body() -> None:
+        before = threading.stack_size(1 << 45)
+        try:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                _thread.start_new_thread(settle, ())
+        finally:
+            threading.stack_size(before)
+        tell(store, array)
+
+    run_in_thread(body)
 
 
 def test_many_threads_are_told_each_its_own(region: Region) -> None:
