@@ -180,6 +180,7 @@ cdef extern from "core.h" nogil:
     void *ps_address(const ps_region *region)
     uint64_t ps_size(const ps_region *region)
     uint64_t ps_generation(const ps_region *region)
+    uint64_t ps_generation_told(ps_region *region)
     const char *ps_name(const ps_region *region)
     int ps_fd(ps_region *region)
     int ps_change(ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
@@ -569,7 +570,7 @@ cdef class Mapped:
         self.enter("region")
         try:
             return (ps_name(self.region).decode() or None, ps_size(self.region),
-                    <size_t>ps_address(self.region), ps_generation(self.region))
+                    <size_t>ps_address(self.region), ps_generation_told(self.region))
         finally:
             self.leave()
 

@@ -140,13 +140,26 @@ bool ps_change_read(const struct ps_region *region, uint64_t generation, struct 
     atomic_store_explicit(&entry->time, atomic_load_explicit(&at->time, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&entry->author, atomic_load_explicit(&at->author, memory_order_relaxed),
                           memory_order_relaxed);
-    atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed), memory_order_relaxed);
+    atomic_store_explicit(&entry->kind, atomic_load_explicit(&at->kind, memory_order_relaxed) & ~PS_EARLY,
+                          memory_order_relaxed);
     atomic_store_explicit(&entry->back, atomic_load_explicit(&at->back, memory_order_relaxed), memory_order_relaxed);
     atomic_store_explicit(&entry->prot, atomic_load_explicit(&at->prot, memory_order_relaxed), memory_order_relaxed);
     /* acquire fence: pairs with the fence in ring_write; the second look comes after the copy. */
     atomic_thread_fence(memory_order_acquire);
     return atomic_load_explicit(&at->generation, memory_order_relaxed) == generation && first < region->shape.pages &&
            count <= region->shape.pages - first;
+}
+
+/* Nothing is lost where the entry is another change's by then: who asks what was written since that hears of more. */
+uint64_t ps_generation_told(struct ps_region *region) {
+    uint64_t generation = ps_generation(region);
+    if (atomic_load_explicit(&ps_header(region)->record.complete, memory_order_acquire) < generation)
+        atomic_fetch_or_explicit(&ps_ring(region, generation)->kind, PS_EARLY, memory_order_relaxed);
+    return generation;
+}
+
+bool ps_change_told_early(const struct ps_region *region, uint64_t generation) {
+    return atomic_load_explicit(&ps_ring(region, generation)->kind, memory_order_relaxed) & PS_EARLY;
 }
 
 static void ring_write(struct ps_region *region, uint64_t generation, enum ps_kind kind) {

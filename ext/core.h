@@ -150,6 +150,7 @@ uint64_t ps_size(const struct ps_region *region);
 uint32_t ps_areas(const struct ps_region *region);     /* how many snapshots may be alive */
 uint64_t ps_page_size(const struct ps_region *region); /* of which ranges are whole multiples */
 uint64_t ps_generation(const struct ps_region *region);
+uint64_t ps_generation_told(struct ps_region *region); /* ... to who may ask what was written since; ps_dirty */
 const char *ps_name(const struct ps_region *region);
 enum ps_engine ps_engine(const struct ps_region *region); /* in use: PS_ENGINE_MPROTECT or PS_ENGINE_UFFD */
 int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */

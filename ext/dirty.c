@@ -78,12 +78,13 @@ static void mark_writable(struct ps_region *region, uint8_t *map) {
     }
 }
 
-/* Pages whose protection changed since, whatever it was. */
+/* Pages whose protection changed since, whatever it was; and by a change that was not over when it was given out as
+ * since when: until it is, whoever does not follow it stores. */
 static void mark_changed(struct ps_region *region, uint64_t since, uint8_t *map) {
-    uint64_t open, first, count;
+    uint64_t open, first, count, oldest = since && !ps_change_told_early(region, since) ? since + 1 : since;
     if (ps_change_under_way(region, &open, &first, &count) && open > since)
         mark(map, first, count, SHARED);
-    for (uint64_t generation = ps_generation(region); generation > since; generation--) {
+    for (uint64_t generation = ps_generation(region); generation && generation >= oldest; generation--) {
         struct ps_shm_ring entry;
         if (!ps_change_read(region, generation, &entry)) { /* longer ago than the ring remembers */
             mark(map, 0, region->shape.pages, SHARED);

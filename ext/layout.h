@@ -72,6 +72,10 @@ enum ps_kind {
     PS_FOLLOW = 3, /* it stays: page tables follow it again in the range, because snapshots began or ended */
 };
 
+/* In the ring, beside the kind: what is written after that generation may have been written as before the change, by
+ * who did not follow it yet. */
+#define PS_EARLY 256u
+
 /* Whose page tables follow at a PS_FOLLOW; in the place of its protection. */
 enum ps_follow {
     PS_FOLLOW_NOTHING = 8, /* the generation alone is wanted; nobody is waited for */
@@ -266,7 +270,9 @@ struct ps_shm_ring {
     _Atomic uint64_t time;       /* W: as first; CLOCK_BOOTTIME ns.  R: anybody */
     _Atomic uint32_t prot;       /* W: as first; for UNDO the protection that was refused.  R: anybody */
     _Atomic uint32_t author;     /* W: as first; pid of the author.  R: anybody */
-    _Atomic uint32_t kind;       /* W: as first.  R: anybody; an agent that fails at UNDO or THAW fences itself */
+    /* enum ps_kind.  W: as first; who was told of the generation before the change was over adds PS_EARLY, relaxed.
+     * R: anybody; an agent that fails at UNDO or THAW fences itself.  Crash: EARLY may be lost with who was told. */
+    _Atomic uint32_t kind;
     _Atomic uint32_t
         slowest; /* W: caller, before `done`; pid of whom it waited for last, 0: nobody.  R: for information */
     _Atomic uint64_t done; /* W: caller at C7 / U5, release; CLOCK_BOOTTIME ns, 0 before.  R: for information */

@@ -321,6 +321,7 @@ void ps_pages_pass(struct ps_region *region);
 
 /* change.c: the record and the map */
 bool ps_change_read(const struct ps_region *region, uint64_t generation, struct ps_shm_ring *entry);
+bool ps_change_told_early(const struct ps_region *region, uint64_t generation); /* as long as the ring has it */
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
 bool ps_change_open(const struct ps_region *region);
 bool ps_change_undecided(const struct ps_region *region);

@@ -138,6 +138,27 @@ def test_a_hole_that_nobody_wrote_is_not_dirty() -> None:
             assert region.dirty(snap) == []
 
 
+def test_a_generation_that_was_told_before_the_change_was_over(joined: Joined) -> None:
+    """Until then whoever does not follow it stores."""
+    with pyshare.create(size=PAGES * PAGE) as region:
+
+        def revoke(child: Child) -> None:
+            child.say()
+            child.hear()
+            region.mprotect(X * PAGE, PAGE, READ, timeout=None)
+
+        region.write(X * PAGE, b"data")
+        before, caller = region.generation, joined(revoke, point="C6_await=stop")
+        caller.say()
+        caller.wait_stopped()
+        since = region.generation
+        assert since == before + 1
+        caller.resume()
+        assert caller.wait() == 0
+        assert pages(region.dirty(since)) == {X}
+        assert region.dirty(region.mprotect(0, PAGE, READ)) == []
+
+
 def test_neighbours_are_one_run() -> None:
     """However each was written."""
     with pyshare.create(size=PAGES * PAGE) as region, region.snapshot() as snap:
