@@ -569,8 +569,8 @@ cdef class Mapped:
         """(name, size, address, generation), of an open region."""
         self.enter("region")
         try:
-            return (ps_name(self.region).decode() or None, ps_size(self.region),
-                    <size_t>ps_address(self.region), ps_generation_told(self.region))
+            return (ps_name(self.region).decode() or None, ps_size(self.region), <size_t>ps_address(self.region),
+                    ps_generation(self.region) if self.readonly else ps_generation_told(self.region))
         finally:
             self.leave()
 

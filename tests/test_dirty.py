@@ -153,6 +153,8 @@ def test_a_generation_that_was_told_before_the_change_was_over(joined: Joined) -
         caller.wait_stopped()
         since = region.generation
         assert since == before + 1
+        with pyshare.attach(region.fileno(), readonly=True) as observer:
+            assert observer.generation == since
         caller.resume()
         assert caller.wait() == 0
         assert pages(region.dirty(since)) == {X}
