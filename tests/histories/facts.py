@@ -185,7 +185,7 @@ class Facts:
         found: dict[str, list[tuple[int, int, Op]]] = defaultdict(list)
         for kind in ACCESSES:
             for op in self.by_kind[kind]:
-                if op.outcome in (words.REFUSED, words.INTERRUPTED):
+                if op.outcome in (words.REFUSED, words.INTERRUPTED, None):
                     found[op.participant].append((op.begin, op.end, op))
         return {participant: Intervals(each) for participant, each in found.items()}
 
