@@ -6,6 +6,7 @@ Lives here: those judgements, and that nothing is stored where nobody may.  Not 
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from collections.abc import Iterator
 
 from histories import words
@@ -82,8 +83,18 @@ class Holds:
         }
         for what, on in (*pages.items(), *locks.items()):
             yield from self._must_be_told(on, what)
-        for things in (pages, locks):
-            yield from self._must_not_be_told(list(things.values()))
+        calls = self._died_in_calls()
+        yield from self._must_not_be_told(list(pages.values()), [calls[page] for page in range(facts.hot)])
+        yield from self._must_not_be_told(list(locks.values()), [[]] * len(locks))
+
+    def _died_in_calls(self) -> dict[int, list[Op]]:
+        """Of each page, the calls that had it leased for themselves when their process died."""
+        found: dict[int, list[Op]] = defaultdict(list)
+        for kind in (words.READINTO, words.RECEIVE):
+            for op in self._facts.by_kind[kind]:
+                if op.outcome is None:
+                    found[op.args[0]].append(op)
+        return found
 
     def _must_be_told(self, on: list[Hold], what: str) -> Iterator[str]:
         """By the first one after a holder that certainly died with it, where nobody else can have come between."""
@@ -101,17 +112,21 @@ class Holds:
                 continue  # somebody else may have been told
             yield finding(f"{what}: its holder died, and the next one was not told", hold.op, first.op)
 
-    def _must_not_be_told(self, things: list[list[Hold]]) -> Iterator[str]:
+    def _must_not_be_told(self, things: list[list[Hold]], calls: list[list[Op]]) -> Iterator[str]:
         """Of a death that nobody died, or of one that a holder was told of who has let go since."""
         told = {hold.op.id: hold for on in things for hold in on if hold.op.outcome == words.OK and hold.op.value[0]}
         rightly: set[str] = set()
-        for on in things:
+        for on, died_in in zip(things, calls, strict=True):
             dead = [hold for hold in on if hold.died]
             whole = [hold for hold in on if hold.over is not None and hold.over.outcome == words.OK]
             rightly |= {
                 name
                 for name, hold in told.items()
-                if hold in on and any(may_be_told_of(other, hold, whole) for other in dead)
+                if hold in on
+                and (
+                    any(may_be_told_of(other, hold, whole) for other in dead)
+                    or any(op.begin < hold.op.end for op in died_in)
+                )
             }
         for name in told.keys() - rightly:
             yield finding("a holder was told of somebody who died, and nobody did since", told[name].op)
