@@ -92,6 +92,27 @@ static bool has_signals(const PyThreadState *state) {
 #endif
 }
 
+/* Python has been told of signals, whose handlers it calls before it looks at anything else that is due.  Without: it
+ * finds the handlers to call when it is told again. */
+static void set_signals(PyThreadState *mine, bool pending) {
+#if PY_VERSION_HEX >= 0x030D0000
+    if (pending)
+        _Py_set_eval_breaker_bit(mine, _PY_SIGNALS_PENDING_BIT);
+    else
+        _Py_unset_eval_breaker_bit(mine, _PY_SIGNALS_PENDING_BIT);
+#else
+    _Py_atomic_store_relaxed(&_PyRuntime.ceval.signals_pending, pending);
+    if (pending)
+        _Py_atomic_store_relaxed(&mine->interp->ceval.eval_breaker, 1);
+#endif
+}
+
+static void show_signals(PyThreadState *mine) {
+    if (ps_due.hides_signals)
+        set_signals(mine, true);
+    ps_due.hides_signals = false;
+}
+
 /* The calling thread's own. */
 static void set_async_exc(PyThreadState *mine, PyObject *exception) {
 #if PY_VERSION_HEX >= 0x030C0000
@@ -209,10 +230,12 @@ PyObject *ps_told(void) {
         told = PyObject_CallNoArgs(violation_class);
     else
         ps_forget();
-    if (told)
-        return told;
-    ps_forget(); /* there is no memory for it */
-    return take_error();
+    if (!told) { /* there is no memory for it */
+        ps_forget();
+        told = take_error();
+    }
+    show_signals(PyThreadState_Get());
+    return told;
 }
 
 void ps_tell(void) {
@@ -343,8 +366,10 @@ static int tell_now(void *place) {
     if (!who.due || who.thread != PyThreadState_GetID(mine) || mine->async_exc == violation_class)
         return 0;
     enum where where = where_from_access(mine);
-    /* In Python code that has nothing to do with the access the exception would end that, or get lost there. */
-    if (where == INSIDE && ps_sys_now() < ps_due.patience && (queue_after_tracer(mine) || queue(mine)))
+    /* In Python code that has nothing to do with the access the exception would end that, or get lost there; and so
+     * would one that a tracer is being told of. */
+    if ((where == INSIDE || mine->tracing) && ps_sys_now() < ps_due.patience &&
+        (queue_after_tracer(mine) || queue(mine)))
         return 0;
     if (where != THERE && ps_violation()->interrupted) { /* the signal's handler has raised in its place */
         ps_forget();
@@ -369,7 +394,14 @@ static void ask_interpreter(PyThreadState *mine) {
     ps_due.handled = handled;
     Py_XDECREF(handled);
     ps_due.patience = ps_sys_now() + PATIENCE;
-    if (queue(mine) || mine->async_exc == violation_class)
+    /* An exception of a handler that came first would end the statement, and ours would come anywhere later. */
+    ps_due.hides_signals = gettid() == getpid() && has_signals(mine) && !ps_violation()->interrupted;
+    if (ps_due.hides_signals)
+        set_signals(mine, false);
+    if (queue(mine))
+        return;
+    show_signals(mine);
+    if (mine->async_exc == violation_class)
         return;
     ps_due.other = Py_XNewRef(mine->async_exc);
     set_async_exc(mine, violation_class);

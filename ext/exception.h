@@ -9,6 +9,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdbool.h>
+
 #include "core.h"
 
 /* Who tells a thread of its violation:
@@ -25,6 +27,7 @@ struct ps_due {
     uintptr_t wrapper;      /* the innermost that the thread is in; 0: none */
     uintptr_t by;           /* who tells */
     uint32_t guards;        /* that are open */
+    bool hides_signals;     /* until it has been told by the interpreter, which else calls their handlers before */
     struct ps_asked *asked; /* PS_LATER, as a pending call; exception.c */
     int line, at;           /* where the program was, of code: its line, its instruction */
     const void *frame;      /* ... the frame, if the interpreter tells */

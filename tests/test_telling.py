@@ -5,7 +5,9 @@ from __future__ import annotations
 import _thread
 import contextlib
 import ctypes
+import functools
 import gc
+import operator
 import os
 import profile
 import re
@@ -414,6 +416,58 @@ def test_guard_after_another_violation(region: Region, where: str) -> None:
         settle()
 
     run_in_thread(body) if where == "thread" else body()
+
+
+def test_a_signal_that_came_first_does_not_make_it_late(region: Region) -> None:
+    """Its handler's exception would end the statement, and the violation would be told of anywhere later."""
+    python, seen = ctypes.PyDLL(None), []  # whose functions are called with the interpreter held
+    signal_itself = functools.partial(getattr(python, "raise"), signal.SIGINT)
+    store = functools.partial(python.memset, ctypes.c_void_p(region.address), 1, 1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            list(map(operator.call, [signal_itself, store]))
+            seen.append("reached")
+        except ProtectionError:
+            settle()
+    except KeyboardInterrupt:
+        seen.append("interrupted")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    settle()
+    assert seen == ["interrupted"]
+
+
+@each_tracer
+def test_a_tracer_is_not_told_in_place_of_who_stores(
+    region: Region, begin: Callable[..., None] | None, running: Callable[[], object]
+) -> None:
+    """An exception of a tracer replaces the one that it is called for."""
+    python = ctypes.PyDLL(None)
+    store = functools.partial(python.memset, ctypes.c_void_p(region.address), 1, 1)
+    raised: list[BaseException] = []
+
+    def fail() -> None:
+        list(map(operator.call, [store, lambda: 1 // 0]))
+
+    def tracer(*_: object) -> object:
+        settle()
+        return tracer
+
+    before = running() if running else None
+    if begin:
+        begin(tracer)
+    try:
+        fail()
+    except BaseException as error:
+        raised.append(error)
+    finally:
+        if begin:
+            begin(before)
+    while raised[-1].__context__ is not None:
+        raised.append(raised[-1].__context__)
+    kinds = {type(error).__name__ for error in raised}
+    assert "ZeroDivisionError" in kinds or kinds == {"ProtectionError"}
 
 
 @each_store
