@@ -148,6 +148,7 @@ cdef class Call:
         if self.call.kind == PS_CALL_LEASE:
             self.held.pages = self.call.lease
         self.held.left = self.call.abandoned
+        self.held.untold = True  # whoever asked may be gone
         self.held.begin(self.handle)
 
     def cancel(self):
@@ -176,7 +177,10 @@ cdef class Call:
             self.handle.refused(rc, &self.call.refusal, self.doing)
         if rc:
             raise_code(rc, self.doing, self.handle.corrupt_field() if rc == PS_ECORRUPT else None)
-        return self.call.outcome.generation if self.held is None else self.held
+        if self.held is None:
+            return self.call.outcome.generation
+        self.held.untold = False
+        return self.held
 
 
 cdef Call new_call(call_t kind, Handle handle, str doing, uint64_t first, uint64_t count, timeout):

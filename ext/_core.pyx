@@ -98,6 +98,7 @@ cdef extern from "core.h" nogil:
         uint64_t first
         uint64_t count
         bint window
+        bint untold
         bint in_place
         bint abandoned
     ctypedef enum policy_t "enum ps_policy":
@@ -194,7 +195,7 @@ cdef extern from "core.h" nogil:
     int ps_lease_give(ps_region *region, const ps_lease *lease, int64_t deadline)
     void *ps_window(const ps_region *region)
     int ps_user_lock_take(ps_region *region, uint32_t index, int64_t deadline, flag *abandoned, ps_outcome *outcome)
-    void ps_user_lock_give(ps_region *region, uint32_t index)
+    void ps_user_lock_give(ps_region *region, uint32_t index, bint untold)
     int ps_freeze(ps_region *region, int64_t deadline, ps_outcome *outcome)
     int ps_thaw(ps_region *region)
     int ps_data(ps_region *region, uint64_t *page, uint64_t *count)
@@ -893,7 +894,7 @@ cdef class Handle(Mapped):
         asked for later than it. A thread that has one gets others while these wait for its end.
         """
         cdef Lease lease = self.wanted_lease(offset, length, timeout, window)
-        self.take_lease(lease, timeout)
+        self.take_lease(lease, timeout, "lease")
         lease.begin(self)
         return lease
 
@@ -914,7 +915,7 @@ cdef class Handle(Mapped):
         lease.length = length
         return lease
 
-    cdef take_lease(self, Lease lease, timeout):
+    cdef take_lease(self, Lease lease, timeout, str doing):
         cdef ps_outcome outcome
         cdef ps_refusal refusal
         cdef int rc = -1
@@ -925,20 +926,20 @@ cdef class Handle(Mapped):
             if not rc:
                 return
         deadline = deadline_of(timeout)
-        self.enter("lease")
+        self.enter(doing)
         try:
             while True:
                 with nogil:
                     rc = ps_lease_take(self.region, &lease.pages, deadline, &outcome, &refusal)
                 if rc != PS_ESIGNAL:
                     break
-                self.serve_signals("lease")  # nothing is held
+                self.serve_signals(doing)  # nothing is held
             if rc == PS_ETIMEOUT:
-                raise_held(&outcome, "lease")
+                raise_held(&outcome, doing)
             if rc == PS_EREFUSED:
-                self.refused(rc, &refusal, "lease")
+                self.refused(rc, &refusal, doing)
             if rc:
-                raise_code(rc, "lease", self.corrupt_field())
+                raise_code(rc, doing, self.corrupt_field())
         finally:
             self.leave()
 
@@ -1233,13 +1234,17 @@ cdef class Handle(Mapped):
 
     cdef lease_writable(self, uint64_t first, uint64_t count, int64_t deadline, str doing):
         """A lease that keeps pages writable for all; ProtectionError, PropagationTimeout."""
+        cdef Lease lease
         cdef ps_refusal refusal
         cdef uint64_t unit = self.unit() // PS_PAGE_SIZE, begin = first // unit * unit  # of leases
         cdef uint64_t end = (first + count + unit - 1) // unit * unit
         while True:
             self.await_writable(first, count, deadline, doing)
             left = None if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) / 1e9
-            lease = self.lease(begin * PAGE_SIZE, (end - begin) * PAGE_SIZE, timeout=left)
+            lease = self.wanted_lease(begin * PAGE_SIZE, (end - begin) * PAGE_SIZE, left, False)
+            lease.untold = True
+            self.take_lease(lease, left, doing)
+            lease.begin(self)
             if not ps_await_writable(self.region, first, count, 0, &refusal):
                 return lease
             lease.release()
@@ -1280,8 +1285,11 @@ cdef Py_ssize_t receive(int fd, char *to, size_t length, int flags) except? -1:
     return got
 
 
+_LEASED = "held a lease on some of these pages, or kept leases from them"
 _IN_THE_WAY = {  # what those did whom a timeout names
-    "lease": "held a lease on some of these pages, or kept leases from them",
+    "lease": _LEASED,
+    "readinto": _LEASED,
+    "recv_into": _LEASED,
     "lock": "held it",
     "frozen": "held a lease or the region's lock, had it frozen, or was silent",
 }
@@ -1309,6 +1317,7 @@ cdef class Held:
     cdef Handle handle  # NULL: never taken
     cdef uint32_t forks
     cdef bint over
+    cdef bint untold       # nobody has been told of a holder that died: the next is
     cdef flag left         # Lock: by a holder that died
     cdef uint32_t index    # Lock
     cdef uint64_t at       # Frozen: the generation
@@ -1395,6 +1404,7 @@ cdef class Lease(Held):
     cdef int end(self) except -1:
         cdef Handle handle = self.handle
         self.over = True
+        self.pages.untold = self.untold
         if self.seen is not None:
             try:
                 self.seen.release()
@@ -1435,7 +1445,7 @@ cdef class Lock(Held):
 
     cdef int end(self) except -1:
         self.over = True
-        ps_user_lock_give(self.handle.region, self.index)
+        ps_user_lock_give(self.handle.region, self.index, self.untold)
         self.handle.holds -= 1
 
     cdef drop(self):

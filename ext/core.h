@@ -200,7 +200,8 @@ void ps_tell_also(int fd); /* the line that explains a death goes there too, whe
  * PS_ESIGNAL: as that, and the caller may try again; nothing is held after any result but 0. */
 struct ps_lease {
     uint64_t first, count; /* pages */
-    bool window;           /* asked for: stores go by ps_window, the page tables at the public address stay */
+    bool window;           /* asked for: stores go by ps_window, the page tables at the public address stay; */
+    bool untold;           /* ... nobody learns of `abandoned`: at the end the next to have the pages does */
     bool in_place;         /* results: the page tables had to be opened; */
     bool abandoned;        /* somebody died with one of the pages; */
     int taker;             /* the thread that has it, whoever gives it back (or, until it is handed over, a call) */
@@ -211,7 +212,7 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
 void *ps_window(const struct ps_region *region); /* of the data's second mapping; there while a lease by it is */
 int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
                       struct ps_outcome *outcome);
-void ps_user_lock_give(struct ps_region *region, uint32_t index);
+void ps_user_lock_give(struct ps_region *region, uint32_t index, bool untold); /* as of a lease */
 
 /* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
 int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
@@ -307,7 +308,7 @@ struct ps_calls {
     int (*lease_give)(struct ps_region *region, const struct ps_lease *lease, int64_t deadline);
     int (*lock_take)(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
                      struct ps_outcome *outcome);
-    void (*lock_give)(struct ps_region *region, uint32_t index);
+    void (*lock_give)(struct ps_region *region, uint32_t index, bool untold);
 };
 
 /* Looking without taking part (observe.c).  The handle is the caller's memory, zero at first, and no participant's:

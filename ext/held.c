@@ -8,8 +8,9 @@
  *  1. Whoever has slept and lost reserves the word: nobody, of its own process
  *     either, takes it before, unless it does not come while the word is free
  *     (PS_IN_LINE): then it may be stopped, and has lost its place.
- *  2. What a dead holder left is known until a lease or lock that was told of it
- *     has ended: whoever gives up puts the dead one's word back.
+ *  2. What a dead holder left is known until a lease or lock whose owner was told
+ *     of it has ended: whoever gives up, or has the word without its owner's
+ *     knowledge, puts the dead one's word back.
  *  3. `here` and the counts are of this process, and tell which of its threads
  *     has what.  A thread's count is raised when it has a lease, and lowered
  *     before the lease is uncounted in the slot (closer.c).
@@ -309,7 +310,7 @@ bool ps_thread_holds_in(const struct ps_region *region, uint64_t first, uint64_t
 int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
                       struct ps_outcome *outcome) {
     struct ps_wait wait = ps_wait_begin(region, deadline);
-    uint64_t here = region->shape.pages + index;
+    uint64_t here = region->shape.pages + index, held = (uint64_t)ps_process_holder() << 2 | PS_HERE_HELD;
     uint32_t dead;
     int rc = ps_held_take(&wait, here, true, &dead);
     if (rc) {
@@ -317,15 +318,17 @@ int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline
         return ps_waited(ps_wait_end(&wait, rc, here, 1, outcome));
     }
     atomic_store_explicit(&ps_user_lock(region, index)->since, ps_sys_coarse(), memory_order_relaxed);
-    atomic_store_explicit(&region->here[here], (uint64_t)ps_process_holder() << 2 | PS_HERE_HELD, memory_order_release);
+    atomic_store_explicit(&region->here[here], held | (uint64_t)dead << PS_HERE_DEAD_SHIFT, memory_order_release);
     *abandoned = dead != 0;
     PS_POINT(H1_take);
     return ps_waited(0);
 }
 
-void ps_user_lock_give(struct ps_region *region, uint32_t index) {
+void ps_user_lock_give(struct ps_region *region, uint32_t index, bool untold) {
     if (!ps_process_known())
         return;
-    atomic_store_explicit(&region->here[region->shape.pages + index], 0, memory_order_release);
-    ps_held_give(region, region->shape.pages + index, 0, 0);
+    uint64_t here = region->shape.pages + index;
+    uint32_t dead = untold ? ps_here_dead(region, here) : 0;
+    atomic_store_explicit(&region->here[here], 0, memory_order_release);
+    ps_held_give(region, here, dead, 0);
 }

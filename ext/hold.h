@@ -59,6 +59,10 @@ static inline uint32_t ps_holder_of(uint64_t held) {
 static inline uint32_t ps_next_of(uint64_t held) {
     return (uint32_t)(held >> PS_HELD_NEXT_SHIFT) & ~PS_OWNER_WAITING;
 }
+/* The dead holder whose place we took, by a word of `here` that is ours. */
+static inline uint32_t ps_here_dead(const struct ps_region *region, uint64_t index) {
+    return (uint32_t)(ps_here(region, index) >> PS_HERE_DEAD_SHIFT);
+}
 static inline _Atomic uint32_t *ps_low_half(_Atomic uint64_t *word) {
     return (_Atomic uint32_t *)(void *)word;
 }

@@ -167,9 +167,9 @@ enum ps_closer_kind {
  * nobody else takes the word before it does, unless it does not come; its WAITING: it sleeps on that half. W: taker by
  * CAS from a free word, a dead holder's, one reserved for it, or one that was reserved and free for so long that it
  * gives up on whoever is `next`; seq_cst (a lease-taker then looks at the closers); waiters set WAITING and `next` by
- * CAS; the holder clears its half at the end, seq_cst, or puts the dead holder's back, where it gives up what it had
- * taken over; then it may set `next`, if there is none. R: anybody, acquire.  Crash: names a dead owner: taken over,
- * and the next holder is told. */
+ * CAS; the holder clears its half at the end, seq_cst, or puts the dead holder's back, where nobody was told of what it
+ * had taken over; then it may set `next`, if there is none. R: anybody, acquire.  Crash: names a dead owner: taken
+ * over, and the next holder is told. */
 #define PS_HELD_HOLDER UINT64_C(0xffffffff)
 #define PS_HELD_WAITING UINT64_C(0x80000000)
 #define PS_HELD_NEXT_SHIFT 32

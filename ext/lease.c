@@ -38,11 +38,11 @@ static void tell_ended(struct ps_region *region) {
 
 /* `next`, where not 0, is to have them next. */
 static void give_pages(struct ps_region *region, uint64_t first, uint64_t end, uint32_t next) {
-    for (uint64_t page = first; page < end; page++)
-        ps_held_give(
-            region, page,
-            (uint32_t)(atomic_exchange_explicit(&region->here[page], 0, memory_order_release) >> PS_HERE_DEAD_SHIFT),
-            next);
+    for (uint64_t page = first; page < end; page++) {
+        uint32_t dead = ps_here_dead(region, page);
+        atomic_store_explicit(&region->here[page], 0, memory_order_release);
+        ps_held_give(region, page, dead, next);
+    }
 }
 
 static int take_page(struct ps_wait *wait, struct ps_lease *lease, uint64_t page, bool waits) {
@@ -260,9 +260,10 @@ int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_
     }
     uint64_t ended = ps_sys_coarse() / PS_MS << 1, generation = ps_generation(region);
     for (uint64_t page = lease->first; page < lease->first + lease->count; page++) {
+        uint32_t dead = lease->untold ? ps_here_dead(region, page) : 0;
         ps_stamp(region, page, generation);
         atomic_store_explicit(&region->here[page], ended, memory_order_release);
-        ps_held_give(region, page, 0, 0);
+        ps_held_give(region, page, dead, 0);
     }
     tell_ended(region);
     ps_thread_counts(region, lease->taker, -1); /* before the slot's count: ps_thread_holds */

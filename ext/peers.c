@@ -385,7 +385,7 @@ static int lock_once(const struct ps_calls *calls, struct ps_region *region, uin
     if (rc)
         return rc;
     ++*cell;
-    calls->lock_give(region, index);
+    calls->lock_give(region, index, false);
     return 0;
 }
 

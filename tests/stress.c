@@ -317,7 +317,7 @@ static void *take(void *argument) {
         }
         take_lock(region, lock);
         be_inside(index, LEASED + lock, 1);
-        ps_user_lock_give(region, lock);
+        ps_user_lock_give(region, lock, false);
     }
     return NULL;
 }
@@ -361,7 +361,7 @@ static void end_call(struct ps_call *call, uint32_t taker) {
         give_lease(call->region, &call->lease);
     } else if (call->kind == PS_CALL_LOCK) {
         be_inside(taker, LEASED + call->first, 1);
-        ps_user_lock_give(call->region, (uint32_t)call->first);
+        ps_user_lock_give(call->region, (uint32_t)call->first, false);
     }
 }
 
@@ -468,7 +468,7 @@ static _Noreturn void change_until_killed(struct ps_region *region, int tell[2],
             give_lease(region, &lease);
         }
         take_lock(region, 0);
-        ps_user_lock_give(region, 0);
+        ps_user_lock_give(region, 0, false);
         if (!below(&state, RARELY))
             freeze(region, &state, 0);
         if (write(tell[1], "", 1) != 1)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Child
+from conftest import PATIENCE, Child, until
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, _core, _observer
@@ -100,10 +100,16 @@ async def ticks(during: asyncio.Task[Any]) -> int:
     return count
 
 
+def waits(region: pyshare.Region) -> bool:
+    """A call of this process does, for somebody to give something up."""
+    observer = _core.Observer(region.fileno())
+    return any(slot.pid == os.getpid() and slot.waits_for for slot in _observer.slots(observer))
+
+
 async def queued(region: pyshare.Region, *tasks: asyncio.Task[Any]) -> None:
-    """The first of them is asleep in the waiter, until somebody gives something up."""
-    observer, deadline = _core.Observer(region.fileno()), time.monotonic() + PATIENCE
-    while not any(slot.pid == os.getpid() and slot.waits_for for slot in _observer.slots(observer)):
+    """The first of them is asleep in the waiter."""
+    deadline = time.monotonic() + PATIENCE
+    while not waits(region):
         assert time.monotonic() < deadline, "nobody waits"
         await asyncio.sleep(0)
     assert not any(task.done() for task in tasks)
@@ -297,6 +303,28 @@ def test_a_dead_holder_leaves_it_abandoned(one: pyshare.Region, joined: Callable
             return bool(held.abandoned)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("what", ["lock", "lease"])
+def test_what_the_dead_left_is_not_told_to_who_is_cancelled(
+    one: pyshare.Region, joined: Callable[..., Child], what: str
+) -> None:
+    """It has been got already, when the loop comes to it."""
+    other = joined(elsewhere(lambda: one.lock(0) if what == "lock" else one.lease(0, 2 * PAGE)))
+
+    async def main() -> None:
+        task = asyncio.ensure_future(one.lock_async(0) if what == "lock" else one.lease_async(0, 2 * PAGE))
+        await queued(one, task)
+        other.kill()
+        until(lambda: not waits(one))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    for told in (True, False):
+        with one.lock(0) if what == "lock" else one.lease(0, 2 * PAGE) as held:
+            assert held.abandoned is told
 
 
 def test_no_thread_each(one: pyshare.Region) -> None:

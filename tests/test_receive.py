@@ -51,6 +51,26 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
+class Decoding(socket.socket):
+    """What it receives is not what comes over its descriptor."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        got = super().recv_into(buffer, nbytes, flags)
+        buffer[:got] = bytes(buffer[:got]).swapcase()
+        if self.meanwhile:
+            self.meanwhile()
+        return got
+
+
+@pytest.fixture
+def decoding() -> Iterator[tuple[socket.socket, Decoding]]:
+    one, other = socket.socketpair()
+    with one, Decoding(fileno=other.detach()) as decoded:
+        yield one, decoded
+
+
 # -- What arrives ------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +292,57 @@ def test_a_fenced_process_receives_nothing(
     assert region.recv_into(pair[1], 0, 10) == 4
 
 
+def dies_with(region: Region, joined: Callable[..., Child], first: int, pages: int) -> None:
+    def body(child: Child) -> None:
+        with region.lease(first * PAGE, pages * PAGE):
+            child.say()
+            child.hear()
+
+    victim = joined(body)
+    victim.kill()
+    victim.wait()
+
+
+def told(region: Region, page: int) -> bool:
+    with region.lease(page * PAGE, PAGE) as lease:
+        return lease.abandoned
+
+
+@pytest.mark.parametrize("way", ["readinto", "recv_into", "decoding"])
+def test_what_the_dead_left_is_told_to_who_asks(
+    region: Region, joined: Callable[..., Child], decoding: tuple[socket.socket, Decoding], way: str
+) -> None:
+    """The call has the pages without its caller's knowledge."""
+    dies_with(region, joined, 1, 2)
+    one, decoded = decoding
+    with socket.socket(fileno=os.dup(decoded.fileno())) as plain:
+        for _ in range(2):
+            one.send(b"text")
+            if way == "readinto":
+                assert region.readinto(plain.fileno(), 2 * PAGE - 2, 4) == 4
+            else:
+                assert region.recv_into(decoded if way == "decoding" else plain, 2 * PAGE - 2, 4) == 4
+    assert [told(region, page) for page in range(4)] == [False, True, True, False]
+    assert [told(region, page) for page in range(4)] == [False] * 4, "it is told once"
+
+
+@pytest.mark.parametrize("point", ["H1_take", "H1_take@2", "H4_release", "H4_release@2"])
+def test_killed_in_the_pages_of_the_dead(
+    region: Region, fork: Callable[..., Child], joined: Callable[..., Child], pipe: tuple[int, int], point: str
+) -> None:
+    def body(child: Child) -> None:
+        child.hear()
+        region.readinto(pipe[0], 0, 2 * PAGE)
+
+    dies_with(region, joined, 0, 2)
+    label, _, turn = point.partition("@")
+    victim = fork(body, point=f"{label}=kill@{turn or 1}")
+    os.write(pipe[1], b"1234")
+    victim.say()
+    assert victim.wait() == -signal.SIGKILL
+    assert [told(region, page) for page in range(2)] == [True, True]
+
+
 def take_rights_and_give_them(region: Region) -> None:
     region.mprotect(PAGE, 4 * PAGE, READ, timeout=None)
     region.mprotect(PAGE, 4 * PAGE, READ_WRITE, timeout=None)
@@ -318,26 +389,6 @@ def test_no_datagram_is_lost(
 
 
 # -- Sockets with a way of their own to receive ------------------------------------------------------------------------
-
-
-class Decoding(socket.socket):
-    """What it receives is not what comes over its descriptor."""
-
-    meanwhile: Callable[[], object] | None = None
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        got = super().recv_into(buffer, nbytes, flags)
-        buffer[:got] = bytes(buffer[:got]).swapcase()
-        if self.meanwhile:
-            self.meanwhile()
-        return got
-
-
-@pytest.fixture
-def decoding() -> Iterator[tuple[socket.socket, Decoding]]:
-    one, other = socket.socketpair()
-    with one, Decoding(fileno=other.detach()) as decoded:
-        yield one, decoded
 
 
 def test_by_its_own_method(region: Region, decoding: tuple[socket.socket, Decoding]) -> None:
