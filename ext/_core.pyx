@@ -134,7 +134,8 @@ cdef extern from "core.h" nogil:
     void ps_quarantine_leave()
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
     int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
-    int ps_way_in(ps_region *region, uint64_t page, int64_t deadline, void **at, ps_refusal *refusal)
+    int ps_way_in(ps_region *region, uint64_t page, int64_t deadline, void **at, ps_outcome *outcome,
+                  ps_refusal *refusal)
     enum:
         PS_REGION_THP
         PS_REGION_LOCK
@@ -1212,11 +1213,14 @@ cdef class Handle(Mapped):
         return None if own else self.lease_writable(first, count, deadline, doing)
 
     cdef char *way_in(self, uint64_t page, int64_t deadline, str doing) except NULL:
+        cdef ps_outcome outcome
         cdef ps_refusal refusal
         cdef void *at
         cdef int rc
         with nogil:
-            rc = ps_way_in(self.region, page, deadline, &at, &refusal)
+            rc = ps_way_in(self.region, page, deadline, &at, &outcome, &refusal)
+        if rc == PS_ETIMEOUT:
+            raise_held(&outcome, doing)
         if rc:
             self.refused(rc, &refusal, doing)
         return <char *>at

@@ -186,11 +186,13 @@ int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOL
  * ps_own_lease: it has one over all of them: 1; over none: 0; PS_ENESTED.
  * ps_await_writable: until the map allows it, where the policy is to wait; else, or after the deadline, PS_EREFUSED.
  * ps_way_in: *at is where they can be stored to from `page` on, whatever page tables they have at the public address,
- * which a snapshot that begins may close at any time.  PS_EREFUSED: this process is fenced. */
+ * which a snapshot that begins may close at any time.  PS_EREFUSED: this process is fenced; PS_ETIMEOUT: it is changing
+ * page tables. */
 int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count);
 int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                       struct ps_refusal *refusal);
-int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_refusal *refusal);
+int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_outcome *outcome,
+              struct ps_refusal *refusal);
 
 void ps_fault_install(void);        /* our handlers of SIGSEGV and SIGBUS are on top again */
 void ps_fault_tracer(bool enabled); /* the handler on top is faulthandler's, just enabled; or that one is no more */

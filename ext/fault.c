@@ -759,11 +759,17 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
 }
 
 /* The window: what is leased has been saved for snapshots, and they wait for leases before their moment. */
-int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_refusal *refusal) {
+int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_outcome *outcome,
+              struct ps_refusal *refusal) {
     if (region->fenced)
         return unreachable(region, page, true, refusal);
     *at = (char *)ps_window(region) + page * PS_PAGE;
-    return ps_lease_window(region, deadline);
+    int rc = ps_lease_window(region, deadline);
+    if (rc != -ETIMEDOUT)
+        return rc;
+    outcome->generation = outcome->silent = 0;
+    outcome->pids[outcome->silent++] = (uint32_t)getpid();
+    return PS_ETIMEOUT;
 }
 
 /* -- The handler ----------------------------------------------------------------------------------------------- */

@@ -255,7 +255,8 @@ def forbid_waitv(error: int) -> None:
 
 @contextlib.contextmanager
 def stopped_before(pid: int, call: str, action: Callable[[], object]) -> Iterator[None]:
-    """A child's main thread, which `action` sets in motion, is stopped where it enters this call, until the end."""
+    """A thread, which `action` sets in motion, is stopped where it enters this call, until the end; by its native id."""
+    any_thread = 0x40000000  # __WALL, waitpid(2)
     seize, interrupt, go_on, detach, look = 0x4206, 0x4207, 24, 17, 0x420E  # ptrace(2)
     told = ctypes.create_string_buffer(88)
 
@@ -272,11 +273,11 @@ def stopped_before(pid: int, call: str, action: Callable[[], object]) -> Iterato
 
     trace(seize, 0, ctypes.c_void_p(1))  # stops at calls differ from others
     trace(interrupt)
-    os.waitpid(pid, 0)
+    os.waitpid(pid, any_thread)
     action()
     while not enters():
         trace(go_on)
-        os.waitpid(pid, 0)
+        os.waitpid(pid, any_thread)
     yield
     trace(detach)
 

@@ -129,6 +129,35 @@ def test_nothing_comes(region: Region, pair: tuple[socket.socket, socket.socket]
         region.recv_into(pair[1], 0, 10)
 
 
+@pytest.mark.parametrize("engine", ["mprotect"], indirect=True)
+def test_pages_that_cannot_be_had_in_time(region: Region, joined: Callable[..., Child], pipe: tuple[int, int]) -> None:
+    """Somebody has them; or the receiver's own agent is at work on its page tables."""
+
+    def body(child: Child) -> None:
+        child.say()
+        while pid := int(child.hear()):
+            with pytest.raises(PropagationTimeout, match=f"readinto: pid {pid} held") as caught:
+                region.readinto(pipe[0], PAGE, 10, timeout=0)
+            child.say(str(caught.value.pids))
+
+    def change() -> None:
+        with pytest.raises(PropagationTimeout):
+            region.mprotect(5 * PAGE, PAGE, READ, timeout=0)
+
+    os.write(pipe[1], b"1234")
+    child = joined(body)
+    [agent] = [one.tid for one in region.participants() if one.pid == child.pid]
+    with stopped_before(agent, "mprotect", change):
+        child.say(str(child.pid))
+        assert child.hear() == f"[{child.pid}]"
+    with region.lease(PAGE, PAGE):
+        child.say(str(os.getpid()))
+        assert child.hear() == f"[{os.getpid()}]"
+    child.say("0")
+    assert child.wait() == 0
+    assert region.readinto(pipe[0], PAGE, 10) == 4, "nothing was lost"
+
+
 def test_interrupt(region: Region, joined: Callable[..., Child], pipe: tuple[int, int]) -> None:
     def body(child: Child) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
