@@ -87,8 +87,22 @@ void ps_fault_block_again(const sigset_t *blocked) {
     ps_process_faults()->unblocked = false; /* whatever was seen in between */
 }
 
+/* Each of these rights allows it. */
+static uint32_t rights_for(bool store) {
+    return store ? PROT_WRITE : PROT_READ | PROT_WRITE; /* on x86-64 a writable page can be read */
+}
+
 static bool allows(uint32_t prot, bool store) {
-    return prot & (store ? PROT_WRITE : PROT_READ | PROT_WRITE); /* on x86-64 a writable page can be read */
+    return prot & rights_for(store);
+}
+
+/* Page-fault error code (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 3, 4.7). */
+static bool stores(const greg_t *registers) {
+    return registers[REG_ERR] & (1 << 1);
+}
+
+static bool executes(const greg_t *registers) {
+    return registers[REG_ERR] & (1 << 4);
 }
 
 static bool in_place(const struct ps_region *region, uint64_t page) {
@@ -373,10 +387,10 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
         put(&text, "access outside the data of ");
         put_region(&text, region);
     } else {
-        put(&text, signal == SIGBUS                ? "no memory for a page at an access to "
-                   : registers[REG_ERR] & (1 << 1) ? "forbidden store to "
-                   : registers[REG_ERR] & (1 << 4) ? "forbidden execution in "
-                                                   : "forbidden load from ");
+        put(&text, signal == SIGBUS      ? "no memory for a page at an access to "
+                   : stores(registers)   ? "forbidden store to "
+                   : executes(registers) ? "forbidden execution in "
+                                         : "forbidden load from ");
         put_region(&text, region);
         put(&text, " at offset ");
         put_number(&text, at);
@@ -384,7 +398,7 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
         put_number(&text, at / PS_PAGE / region->shape.unit);
         put_reason(&text, region, at / PS_PAGE);
         if (signal != SIGBUS)
-            keep(region, at, registers[REG_ERR] & (1 << 1), PS_DIE);
+            keep(region, at, stores(registers), PS_DIE);
     }
     put(&text, "\n");
     say(&text);
@@ -482,11 +496,12 @@ static void nap(struct ps_region *region) {
                 ps_sys_now() + PS_MS);
 }
 
-/* Does the map forbid the access, and not just a change that may be undone?  A look at the page counts where afterwards
- * no change is undecided, and the generation is what it was before: whatever change the byte is of has been published
- * by then, and put back before that if it was undone.  Where changes follow one another PATIENCE begins anew, as it
- * does at a new fault; at one generation not for ever, should the caller have died: then the look has to do. */
-static bool forbids(struct ps_region *region, uint64_t page, bool store) {
+/* Does the map forbid what each of these rights allows, and not just a change that may be undone?  A look at the page
+ * counts where afterwards no change is undecided, and the generation is what it was before: whatever change the byte is
+ * of has been published by then, and put back before that if it was undone.  Where changes follow one another PATIENCE
+ * begins anew, as it does at a new fault; at one generation not for ever, should the caller have died: then the look
+ * has to do. */
+static bool forbids(struct ps_region *region, uint64_t page, uint32_t rights) {
     uint64_t generation = ps_generation(region);
     for (int64_t end = ps_sys_now() + PATIENCE;;) {
         uint32_t prot = ps_protection(region, page);
@@ -497,7 +512,7 @@ static bool forbids(struct ps_region *region, uint64_t page, bool store) {
             generation = next;
             end = ps_sys_now() + PATIENCE;
         } else if (!undecided || ps_sys_now() >= end) {
-            return !allows(prot, store);
+            return !(prot & rights);
         } else {
             nap(region);
         }
@@ -512,11 +527,12 @@ enum verdict {
 
 /* The fault met a change under way: wait for its outcome.  At one generation the instruction runs again not for ever,
  * should our page tables never follow the map. */
-static enum verdict outlive_change(struct ps_region *region, uint64_t page, bool store, uint64_t fault) {
+static enum verdict outlive_change(struct ps_region *region, uint64_t page, const greg_t *registers, uint64_t fault) {
     struct ps_faults *faults = ps_process_faults();
+    bool store = stores(registers);
     bool copied = store && allows(ps_protection(region, page), true) && !region->fenced &&
                   (ps_snapshots(region) || only_follows(region)) && !ps_snapshot_open(region, page);
-    if (!copied && forbids(region, page, store))
+    if (!copied && forbids(region, page, executes(registers) ? PROT_EXEC : rights_for(store)))
         return FORBIDDEN;
     for (int64_t end = ps_sys_now() + PATIENCE; !copied && late(region) && ps_sys_now() < end;)
         nap(region);
@@ -799,20 +815,19 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     struct ps_region *region = address && ps_process_known() ? ps_process_find(address) : NULL;
     uint64_t fault = mix((uint64_t)registers[REG_RIP], address, (uint64_t)registers[REG_RSP]);
     uint64_t at = region ? address - (uintptr_t)ps_address(region) : 0;
-    bool store = registers[REG_ERR] & (1 << 1);
+    bool store = stores(registers);
     bool data = region && ps_running(region) && at < region->shape.pages * PS_PAGE;
     bool mark = data && signal == SIGBUS && region->uffd && store;
     enum verdict verdict = mark && !allows(ps_protection(region, at / PS_PAGE), store) ? FORBIDDEN : STUCK;
     if (data && by_kernel && (mark || signal == SIGSEGV)) {
-        verdict = outlive_change(region, at / PS_PAGE, store, fault);
+        verdict = outlive_change(region, at / PS_PAGE, registers, fault);
         if (verdict == AGAIN || ps_freeze_notice(region, PATIENCE)) {
             errno = saved;
             return;
         }
     }
     bool forbidden = signal == SIGSEGV || verdict == FORBIDDEN;
-    bool executes = registers[REG_ERR] & (1 << 4);
-    if (data && by_kernel && forbidden && !executes && by_policy(region, at, store, context) == GO) {
+    if (data && by_kernel && forbidden && !executes(registers) && by_policy(region, at, store, context) == GO) {
         errno = saved;
         return;
     }

@@ -253,33 +253,50 @@ def forbid_waitv(error: int) -> None:
     assert ctypes.get_errno() == error
 
 
+SEIZE, INTERRUPT, GO_ON, GO_ON_TO_CALL, DETACH, LOOK = 0x4206, 0x4207, 7, 24, 17, 0x420E  # ptrace(2)
+MARK_CALLS, STOP_AT_END, AT_END = 1, 0x40, 6
+ANY_THREAD = 0x40000000  # __WALL, waitpid(2)
+
+
+def trace(request: int, tid: int, address: int = 0, data: object = None) -> None:
+    """ptrace(2)."""
+    if libc.ptrace(request, tid, ctypes.c_void_p(address), data) < 0:
+        error = ctypes.get_errno()
+        if error in (errno.EPERM, errno.ENOSYS):
+            pytest.skip("ptrace is not permitted here")
+        raise OSError(error, os.strerror(error))
+
+
 @contextlib.contextmanager
-def stopped_before(pid: int, call: str, action: Callable[[], object]) -> Iterator[None]:
-    """A thread, which `action` sets in motion, is stopped where it enters this call, until the end; by its native id."""
-    any_thread = 0x40000000  # __WALL, waitpid(2)
-    seize, interrupt, go_on, detach, look = 0x4206, 0x4207, 24, 17, 0x420E  # ptrace(2)
+def stopped_before(tid: int, call: str, action: Callable[[], object]) -> Iterator[None]:
+    """A thread (its native id), which `action` sets in motion, is stopped where it enters this call, until the end."""
     told = ctypes.create_string_buffer(88)
 
-    def trace(request: int, address: int = 0, data: object = None) -> None:
-        if libc.ptrace(request, pid, ctypes.c_void_p(address), data) < 0:
-            error = ctypes.get_errno()
-            if error in (errno.EPERM, errno.ENOSYS):
-                pytest.skip("ptrace is not permitted here")
-            raise OSError(error, os.strerror(error))
-
     def enters() -> bool:
-        trace(look, len(told), told)
+        trace(LOOK, tid, len(told), told)
         return told.raw[0] == 1 and int.from_bytes(told.raw[24:32], "little") == SYSTEM_CALLS[call]
 
-    trace(seize, 0, ctypes.c_void_p(1))  # stops at calls differ from others
-    trace(interrupt)
-    os.waitpid(pid, any_thread)
+    trace(SEIZE, tid, 0, ctypes.c_void_p(MARK_CALLS))
+    trace(INTERRUPT, tid)
+    os.waitpid(tid, ANY_THREAD)
     action()
     while not enters():
-        trace(go_on)
-        os.waitpid(pid, any_thread)
+        trace(GO_ON_TO_CALL, tid)
+        os.waitpid(tid, ANY_THREAD)
     yield
-    trace(detach)
+    trace(DETACH, tid)
+
+
+def signals_until_end(pid: int, action: Callable[[], object]) -> list[int]:
+    """What a child's main thread gets, which `action` sets in motion; whoever waits for the child does so later."""
+    got: list[int] = []
+    trace(SEIZE, pid, 0, ctypes.c_void_p(STOP_AT_END))
+    action()
+    while (status := os.waitpid(pid, 0)[1]) >> 16 != AT_END:
+        got.append(os.WSTOPSIG(status))
+        trace(GO_ON, pid, 0, ctypes.c_void_p(got[-1]))
+    trace(DETACH, pid)
+    return got
 
 
 def at_its_limit(region: Region) -> Callable[[Child], None]:

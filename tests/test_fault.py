@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, Child, until
-from kernel import co_operative
+from kernel import co_operative, die_quietly, signals_until_end, stopped_before
 
 import pyshare
-from pyshare import NONE, READ, READ_WRITE, Region
+from pyshare import EXEC, NONE, READ, READ_WRITE, Region
 
 HERE = Path(__file__).parent
 PAGE = 4096
@@ -707,6 +707,49 @@ def test_store_waits_for_the_outcome(region: Region, fork: Fork) -> None:
     at_limit.resume()
     assert storer.wait() == 0
     assert region.protection(PAGE) == READ_WRITE
+
+
+# -- Execution ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prot", [READ, READ_WRITE])
+def test_forbidden_execution_does_not_run_again(region: Region, fork: Fork, prot: int) -> None:
+    """That the page can be read is no reason to; the second signal is the kernel's, when the first was passed on."""
+    region.mprotect(0, PAGE, prot)
+
+    def body(child: Child) -> None:
+        die_quietly()
+        child.say()
+        child.hear()
+        ctypes.CFUNCTYPE(None)(region.address)()
+
+    child = fork(body)
+    child.hear()
+    assert signals_until_end(child.pid, child.say) == [signal.SIGSEGV] * 2
+    assert child.wait() == -signal.SIGSEGV
+
+
+@co_operative
+def test_execution_waits_for_page_tables(region: Region, fork: Fork) -> None:
+    """The map allows it, and they do not follow yet."""
+    region.write(0, b"\xc3")  # ret
+
+    def allow() -> None:
+        with pytest.raises(pyshare.PropagationTimeout):
+            region.mprotect(0, PAGE, READ | EXEC, timeout=0)
+
+    def body(child: Child) -> None:
+        child.say()
+        child.hear()
+        ctypes.CFUNCTYPE(None)(region.address)()
+
+    child = fork(body)
+    child.hear()
+    [agent] = [one.tid for one in region.participants() if one.pid == child.pid]
+    with stopped_before(agent, "mprotect", allow):
+        child.say()
+        until(lambda: Path(f"/proc/{child.pid}/syscall").read_text().split()[0] == "202")
+    assert child.wait() == 0
 
 
 # -- What the kernel knows of the mappings -------------------------------------------------------------------------
