@@ -212,13 +212,14 @@ static int own_by_socket(struct ps_region *region) {
     int socket = -1, pid, fd = -1;
     uint32_t index;
     ask(region, region->slot, &socket);
-    while (socket >= 0 && fd < 0 && ps_sys_now() < end) {
+    if (socket < 0)
+        return socket;
+    while (fd < 0 && ps_sys_now() < end) {
         ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
         if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
             ps_sys_socket_take(socket, &pid, &fd, &index);
     }
-    if (socket >= 0)
-        close(socket);
+    close(socket);
     return fd < 0 ? -EBADF : fd;
 }
 
@@ -233,9 +234,11 @@ int ps_borrow_own(struct ps_region *region) {
     if (fd < 0)
         return fd;
     int high = ps_sys_fd_high(fd, OWN_HIGH);
-    close(fd);
     if (high >= 0)
-        ps_process_took(high);
+        close(fd);
+    else /* no high number is free */
+        high = fd;
+    ps_process_took(high);
     return high;
 }
 

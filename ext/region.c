@@ -494,7 +494,8 @@ static int fetch(struct ps_region *region, struct ps_cached *cached) {
     int agents = cached->kind == PS_MEMORY  ? region->own
                  : cached->kind == PS_ENTRY ? region->own_entry
                                             : region->own_userfault;
-    if (agents < 0 || !ps_running(region) || atomic_load_explicit(&region->use, memory_order_acquire) != PS_OPEN)
+    uint32_t use = atomic_load_explicit(&region->use, memory_order_acquire);
+    if (agents < 0 || !ps_running(region) || (use != PS_OPEN && use != PS_OPENING))
         return -EBADF;
     return take_hold(cached, cached->kind == PS_USERFAULT ? ps_borrow_own(region)
                                                           : ps_sys_reopen_of(getpid(), region->tid, agents));
@@ -701,13 +702,19 @@ int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outco
     int rc = ps_agent_start(region, deadline, outcome);
     if (rc == PS_ESIGNAL)
         return rc;
+    /* So that the marks do not go with the agent.  Without a descriptor for it none of our calls could change our page
+     * tables, and changes would fail for everybody. */
+    int fd = rc || !region->uffd ? 0 : ps_cached_get(region, &region->userfault);
+    if (fd == -EMFILE || fd == -ENFILE) {
+        ps_agent_stop(region);
+        rc = fd;
+    }
     if (rc) {
         *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
         ps_region_discard(region);
         return rc;
     }
     atomic_store_explicit(&region->use, PS_OPEN, memory_order_release);
-    ps_cached_get(region, &region->userfault); /* so that the marks do not go with the agent */
     ps_fault_stack();
     ps_fault_install();
     sigset_t blocked;

@@ -346,7 +346,10 @@ def try_with_few(opens: Callable[[int], Region], fd: int) -> int:
         before = open_descriptors()
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit + free, hard))
         try:
-            result: Region | OSError = opens(fd)
+            opened = opens(fd)
+            opened.mprotect(0, opened.size, READ)  # what has been opened can be used
+            opened.frozen().release()
+            result: Region | OSError = opened
         except OSError as error:
             result = error
         finally:
