@@ -719,18 +719,18 @@ cdef class Handle(Mapped):
         """Open, though nobody can close it any more; asked when the object goes."""
         return self.region is not NULL and not Py_IsFinalizing()
 
-    def _bring_in(self):
+    def _bring_in(self, str doing):
         """Memory that is to be locked is, as far as it is there."""
         cdef uint64_t page = 0
         cdef int rc = 1
-        self.enter("attach")
+        self.enter(doing)
         try:
             while rc > 0:
                 PyErr_CheckSignals()
                 with nogil:
                     rc = ps_bring_in(self.region, &page)
             if rc:
-                raise_code(rc, "attach")
+                raise_code(rc, doing)
         finally:
             self.leave()
 
@@ -1665,7 +1665,7 @@ cdef int join(ps_region *region, int64_t deadline, ps_outcome *outcome, const ch
             return PS_ECLOSED
 
 
-def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
+def attach(cls, int fd, int name_fd, int engine, int64_t deadline, str doing):
     """A participant: an instance of `cls`, which derives from Handle."""
     cdef ps_outcome outcome
     cdef const char *field = NULL
@@ -1680,12 +1680,12 @@ def attach(cls, int fd, int name_fd, int engine, int64_t deadline):
     if not rc:
         rc = join(region, deadline, &outcome, &field)
     if rc == PS_ETIMEOUT:
-        raise_timeout(&outcome, "attach")
+        raise_timeout(&outcome, doing)
     if rc == -EOPNOTSUPP and engine == PS_ENGINE_UFFD:
-        raise OSError(EOPNOTSUPP, "attach: the region has huge pages, which engine 'uffd' cannot change entry by entry; "
-                                  "use 'auto' or 'mprotect'")
+        raise OSError(EOPNOTSUPP, f"{doing}: the region has huge pages, which engine 'uffd' cannot change entry by "
+                                  "entry; use 'auto' or 'mprotect'")
     if rc:
-        raise_opening(rc, "attach", fd, field)
+        raise_opening(rc, doing, fd, field)
     handle.region = region
     if ps_policy_of(region) != PS_DIE:
         expect_violations()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import pyshare
-from pyshare import _unlink, bench, doctor, ls, metrics, show, top, trace
+from pyshare import _names, _unlink, bench, doctor, ls, metrics, show, top, trace
 from pyshare import map as map_
 
 COMMANDS = (ls, show, top, _unlink, map_, trace, metrics, doctor, bench)
@@ -31,17 +31,23 @@ def parser() -> argparse.ArgumentParser:
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(module.NAME, help=summary, description=summary)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=module.NAME)
     return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs one command; returns its exit status: 1 where names cannot be listed, 2 for a wrong command line, 130 after
+    Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
         status = 130
+    except OSError as error:
+        if error.filename != _names.DIRECTORY:
+            raise
+        print(f"pyshare {arguments.command}: {_names.DIRECTORY} cannot be read: {error.strerror}", file=sys.stderr)
+        status = 1
     return status
 
 

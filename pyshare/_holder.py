@@ -67,7 +67,7 @@ def _hold(name: str) -> None:
     """Until the name is gone, or SIGTERM comes."""
     signals = {signal.SIGTERM, signal.SIGIO}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # so that none is lost before the first wait
-    directory = os.open(_names._DIRECTORY, os.O_RDONLY | os.O_CLOEXEC)
+    directory = os.open(_names.DIRECTORY, os.O_RDONLY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # a kernel without it leaves us the backstop
         fcntl.fcntl(directory, fcntl.F_NOTIFY, fcntl.DN_DELETE | fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
     with attach(0) as region, _names.of_region(name, region.fileno()) as entry:

@@ -31,7 +31,7 @@ import posix_ipc  # type: ignore[import-not-found,unused-ignore]
 from pyshare import _core
 from pyshare._errors import RegionExists, RegionNotFound
 
-_DIRECTORY = "/dev/shm"
+DIRECTORY = "/dev/shm"
 _PREFIX = "pyshare."
 _NEW = "pyshare..new."  # no name begins with '.'
 _SHORT = 0.001  # seconds until a name that is in somebody's hands is looked at again
@@ -55,7 +55,7 @@ def check(name: object) -> str:
 
 
 def _path(entry: str) -> str:
-    return f"{_DIRECTORY}/{entry}"
+    return f"{DIRECTORY}/{entry}"
 
 
 def _umask() -> int:
@@ -165,11 +165,11 @@ def _open_existing(name: str) -> int:
     try:
         return _open(_PREFIX + name)
     except FileNotFoundError:
-        if os.path.isdir(_DIRECTORY):
+        if os.path.isdir(DIRECTORY):
             raise _missing(name) from None
         raise  # nobody will ever find or make it: not what a loop should wait for
     except PermissionError:
-        if not os.access(_DIRECTORY, os.X_OK):
+        if not os.access(DIRECTORY, os.X_OK):
             raise
         raise PermissionError(
             errno.EACCES, f"the region {name!r} belongs to somebody else, whose mode keeps you out; ask for its "
@@ -252,7 +252,7 @@ def found(name: str, deadline: int, *, keep: bool = False) -> Iterator[tuple[int
 def _listed() -> list[str]:
     """All of ours in the directory, also what has no name yet."""
     with contextlib.suppress(FileNotFoundError):  # no directory, no names
-        return [entry for entry in os.listdir(_DIRECTORY) if entry.startswith(_PREFIX)]
+        return [entry for entry in os.listdir(DIRECTORY) if entry.startswith(_PREFIX)]
     return []
 
 

@@ -402,9 +402,9 @@ class Region(Mapped, _core.Handle):
         return offset, length
 
 
-def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
+def _join(fd: int, entry: int, engine: int, deadline: int, doing: str) -> Region:
     try:
-        region: Region = _core.attach(Region, fd, entry, engine, deadline)
+        region: Region = _core.attach(Region, fd, entry, engine, deadline, doing)
     except OSError as error:
         if error.errno == errno.ENOSPC and entry >= 0:
             raise _names.no_row(str(_core.name_of(fd))) from None
@@ -414,7 +414,7 @@ def _join(fd: int, entry: int, engine: int, deadline: int) -> Region:
         _holders.add(region)
     region._page = region._page_size()
     try:
-        region._bring_in()
+        region._bring_in(doing)
     except BaseException:
         region._close()
         raise
@@ -544,7 +544,7 @@ def create(
     try:
         deadline = _core.deadline_of(DEFAULT)
         if name is None:
-            return _join(fd, -1, wanted, deadline)
+            return _join(fd, -1, wanted, deadline, "create")
         return _create_named(fd, name, mode, replace, wanted, deadline)
     finally:
         os.close(fd)
@@ -553,7 +553,7 @@ def create(
 def _create_named(fd: int, name: str, mode: int, replace: bool, engine: int, deadline: int) -> Region:
     entry = _names.NewEntry(name, fd)
     try:
-        region = _join(fd, entry.fd, engine, deadline)
+        region = _join(fd, entry.fd, engine, deadline, "create")
         try:
             entry.publish(mode, replace)
         except BaseException:
@@ -635,4 +635,4 @@ def attach(
         if readonly:
             return observe(fd)
         _check_writable(fd)
-        return _join(fd, entry, wanted, deadline)
+        return _join(fd, entry, wanted, deadline, "attach")

@@ -23,7 +23,7 @@ import pytest
 from conftest import Child, until
 
 import pyshare
-from pyshare import READ, Region
+from pyshare import READ, Region, __main__
 
 PAGE = 4096
 NOBODY = 65534
@@ -643,6 +643,17 @@ def test_without_a_directory_nothing_is_there_and_nothing_is_waited_for(fork: Fo
 
     assert fork(body).wait() == 0
     region.close()
+
+
+@needs_root
+def test_a_directory_that_cannot_be_read_is_told(fork: Fork, capfd: pytest.CaptureFixture[str]) -> None:
+    def body(_: Child) -> None:
+        is_kept_from_us()
+        assert [__main__.main(command) for command in (["ls"], ["top", "--count", "1"])] == [1, 1]
+
+    assert fork(body).wait() == 0
+    why = "/dev/shm cannot be read: Permission denied\n"
+    assert capfd.readouterr().err == f"pyshare ls: {why}pyshare top: {why}"
 
 
 def test_at_the_descriptor_limit_it_is_that(fork: Fork) -> None:

@@ -51,14 +51,14 @@ def test_a_limit_of_address_space_is_told(fork: Fork) -> None:
         def body(_: Child) -> None:
             limit = address_space() + (2 << 30)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            for call in (
-                lambda: pyshare.create(size=1 << 30),
-                lambda: pyshare.attach("limited"),
-                lambda: pyshare.attach(region.fileno()),
-                lambda: pyshare.attach("limited", readonly=True),
+            for doing, call in (
+                ("create", lambda: pyshare.create(size=1 << 30)),
+                ("attach", lambda: pyshare.attach("limited")),
+                ("attach", lambda: pyshare.attach(region.fileno())),
+                ("observe", lambda: pyshare.attach("limited", readonly=True)),
             ):
                 with pytest.raises(
-                    OSError, match=rf"takes 11\d{{9}} bytes.*may have {limit} in all .*ulimit -v"
+                    OSError, match=rf"\] {doing}: .*takes 11\d{{9}} bytes.*may have {limit} in all .*ulimit -v"
                 ) as told:
                     call()
                 assert told.value.errno == errno.ENOMEM
