@@ -86,8 +86,10 @@ static int take_pages(struct ps_wait *wait, struct ps_lease *lease) {
     do
         rc = take_around(wait, lease, &at);
     while (rc == -EAGAIN && ps_sys_now() < wait->until.at);
-    if (!rc)
+    if (!rc) {
+        wait->line_end = 0; /* else we would sleep on the reservation of another thread of ours, who wakes alone */
         return 0;
+    }
     ps_held_leave_line(wait, lease->first);
     return rc == -EAGAIN && wait->until.at != PS_TRY ? -ETIMEDOUT : rc;
 }
