@@ -339,8 +339,9 @@ struct ps_shm_slot {
      * held by it.  Crash: too high; ignored once the owner is dead. */
     _Atomic uint32_t leases;
     /* W: owner's threads: + 1, seq_cst, before they look at a snapshot's word; - 1, release, when what they save for it
-     * lies in its area.  R: snapshotter at S1, seq_cst: not 0: somebody may still write to an area that was in use.
-     * Crash: too high; ignored once the owner is dead. */
+     * lies in its area, or the pages that they are about to store to are DIRTY in its states.  R: snapshotter at S1,
+     * seq_cst: not 0: somebody may still write to an area, or its states, that were in use.  Crash: too high; ignored
+     * once the owner is dead. */
     _Atomic uint32_t saving;
     /* W: owner's threads, relaxed, on their way to sleep until `waits_for` (an owner word) has given something up or
      * acknowledged; 0 when they go on.  Of several threads the last.  R: for information.  Crash: as it was. */
