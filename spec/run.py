@@ -25,7 +25,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 AT_ONCE = 2  # each search may take MEGABYTES
 MEGABYTES = 3500
-DEPTH = 20_000  # steps; the longest run of any configuration has fewer than 1,000
+DEPTH = 1_000_000  # steps from the start; a search goes round about as far as it can
 
 
 class Protocol(NamedTuple):
@@ -54,11 +54,17 @@ class Lease(NamedTuple):
 
     why: str
     takers: int = 2
+    wide: int = 1
     threads: int = 0
+    inner: str = "NOTHING"
     changes: int = 1
+    drains: int = 0
+    tickets: int = 0
     crashes: int = 0
     timeouts: int = 0
+    stops: int = 0
     backstop: int = 1
+    patience: int = 0
     quick: bool = False
     ends: bool = False
 
@@ -158,13 +164,41 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "mix-ends": Protocol("every run ends", founders=1, crashes=1, timeouts=1, remote=1, misses=1, ends=True),
     "wait": Lease("no wake-up relies on the backstop", backstop=0, quick=True),
-    "wait-three": Lease("... of three takers", takers=3, changes=0, backstop=0, quick=True),
-    "lease": Lease("a death", crashes=1, quick=True),
-    "closers": Lease("a death among changes", takers=1, changes=2, crashes=1, quick=True),
-    "threads": Lease("... of one process", takers=3, threads=1, changes=0, crashes=1, timeouts=1, quick=True),
-    "wait-all": Lease("two takers, two changes", changes=2, backstop=0),
-    "wait-four": Lease("three takers, a change", takers=3, backstop=0),
-    "lease-more": Lease("two deaths and a timeout", crashes=2, timeouts=1),
+    "wait-three": Lease("... of three takers", takers=3, wide=2, changes=0, backstop=0, quick=True),
+    "wait-drain": Lease("... of a drain", changes=0, drains=1, backstop=0, quick=True),
+    "wait-line": Lease("... where changes let go first", takers=1, changes=2, tickets=1, backstop=0, quick=True),
+    "wait-holder": Lease("... who changes within a lease", wide=2, inner="CHANGE", tickets=1, backstop=0, quick=True),
+    "lease": Lease("a death", wide=0, crashes=1, quick=True),
+    "closers": Lease("a death among changes", takers=1, wide=0, changes=2, crashes=1, quick=True),
+    "threads": Lease(
+        "... and a timeout, among threads of one process",
+        takers=3,
+        wide=0,
+        threads=1,
+        changes=0,
+        crashes=1,
+        timeouts=1,
+        quick=True,
+    ),
+    "nested": Lease("a lease within a lease, and a change", takers=1, inner="LEASE", crashes=1, quick=True),
+    "nested-two": Lease("... and another taker", inner="LEASE", quick=True),
+    "nested-drain": Lease(
+        "... and a drain", takers=1, inner="LEASE", changes=0, drains=1, crashes=1, timeouts=1, quick=True
+    ),
+    "nested-line": Lease("... behind who is in line for it", wide=2, inner="LEASE", changes=0, patience=1, quick=True),
+    "circle": Lease("who waits for whom a change waits", inner="CIRCLE", patience=1, quick=True),
+    "stop-line": Lease("one with a ticket stops", takers=1, changes=2, tickets=1, stops=1, patience=1, quick=True),
+    "stop": Lease("one in line stops", takers=3, wide=2, changes=0, stops=1, patience=1),
+    "wait-all": Lease("two takers, a change, a drain", wide=0, drains=1, backstop=0),
+    "wait-four": Lease("three takers, a change", takers=3, wide=0, backstop=0),
+    "wait-threads": Lease("... two of one process", takers=3, wide=0, threads=1, backstop=0),
+    "lease-more": Lease("two deaths and a timeout", wide=0, crashes=2, timeouts=1),
+    "lease-wide": Lease("a death, one of both pages", crashes=1),
+    "lease-line": Lease("a death, and a ticket", wide=0, tickets=1, crashes=1),
+    "lease-drain": Lease("a death, and a drain", changes=0, drains=1, crashes=1),
+    "nested-all": Lease("a change, a drain, a death", takers=1, inner="LEASE", drains=1, crashes=1),
+    "nested-more": Lease("a death among nested ones", inner="LEASE", crashes=1),
+    "circle-dies": Lease("... and one dies", inner="CIRCLE", crashes=1, patience=1),
     "moment": Snapshot("one moment, whoever stores", stores=1, leases=1, quick=True),
     "moment-nested": Snapshot("a thread with a lease passes, and takes again", leases=2, nested=1, quick=True),
     "moment-restore": Snapshot("who restores", restores=2, quick=True),
@@ -174,7 +208,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moment-ends": Snapshot("... among leases, twice, and read", rounds=2, leases=2, nested=1, reader=1, crashes=1),
     "dirty-lease": Dirty("who asks while leases end", leases=2, quick=True),
     "dirty": Dirty("who asks while a lease, a change and a restore write", leases=1, changes=1, restores=1, quick=True),
-    "lease-share": Lease("threads, a change, a death and a timeout", threads=1, crashes=1, timeouts=1),
+    "lease-share": Lease("threads, a change, a death and a timeout", wide=0, threads=1, crashes=1, timeouts=1),
     "freeze": Freeze("a freezer, a change, a lease; a death, a failure", failures=1, quick=True),
     "freeze-two": Freeze("two freezers, a change; a death", freezers=2, takers=0, quick=True),
     "freeze-late": Freeze("a death and a timeout", timeouts=1, quick=True),
@@ -223,6 +257,17 @@ BROKEN = {
     "CLEAR_OPEN": Broken("lease", "a dead closer's entry stays until its record is finished"),
     "CLEAR_BIT_FIRST": Broken("closers", "only one of those who find a closer dead clears its bit"),
     "CLEAR_OWNER_FIRST": Broken("closers", "a closer's bit goes before its entry is free"),
+    "RESCAN_FIRST": Broken("circle", "a change lets nobody pass before it looks at all words again"),
+    "PASS_SHUT": Broken("nested", "nobody passes a change that goes on"),
+    "NEVER_LATE": Broken("circle", "who has a lease elsewhere passes a change that waits, in the end"),
+    "COUNT_LAST": Broken("wait-drain", "a lease is counted before the look at the closers"),
+    "LINE_NOWAIT": Broken("wait-line", "who gave way goes first"),
+    "HOLDER_LETS": Broken("wait-holder", "... but not before who has a lease"),
+    "TICKET_FOREVER": Broken("stop-line", "... nor when it does not come"),
+    "KEEP_WORDS": Broken("stop", "who waits for a page has none"),
+    "RESERVED_FOREVER": Broken("stop", "a reservation ends where its owner does not come"),
+    "RESERVE_ALL": Broken("wait-three", "nothing is reserved behind the page that is waited for"),
+    "LINE_KEPT": Broken("wait-threads", "who has its words is in no line any more"),
     "NOBACKSTOP": Broken("threads", "a wake-up may go with who dies or gives up"),
     "KEEP_LATE": Broken("freeze", "the map is kept before the record of the freeze begins"),
     "FROZEN_LATE": Broken("freeze", "`frozen` is set before the record of the freeze begins"),
