@@ -670,7 +670,7 @@ cdef class Handle(Mapped):
             Mapped.count(self)
 
     cdef corrupt_field(self):
-        cdef const char *field = ps_corrupt_field(self.region)
+        cdef const char *field = NULL if self.region is NULL else ps_corrupt_field(self.region)
         return None if field is NULL else field.decode()
 
     cdef fill_lease(self, Py_buffer *buffer, int flags, Lease lease):
@@ -679,15 +679,21 @@ cdef class Handle(Mapped):
 
     # -- Life --
 
-    def _close(self):
+    cdef check_unused(self):
         if self.is_used() or self.holds > 0:
             raise BufferError(
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
                 "or another thread or task is using it; release them first")
+
+    def _close(self):
+        self.check_unused()
         while self.sweeps:
             PyErr_CheckSignals()
             with nogil:
                 ps_sys_pause()
+            if self.region is NULL:  # another thread, or a handler, has closed it meanwhile
+                return
+            self.check_unused()  # or has begun to use it
         self.let_go()
         self.left, self.region = self.region, NULL
         if not ps_close_begin(self.left):
@@ -778,7 +784,7 @@ cdef class Handle(Mapped):
                 rc = ps_change(self.region, first, bytes, bits, deadline, &outcome)
             while rc == PS_ESIGNAL:
                 # Whatever was published is committed, and nothing is locked: the handler may do as it likes.
-                PyErr_CheckSignals()
+                self.serve_signals("mprotect")
                 with nogil:
                     if outcome.generation:
                         rc = ps_await(self.region, outcome.generation, deadline, &outcome)
@@ -1061,7 +1067,7 @@ cdef class Handle(Mapped):
         cdef int rc = PS_ESIGNAL
         try:
             while rc == PS_ESIGNAL:
-                PyErr_CheckSignals()
+                self.serve_signals("frozen")
                 with nogil:
                     rc = ps_await(self.region, frozen.at, deadline, outcome)
         except BaseException:

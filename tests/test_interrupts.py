@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Child, idle, until
-from kernel import GENERATION, PAGE, slot_is_taken, tell, until_waits, wake
+from conftest import PATIENCE, Child, idle, until
+from kernel import GENERATION, PAGE, is_asleep, sleeping, slot_is_taken, tell, until_waits, wake
 
 import pyshare
 from pyshare import READ, READ_WRITE, Region, RegionClosed
@@ -196,3 +197,105 @@ def test_close_waits_for_no_other_process(fork: Fork) -> None:
         caller.resume()
         assert caller.wait() == 0
         assert region.protection(0) == READ
+
+
+@pytest.mark.parametrize("call", ["mprotect", "frozen", "await"])
+def test_a_child_that_a_handler_forks_may_close_what_its_parent_waits_for(call: str, fork: Fork) -> None:
+    """And the child comes back into that call."""
+
+    def body(child: Child) -> None:
+        forked: list[int] = []
+
+        def fork_here(*_: object) -> None:
+            forked.append(os.fork())
+            if not forked[0]:
+                region.close()
+                return
+            assert os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 7
+            child.say("closed")
+
+        signal.signal(signal.SIGALRM, fork_here)
+        child.say()
+        child.hear()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            if call == "frozen":
+                region.frozen(timeout=PATIENCE).release()
+            else:
+                region.mprotect(PAGE, PAGE, READ, timeout=PATIENCE)
+        except RegionClosed:
+            os._exit(7 if forked == [0] else 1)
+
+    with made(max_participants=4) as region:
+        child = fork(body)
+        assert child.hear() == "ok"
+        silent = fork(idle)
+        assert silent.hear() == "ok"
+        if call == "await":
+            silent.stop()
+            lease = region.lease(0, PAGE)
+        else:
+            lease = region.lease(PAGE, PAGE)
+        child.say()
+        assert child.hear() == "closed"
+        lease.release()
+        silent.resume()
+        assert child.wait() == 0
+        silent.say()
+
+
+def begin_sweep(region: Region, fork: Fork) -> tuple[Child, threading.Thread]:
+    """A thread that clears away after a snapshot, and waits for the region's lock, which a stopped process has."""
+    snaps = [region.snapshot()]
+    holder = fork(lambda child: (region.mprotect(0, PAGE, READ), idle(child)), point="C1_lock=stop")
+    holder.wait_stopped()
+    sweeper = threading.Thread(target=snaps.clear)
+    sweeper.start()
+    sleeping(region, os.getpid())
+    return holder, sweeper
+
+
+def test_close_closes_nothing_that_is_used_again_when_a_sweep_is_over(fork: Fork) -> None:
+    outcomes: list[object] = []
+
+    def close() -> None:
+        try:
+            outcomes.append(region.close())
+        except BufferError as error:
+            outcomes.append(error)
+
+    with made() as region:
+        holder, sweeper = begin_sweep(region, fork)
+        closer = threading.Thread(target=close)
+        closer.start()
+        until(lambda: is_asleep(closer.native_id or 0))
+        view = memoryview(region)
+        closer.join()
+        assert isinstance(outcomes[0], BufferError)
+        assert view[0] == 0
+        view.release()
+        sweeper.join()
+        holder.resume()
+        holder.end()
+
+
+@pytest.mark.parametrize("where", ["threads", "handler"])
+def test_two_may_close_at_a_time(where: str, fork: Fork) -> None:
+    def body(_: Child) -> None:
+        holder, sweeper = begin_sweep(region, fork)
+        if where == "handler":
+            signal.signal(signal.SIGALRM, lambda *_: region.close())
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            region.close()
+        else:
+            closers = [threading.Thread(target=region.close) for _ in range(2)]
+            for closer in closers:
+                closer.start()
+            for closer in closers:
+                closer.join()
+        assert region.closed
+        sweeper.join()
+        holder.end()
+
+    with made(max_participants=4) as region:
+        assert fork(body).wait() == 0
