@@ -441,16 +441,16 @@ static int empty(const struct ps_region *region, int fd, uint32_t index) {
     return rc ? rc : ps_sys_punch(fd, states_offset(region, index), ps_state_stride(region->shape.pages));
 }
 
-/* Somebody who found a word of this area before may still write to it. */
-static bool is_written(struct ps_region *region) {
+/* The owner word of somebody who may have found a former word of an area, and write to it still; 0: nobody. */
+static uint32_t find_saver(struct ps_region *region) {
     for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++) {
         struct ps_shm_slot *slot = ps_slot(region, index);
         uint32_t status = atomic_load_explicit(&slot->status, memory_order_acquire);
         if (ps_state_of(status) == PS_LIVE && atomic_load_explicit(&slot->saving, memory_order_seq_cst) &&
             !ps_slot_dead(region, index, status))
-            return true;
+            return ps_owner_of(index, status);
     }
-    return false;
+    return 0;
 }
 
 /* Holes, also where it was never used. */
@@ -466,7 +466,7 @@ static void give_memory_back(struct ps_region *region) {
         if (is_empty(word) || !unwanted(region, index))
             continue;
         drop(region, index, word);
-        bool written = is_written(region); /* before it is emptied: nobody begins to write any more */
+        bool written = find_saver(region); /* before it is emptied: nobody begins to write any more */
         if (!empty(region, fd, index) && !written)
             atomic_compare_exchange_strong_explicit(&shared_of(region, index)->word, &left, left | PS_SNAPSHOT_EMPTY,
                                                     memory_order_seq_cst, memory_order_relaxed);
@@ -532,9 +532,11 @@ void ps_snapshot_notice(struct ps_region *region) {
         sweep_until(region, ps_sys_now() + GLANCE);
 }
 
-/* An area that nobody has, its byte taken through a description of our own; those that were never used first. */
-static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
+/* An area that nobody has, its byte taken through a description of our own; those that were never used first.  -EAGAIN:
+ * to those that nobody has a saver, whom the outcome names, may write still. */
+static int find_area(struct ps_region *region, struct ps_snapshot *snapshot, struct ps_outcome *outcome) {
     int fd = ps_query_fd(region);
+    uint32_t saver = 0;
     snapshot->fd = fd < 0 ? fd : ps_sys_reopen(fd);
     if (snapshot->fd < 0)
         return snapshot->fd;
@@ -545,15 +547,21 @@ static int find_area(struct ps_region *region, struct ps_snapshot *snapshot) {
                 continue;
             if (!is_empty(word_of(region, index))) {
                 drop(region, index, word_of(region, index));
-                if (is_written(region))
-                    return -EAGAIN;
+                uint32_t found = find_saver(region);
+                saver = found ? found : saver;
+                if (found) /* a stopped one keeps no area from us that was empty when it began */
+                    continue;
             }
             snapshot->index = index;
             int rc = ps_sys_ofd_take(snapshot->fd, PS_SNAPSHOT_BYTE + index);
             if (rc != -EAGAIN) /* or an observer keeps it from us: perhaps not the next one */
                 return rc;
         }
-    return PS_EAREAS;
+    if (!saver)
+        return PS_EAREAS;
+    outcome->silent = 1;
+    outcome->pids[0] = ps_owner_pid(region, saver);
+    return -EAGAIN;
 }
 
 struct taking {
@@ -604,7 +612,7 @@ static int start(struct taking *taking, bool *shared) {
     if (rc)
         return rc;
     sweep_locked(region, ps_sys_now() + PATIENCE);
-    rc = find_area(region, snapshot);
+    rc = find_area(region, snapshot, taking->outcome);
     if (!rc && !is_empty(word_of(region, snapshot->index)))
         rc = empty(region, snapshot->fd, snapshot->index);
     if (rc)
@@ -672,6 +680,7 @@ static int take_once(struct taking *taking, bool *shared) {
 int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome,
                      struct ps_snapshot *snapshot, bool *shared) {
     struct taking taking = {.region = region, .snapshot = snapshot, .outcome = outcome, .deadline = deadline};
+    struct ps_until until = ps_until(deadline);
     int rc;
     if (ps_thread_holds(region)) /* before page tables are protected for nothing */
         return PS_ENESTED;
@@ -691,6 +700,6 @@ int ps_snapshot_take(struct ps_region *region, int64_t deadline, struct ps_outco
         }
         if (rc == -EAGAIN)
             ps_sys_pause();
-    } while (rc == -EAGAIN && ps_sys_now() < deadline);
-    return ps_waited(rc);
+    } while (rc == -EAGAIN && ps_sys_now() < until.at);
+    return ps_waited(rc == -EAGAIN ? ps_timed_out(until) : rc);
 }

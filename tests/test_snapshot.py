@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from conftest import Child, until
+from conftest import Child, idle, until
 from kernel import Mappings
 
 import pyshare
@@ -644,10 +645,6 @@ def test_silent_participant(region: Region, joined: Callable[..., Child]) -> Non
             child.hear()
         idle(child)
 
-    def idle(child: Child) -> None:
-        child.say()
-        child.hear()
-
     silent = joined(body)
     silent.stop()
     with pytest.raises(pyshare.PropagationTimeout) as caught:
@@ -710,3 +707,43 @@ def test_nobody_stores_before_the_moment_has_come(engine: str, joined: Callable[
         assert writer.hear() == "stored"
         assert snapshotter.hear() == "0"
         snapshotter.say()
+
+
+def test_a_stopped_saver_is_named_where_no_area_is_left(engine: str, joined: Callable[..., Child]) -> None:
+    """It may write to an area that it found in use: the areas that were empty then are used; then it is waited for."""
+    with pyshare.create(size=4096 * PAGE, prot=READ_WRITE, engine=engine) as region:
+        last = region.size - PAGE
+
+        def body(child: Child) -> None:
+            child.say()
+            with contextlib.suppress(pyshare.ProtectionError):
+                while True:
+                    region.write(last, b"\1")
+            idle(child)
+
+        def is_stopped() -> bool:
+            return psutil.Process(saver.pid).status() == psutil.STATUS_STOPPED
+
+        saver = joined(body, point="S6_save=stop")
+        while not is_stopped():  # or the page was saved before that, in the background
+            with region.snapshot() as snap:
+                until(lambda snap=snap: is_stopped() or snap.complete)
+        with pytest.raises(pyshare.PropagationTimeout):
+            region.mprotect(0, region.size, READ, timeout=0.1)
+        with contextlib.suppress(pyshare.PropagationTimeout):
+            for _ in range(9):
+                region.snapshot(timeout=0.1).close()
+        with pytest.raises(pyshare.PropagationTimeout) as caught:
+            region.snapshot(timeout=0.1)
+        assert caught.value.pids == [saver.pid]
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                region.snapshot(timeout=None)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        saver.resume()
+        assert saver.hear() == "ok"
+        region.snapshot().close()
+        saver.say()
