@@ -268,12 +268,13 @@ static int await_ticket(struct ps_wait *wait, struct ps_shm_ticket *ticket, int6
     return rc;
 }
 
-/* Who has gave way before comes first: else changes that follow one another would keep it waiting for ever.  Not where
- * we have a lease: it may be what it waits for.  A ticket that comes now is not waited for. */
+/* Who gave way before comes first: else changes that follow one another would keep it waiting for ever.  Not where we
+ * have a lease, which may be what it waits for; and not in a freeze, before whose end nobody gets one.  A ticket that
+ * comes now is not waited for. */
 static int let_go_first(struct ps_wait *wait, uint64_t first, uint64_t count) {
     struct ps_shm_header *header = ps_header(wait->region);
     uint64_t mask = atomic_load_explicit(&header->tickets, memory_order_acquire) & ((UINT64_C(1) << PS_TICKETS) - 1);
-    if (!mask || ps_thread_holds(wait->region))
+    if (!mask || ps_thread_holds(wait->region) || ps_frozen(wait->region))
         return 0;
     struct ps_until until = wait->until;
     ps_until_at_most(&until, ps_sys_now() + PS_IN_LINE);

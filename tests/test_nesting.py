@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 
 import pytest
-from conftest import PATIENCE, Child
-from kernel import PAGE, in_background, sleeping
+from conftest import PATIENCE, Child, until
+from kernel import PAGE, TICKET, TICKETS, in_background, sleeping, word
 
 import pyshare
 from pyshare import NONE, READ, PropagationTimeout, Region
@@ -219,3 +219,25 @@ def test_a_task_that_has_no_lease_any_more_does_not_pass(joined: Joined) -> None
         asyncio.run(main())
         snapshotter.resume()
         assert snapshotter.hear() == "taken"
+
+
+def test_a_snapshot_in_a_freeze_does_not_wait_for_who_wants_a_lease(joined: Joined) -> None:
+    """Nobody gets one before the thaw: a ticket that is waited for would be in vain, and void."""
+    with pyshare.create(size=PAGES * PAGE, prot=READ) as region:
+
+        def body(child: Child) -> None:
+            child.say()
+            with region.lease(0, PAGE, timeout=PATIENCE):
+                child.say("got it")
+
+        def tickets() -> list[int]:
+            """Which there are, and how many there have been in each place."""
+            return [word(region, TICKETS), *(word(region, TICKET + 24 * place + 4) for place in range(32))]
+
+        with region.frozen():
+            taker = joined(body)
+            until(lambda: tickets()[0])
+            before = tickets()
+            region.snapshot(timeout=PATIENCE).close()
+            assert tickets() == before  # else it was given up for stopped
+        assert taker.hear() == "got it"
