@@ -149,14 +149,13 @@ static int put_pages(struct ps_region *region, int fd, uint64_t first, const cha
 }
 
 int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length) {
-    int fd = ps_fd(region), rc = fd < 0 ? fd : 0;
-    if (!rc && region->shape.unit > 1)
-        rc = ps_lease_window(region, PS_NEVER);
+    int rc = region->shape.unit > 1 ? ps_lease_window(region, PS_NEVER) : 0;
     if (rc || (rc = ps_lease_enter(region)))
         return rc;
+    int fd = ps_fd(region); /* after the wait, in which the program may have given its number to another file */
     sigset_t blocked;
     ps_fault_unblock(true, &blocked);
-    rc = put_pages(region, fd, offset / PS_PAGE, from, length);
+    rc = fd < 0 ? fd : put_pages(region, fd, offset / PS_PAGE, from, length);
     ps_fault_block_again(&blocked);
     ps_lease_leave(region);
     return rc;

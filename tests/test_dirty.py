@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Child
@@ -256,6 +257,31 @@ def test_a_restore_waits_for_a_snapshot(images: tuple[Region, pyshare.Snapshot],
             assert snapshotter.hear() == "{2}"
             snapshotter.say()
     write(region, 3)
+
+
+def test_a_restore_stores_into_no_file_that_has_got_its_number(
+    images: tuple[Region, pyshare.Snapshot], joined: Joined, tmp_path: Path
+) -> None:
+    """While it waits for a snapshot the program closes whatever it finds, and opens a file of its own."""
+    region, _ = images
+
+    def body(child: Child) -> None:
+        child.say()
+        child.hear()
+        region.snapshot().close()
+
+    snapshotter = joined(body, point="S3_drain=stop")
+    with region.frozen(), (tmp_path / "own").open("w+b", buffering=0) as own:
+        snapshotter.say()
+        snapshotter.wait_stopped()
+        with in_background(lambda: _core.put_pages(region, 0, b"\1" * region.size)) as outcomes:
+            sleeping(region)
+            number = os.dup2(own.fileno(), region.fileno())
+            snapshotter.resume()
+        os.close(number)
+        assert outcomes == [None]
+        assert own.read() == b""
+        assert region.read(0, region.size) == b"\1" * region.size
 
 
 def test_a_restorer_dies(images: tuple[Region, pyshare.Snapshot], joined: Joined) -> None:
