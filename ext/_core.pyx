@@ -897,8 +897,8 @@ cdef class Handle(Mapped):
 
         A holder that dies leaves the pages to the next one, whose lease is ``abandoned``. A forked child holds nothing
         of what its parent does. Who waits holds nothing, so two ranges cannot block each other for ever, and who is
-        stopped while it waits is overtaken after 0.2 s. A lease comes before changes, freezes and snapshots that are
-        asked for later than it. A thread that has one gets others while these wait for its end.
+        stopped while it waits is overtaken after 0.2 s. A lease that has given way to a change, a freeze or a snapshot
+        comes before those that are asked for after that. A thread that has one gets others while these wait for its end.
         """
         cdef Lease lease = self.wanted_lease(offset, length, timeout, window)
         self.take_lease(lease, timeout, "lease")
@@ -1018,7 +1018,8 @@ cdef class Handle(Mapped):
         A consistent point in time of the memory of all processes: ``with region.frozen():`` what is read belongs
         together. Pages that are NONE can be read too, those that are EXEC cannot be executed; ``protections()`` says
         READ. Leases end first, and none begins, but for who has one already; whoever wants one, or calls ``mprotect``,
-        or freezes too, in whatever process or thread, waits for the end. A store is a violation, by each participant's policy.
+        or freezes too, in whatever process or thread, waits for the end. A store is a violation, by each participant's
+        policy.
 
         Raises:
             PropagationTimeout: somebody (``pids``) held a lease or the region's lock, had it frozen, or was silent for
