@@ -356,7 +356,8 @@ static void put_reason(struct text *text, struct ps_region *region, uint64_t pag
     put(text, " is ");
     put_protection(text, prot);
     put_since(text, author);
-    put_lease(text, region, page);
+    if (!region->fenced) /* else a lease that is held is not in the way of the access */
+        put_lease(text, region, page);
 }
 
 static bool same_file(int one, int other) {

@@ -249,10 +249,12 @@ def test_fenced_process_says_so(region: Region, fork: Fork, tmp_path: Path) -> N
         with (tmp_path / "err").open("w") as file:
             os.dup2(file.fileno(), 2)
         faulthandler.enable(file=2)
+        region.lease(0, PAGE).release()  # the first one takes a mapping
         fill_maps()
         child.say()
         child.hear()
-        ctypes.memset(region.address + 5 * PAGE, 1, 1)
+        with region.lease(5 * PAGE, PAGE):
+            ctypes.memset(region.address + 5 * PAGE, 1, 1)
 
     child = fork(body, point="A2_apply=stop")
     child.hear()
@@ -265,6 +267,7 @@ def test_fenced_process_says_so(region: Region, fork: Fork, tmp_path: Path) -> N
     assert child.wait() == -signal.SIGSEGV
     told = (tmp_path / "err").read_text()
     assert "page 5: this process is fenced (it could not apply a change); the page is READ_WRITE since" in told
+    assert "'s lease" not in told  # which is over writable pages, and not in the way
     assert view[5 * PAGE] == 0
 
 
