@@ -101,12 +101,18 @@ int ps_freeze_wait(struct ps_region *region, int64_t deadline, struct ps_outcome
     return tell(region, rc, until, blocker, outcome);
 }
 
-/* Nothing is frozen any more by anybody who is dead: before a dead owner's closer goes (invariant 4). */
+/* Nothing is frozen any more by anybody who is dead: before a dead owner's closer goes (invariant 4).  A freeze without
+ * a freezer has just ended, or is damage: look again, but not for ever. */
 int ps_freeze_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
     int rc = 0;
     while (!rc && ps_frozen(region)) {
         uint32_t seen = atomic_load_explicit(freezer(region), memory_order_acquire);
-        rc = seen ? wait_for(region, seen, deadline, blocker) : 0;
+        if (seen)
+            rc = wait_for(region, seen, deadline, blocker);
+        else if (ps_sys_now() >= deadline)
+            rc = -ETIMEDOUT;
+        else
+            ps_sys_pause();
     }
     return rc;
 }

@@ -340,6 +340,22 @@ def test_lock_held_by_the_dead(fd: int, owner: int) -> None:
         assert region.mprotect(0, PAGE, pyshare.READ) == 1
 
 
+def test_freeze_without_a_freezer(fd: int, fork: Callable[..., Child]) -> None:
+    """Of which the closer is left: whoever wants a lease waits for its end as long as it says, and no longer."""
+
+    def body(_: Child) -> None:
+        with pyshare.attach(fd) as region:
+            dead, freeze = 5 << 11 | 2, 2
+            os.pwrite(fd, struct.pack("IIQQ", dead, freeze, 0, PAGES), CLOSER)
+            os.pwrite(fd, struct.pack("Q", 1), CLOSERS)
+            os.pwrite(fd, struct.pack("Q", 1), FROZEN)
+            with pytest.raises(pyshare.PropagationTimeout):
+                region.lease(0, PAGE, timeout=SHORT)
+            os._exit(0)  # nobody will thaw it
+
+    assert fork(body).wait() == 0
+
+
 def test_ring_that_lies(fd: int) -> None:
     """An agent believes no range of the ring, and takes the whole map instead."""
     with pyshare.attach(fd) as region:
