@@ -99,7 +99,7 @@ static void mark_changed(struct ps_region *region, uint64_t since, uint8_t *map)
 static void look(struct ps_region *region, uint64_t since, uint8_t *map) {
     mark_holes(region, map);
     PS_POINT(D1_look);
-    mark_leased(region, PS_SEC_LEASE, 1, PS_HELD_HOLDER, map);
+    mark_leased(region, PS_SEC_LEASE, 1, PS_HELD_HOLDER & ~PS_HELD_WAITING, map); /* who waits has none */
     PS_POINT(D1_look);
     mark_leased(region, PS_SEC_STAMP, since ? since : 1, UINT64_MAX, map); /* 0 also says: none */
     PS_POINT(D1_look);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Child
-from kernel import PAGE, SNAPSHOTS, in_background, sleeping, word
+from kernel import LEASES, PAGE, SNAPSHOTS, WAITING, in_background, section_of, sleeping, word
 
 import pyshare
 from pyshare import READ, READ_WRITE, PropagationTimeout, Region, _core
@@ -160,6 +160,14 @@ def test_a_generation_that_was_told_before_the_change_was_over(joined: Joined) -
         assert caller.wait() == 0
         assert pages(region.dirty(since)) == {X}
         assert region.dirty(region.mprotect(0, PAGE, READ)) == []
+
+
+def test_who_waits_for_a_page_has_not_touched_it() -> None:
+    """It slept while somebody was before it, and gave up: nobody holds the word, which says still that it sleeps."""
+    with pyshare.create(size=PAGES * PAGE, prot=READ) as region:
+        os.pwrite(region.fileno(), struct.pack("Q", WAITING), section_of(region, LEASES) + X * 8)
+        assert region.dirty(region.mprotect(0, PAGE, READ)) == []
+        write(region, X)
 
 
 def test_neighbours_are_one_run() -> None:
