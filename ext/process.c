@@ -263,6 +263,7 @@ static void in_child(void) {
     agent_of = NULL;
     proxy = NULL;
     borrow_lock = 0;
+    chains[0].busy = chains[1].busy = 0; /* before our agents, which take them too, begin */
     waiter.running = false; /* the thread is not here, nor are its stacks; whose calls it had is another's loop */
     waiter.lock = 0;
     waiter.inbox = NULL;
@@ -288,7 +289,6 @@ static void in_child(void) {
         else if (use == PS_CLOSING) /* likewise; its owner gives the reservation back */
             ps_region_shut(&regions[i]);
     }
-    chains[0].busy = chains[1].busy = 0;
 }
 
 static void start(void) {
