@@ -85,11 +85,11 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
         try:
-            if self._spare:
+            if self._spare:  # as long as we have its lock: then nobody else removes it
                 os.unlink(self._spare, dir_fd=self._folder)
         finally:
+            os.close(self._fd)
             os.close(self._folder)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
