@@ -169,11 +169,11 @@ class Region(Mapped, _core.Handle):
         """What happens in this process at a forbidden access, from now on where a policy is given.
 
         "die": one line on stderr that says why, then SIGSEGV, as by mprotect(2).
-        "raise": the access does not take place, and the Python thread that tried gets a ProtectionError with the line
-        of the program. In that statement where the code of memoryview or numpy did it, or a call, or in :meth:`guard`;
-        else (in C code that is not called, but assigned to, say) where Python next looks. Until then other threads of
-        this process see there what it stored. An exception that is under way, as KeyboardInterrupt, stays, with it as
-        its context.
+        "raise": the access does not take place (but one that a change comes to allow just then may have), and
+        the Python thread that tried gets a ProtectionError with the line of the program. In that statement where the
+        code of memoryview or numpy did it, or a call, or in :meth:`guard`; else (in C code that is not called, but
+        assigned to, say) where Python next looks. Until then other threads of this process see there what it stored. An
+        exception that is under way, as KeyboardInterrupt, stays, with it as its context.
         "wait": the thread sleeps until the protection, or a lease of this process, allows the access. Other threads run
         meanwhile, and in the main thread handlers of signals; if one raises (Ctrl-C) the access does not take place.
         But in C code that has the interpreter and relies on it, as ``shared += view`` of a bytearray that another
