@@ -6,14 +6,14 @@
  *
  * Invariants
  *  1. A taker stores its words, counts, and then looks at the closers.  A change stores PS_CLOSER_SHUT and then looks
- * at the words in its range; a freeze or a snapshot stores its closer and then looks at the counts of all slots.  One
- * of them sees the other; the taker gives way.
+ *     at the words in its range; a freeze or a snapshot stores its closer and then looks at the counts of all slots.
+ *     One of them sees the other; the taker gives way.
  *  2. While a change waits for holders its closer says PS_CLOSER_WAITS: a thread that has a lease of its pages passes,
- * and one that has another after a while (PS_IN_LINE), since the holders may wait for that thread.  Then it says
- * PS_CLOSER_SHUT again and looks at all words again: it goes on only where it finds none.  Nobody passes
- * PS_CLOSER_SHUT, so what a change goes on with is kept from leases until its closer goes.
+ *     and one that has another after a while (PS_IN_LINE), since the holders may wait for that thread.  Then it says
+ *     PS_CLOSER_SHUT again and looks at all words again: it goes on only where it finds none.  Nobody passes
+ *     PS_CLOSER_SHUT, so what a change goes on with is kept from leases until its closer goes.
  *  3. A thread that has a lease passes freezes and snapshots: the slot counts that lease as long as it has it, and
- * counts the new one before it decides, so there is no moment at which the slot has none.
+ *     counts the new one before it decides, so there is no moment at which the slot has none.
  *  4. Who gave way has a ticket.  Whoever is about to publish a closer lets those go first who have one already, and
  *     waits for them with nothing published, for PS_IN_LINE in all: so a taker gives way to a finite number of closers.
  *  5. A closer of a dead owner goes only when its change has been finished, or its freeze has: nobody has a lease while

@@ -12,7 +12,7 @@
  *  2. `frozen` becomes 0 when a thaw is complete, and the word goes after it: whoever finds `frozen` with the writer
  *     lock finds an owner of the word to wait for, or to come after.
  *  3. A dead freezer's word is taken over, not cleared: of those who find it dead one thaws, and the others wait for
- * it.
+ *     the end of that.
  *  4. The closer of a freeze goes after its thaw, also that of a dead freezer: no lease is ever over a page that is
  *     READ by a freeze alone.
  * Runs in: caller; ps_freeze_notice also in the fault handler.

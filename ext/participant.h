@@ -141,7 +141,7 @@ struct ps_region {
     /* Private memory, a word per page and then one per user lock: who of us holds it (PS_HERE_*).  W: whoever owns
      * the shared word, release.  R: anybody, acquire. */
     _Atomic uint64_t *here;
-    /* Private memory, made by the first lease: how many leases each thread of ours has, by its id (lease.c).  NULL:
+    /* Private memory, made by the first lease: how many leases each thread of ours has, by its id (held.c).  NULL:
      * none was ever taken. */
     _Atomic(struct ps_count *) counts;
     uint8_t *chunk;          /* behind it, a byte per chunk: engine.c's, under page_lock; 0 at first */
