@@ -36,6 +36,7 @@ ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24,
 CLOSERS, CLOSER = 960, 1024
 SNAPSHOTS, FREEZER, THAWING, FROZEN, SNAPSHOT = 976, 2560, 2564, 2568, 2624  # a snapshot: word, dirty, generation
 VIOLATIONS = 2752  # how many there have been
+TICKET = 2816
 LEASE_COUNT, SAVING = 192, 196  # in a slot
 ACK, ERROR, LIVE, STATUS, PID = 0, 16, 64, 68, 128  # in a slot
 SLOT_SIZE, RING_ENTRY, RING = 256, 64, 1024
@@ -400,6 +401,11 @@ def somewhere(rng: random.Random) -> int:
             LEASES_AT + rng.randrange(0, 8 * 2, 4),
             LOCKS_AT + 3 * 64 + rng.randrange(0, 8, 4),
             rng.randrange(CLOSERS, CLOSER + 3 * 24, 4),
+            rng.randrange(FREEZER, FROZEN + 8, 4),
+            rng.randrange(SNAPSHOT, SNAPSHOT + 2 * 16, 4),
+            rng.randrange(TICKET, TICKET + 3 * 24, 4),
+            rng.choice([KEPT_AT, STATE_AT]) + rng.randrange(0, PAGES, 4),
+            STAMP_AT + rng.randrange(0, 8 * PAGES, 4),
             VIOLATIONS,
             VIOLATION_AT + rng.randrange(0, 128, 4),
         ]
