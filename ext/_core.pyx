@@ -427,9 +427,14 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
     if outcome.generation:
         message = (f"{doing}: change {outcome.generation} is made, but pid {who} has not acknowledged it in time; "
                    "it applies the change before anything else it acknowledges")
-    else:
+    elif pids:
         message = (f"{doing}: nothing was changed: pid {who} held a lease on these pages or the region's lock, had it "
                    "frozen, or was silent, until the timeout")
+    elif doing == "snapshot":
+        message = f"{doing}: it was given up, since a participant could not follow, and begun anew, until the timeout"
+    else:
+        message = (f"{doing}: nothing was changed: pages that a snapshot needs were being saved until the timeout; "
+                   "call finish() of the snapshot first")
     raise _errors.PropagationTimeout(message, pids=pids, generation=outcome.generation or None)
 
 

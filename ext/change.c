@@ -40,7 +40,8 @@
 
 #define GRACE (20 * PS_MS) /* how long a change goes on after a signal before it is closed for the handler */
 #define US INT64_C(1000)
-#define SPIN 500 /* looks at an acknowledgement before sleeping; some 10 µs */
+#define PIECE 1024u /* pages that are saved between two looks at the clock */
+#define SPIN 500    /* looks at an acknowledgement before sleeping; some 10 µs */
 
 /* -- The map -------------------------------------------------------------------------------------------------- */
 
@@ -569,10 +570,26 @@ static int enter(struct ps_region *region, int64_t deadline, struct waiting *wai
     return rc;
 }
 
-/* Whoever may store from now on may do it by system calls too: what snapshots need is saved first. */
+static bool grants(const struct ps_region *region, const struct change *wanted) {
+    return wanted->prot & PROT_WRITE && ps_snapshots(region);
+}
+
+/* Whoever may store from now on may do it by system calls too: what snapshots need is saved first, and without the
+ * writer lock, as long as that may take: others would wait for it.  With the lock there is little left. */
+static int save_ahead(struct ps_region *region, const struct change *wanted, int64_t deadline) {
+    struct ps_until until = ps_until(deadline);
+    int rc = 0;
+    for (uint64_t done = 0; !rc && done < wanted->count && grants(region, wanted); done += PIECE) {
+        uint64_t rest = wanted->count - done;
+        if (done && ps_sys_now() >= until.at)
+            return ps_timed_out(until);
+        rc = ps_snapshot_keep(region, wanted->first + done, rest < PIECE ? rest : PIECE, false);
+    }
+    return rc;
+}
+
 static int change_map(struct ps_region *region, const struct change *wanted, struct waiting *waiting) {
-    bool grants = wanted->prot & PROT_WRITE && ps_snapshots(region);
-    int rc = grants ? ps_snapshot_let(region, wanted->first, wanted->count, true) : 0;
+    int rc = grants(region, wanted) ? ps_snapshot_let(region, wanted->first, wanted->count, true) : 0;
     return rc ? rc : carry_out(region, wanted, waiting);
 }
 
@@ -603,9 +620,11 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     int rc = ps_lease_close(region, wanted.first, wanted.count, deadline, outcome, &closer);
     if (rc)
         return ps_waited(rc);
-    do
-        rc = closed_change(region, &wanted, deadline, outcome);
-    while (rc == -EAGAIN && !(rc = ps_freeze_wait(region, deadline, outcome)));
+    rc = save_ahead(region, &wanted, deadline);
+    if (!rc)
+        do
+            rc = closed_change(region, &wanted, deadline, outcome);
+        while (rc == -EAGAIN && !(rc = ps_freeze_wait(region, deadline, outcome)));
     ps_lease_open(region, closer);
     return ps_waited(rc);
 }

@@ -77,7 +77,7 @@ class PropagationTimeout(ShareError, TimeoutError):
     """Somebody was silent, or held a lock, for longer than the timeout.
 
     Attributes:
-        pids: who, each once, as those processes see their own pids.
+        pids: who, each once, as those processes see their own pids; nobody where the time went into saving pages.
         generation: the change that is made all the same, and that they apply before anything else they acknowledge;
             None if the time ran out before anything was changed.
     """

@@ -156,7 +156,8 @@ class Region(Mapped, _core.Handle):
         Raises:
             ValueError: a range that is not page aligned or not inside; length 0; unknown bits in prot.
             PropagationTimeout: somebody was silent for ``timeout`` seconds. With a ``generation`` the change is made,
-                and who was silent applies it before it acknowledges anything else; without, nothing was changed.
+                and who was silent applies it before it acknowledges anything else; without, nothing was changed: so
+                too where it took that long to save what a snapshot needs of pages that all may write from now on.
             ShareError: this thread holds a lease on some of the pages, and would wait for itself. Nothing was changed.
             OSError: a participant could not apply it (ENOMEM: its limit of mappings, vm.max_map_count); it was undone
                 everywhere.

@@ -747,3 +747,39 @@ def test_a_stopped_saver_is_named_where_no_area_is_left(engine: str, joined: Cal
         assert saver.hear() == "ok"
         region.snapshot().close()
         saver.say()
+
+
+def test_a_grant_saves_before_others_have_to_wait_for_it(engine: str, joined: Callable[..., Child]) -> None:
+    """Not with the region's lock, whose holder nobody can overtake."""
+    with pyshare.create(size=PAGES * PAGE, prot=READ, engine=engine) as region:
+        fill(region, b"a")
+        with region.snapshot() as snap:
+            changer = joined(
+                lambda child: (idle(child), region.mprotect(0, 4 * PAGE, READ_WRITE)), point="S6_save=stop"
+            )
+            changer.say()
+            changer.wait_stopped()
+            with pytest.raises(pyshare.PropagationTimeout) as caught:
+                region.mprotect(8 * PAGE, PAGE, READ, timeout=0.1)
+            assert caught.value.generation
+            changer.resume()
+            assert changer.wait() == 0
+            store(region, 0, b"b")
+            assert snap.read(0, 1) == b"a"
+
+
+def test_a_grant_whose_time_runs_out_while_it_saves(engine: str) -> None:
+    pages = 4096
+    with pyshare.create(size=pages * PAGE, prot=READ, engine=engine) as region:
+        with region.lease(0, region.size) as lease:
+            lease.view[:] = b"a" * region.size
+        with region.snapshot() as snap:
+            with pytest.raises(
+                pyshare.PropagationTimeout, match="pages that a snapshot needs were being saved"
+            ) as caught:
+                region.mprotect(0, region.size, READ_WRITE, timeout=0)
+            assert (caught.value.generation, caught.value.pids) == (None, [])
+            assert 0 < snap.saved < pages
+            region.mprotect(0, region.size, READ_WRITE)
+            region.buf[:] = b"b" * region.size
+            assert snap.read(0, region.size) == b"a" * region.size
