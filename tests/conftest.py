@@ -160,7 +160,7 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         script.write_text(source)
         return subprocess.run(
             [sys.executable, str(script), *arguments],
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONWARNINGS": "ignore::DeprecationWarning", **environment},  # 3.12: fork and threads
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -163,6 +163,13 @@ def is_asleep(native_id: int, pid: str | int = "self") -> bool:
         return False
 
 
+def until_agents_wait() -> None:
+    """Every other thread of this process sleeps in the core: the point before the agents' first sleep is behind them."""
+    own = threading.get_native_id()
+    others = [int(task) for task in os.listdir("/proc/self/task") if int(task) != own]
+    until(lambda: all(map(is_asleep, others)))
+
+
 def until_waits(child: Child) -> None:
     """Its main thread sleeps in the core, having said that it is about to."""
     asleep = iter(lambda: is_asleep(child.pid, child.pid), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Child, idle, until
-from kernel import PAGE, libc
+from kernel import PAGE, libc, until_agents_wait
 from members import AT_ONCE, Fork, silent
 
 import pyshare
@@ -75,6 +75,7 @@ WITH_ROOT: dict[str, Callable[[], None]] = {
 
 
 def lives_without_an_agent(child: Child) -> None:
+    until_agents_wait()
     child.say()
     until(lambda: len(os.listdir("/proc/self/task")) == 1)
     idle(child)

@@ -19,6 +19,7 @@ from kernel import (
     libc,
     mapped,
     refuse,
+    until_agents_wait,
     wake,
 )
 from members import AT_ONCE, CHUNK, Fork, change, close_all, needs_thread_pidfd, obey, order, own_userfaultfds, silent
@@ -45,6 +46,7 @@ def test_a_lost_agent_opens_nothing(region: Region, fork: Fork, closes: bool) ->
     """Promise 10: its userfaultfd goes with it, but not the marks: the program has a copy, or whoever borrowed it."""
 
     def body(child: Child) -> None:
+        until_agents_wait()
         if closes:
             close_all(child)
         obey(region)(child)
@@ -89,6 +91,7 @@ def test_a_lost_agent_that_nothing_can_replace_opens_nothing(region: Region, for
     view = region.buf
 
     def body(child: Child) -> None:
+        until_agents_wait()
         close_all(child)
         child.say()
         child.hear()
@@ -113,6 +116,7 @@ def test_who_has_lost_its_userfaultfd_gets_another(region: Region, fork: Fork, b
     """It is open still, by the mapping or by who has borrowed it, so what it is registered for is mapped anew."""
 
     def body(child: Child) -> None:
+        until_agents_wait()
         for fd in own_userfaultfds():
             os.close(fd)
         child.say()
