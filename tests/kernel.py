@@ -164,7 +164,7 @@ def is_asleep(native_id: int, pid: str | int = "self") -> bool:
 
 
 def until_agents_wait() -> None:
-    """Every other thread of this process sleeps in the core: the point before the agents' first sleep is behind them."""
+    """Every other thread of this process sleeps in the core: the point before an agent's first sleep is behind it."""
     own = threading.get_native_id()
     others = [int(task) for task in os.listdir("/proc/self/task") if int(task) != own]
     until(lambda: all(map(is_asleep, others)))
