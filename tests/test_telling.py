@@ -460,6 +460,7 @@ def test_a_tracer_is_not_told_in_place_of_who_stores(
     try:
         fail()
     except BaseException as error:
+        settle()
         raised.append(error)
     finally:
         if begin:
