@@ -414,12 +414,13 @@ static void publish(struct ps_region *region, uint64_t generation, enum ps_kind 
     else
         PS_POINT(C5_publish);
     bool any = ps_remote_plan(region, kind, &outside);
-    wake(region, ps_remote_out_of_reach(region, any));
+    uint32_t woken = ps_remote_out_of_reach(region, any);
+    wake(region, woken);
     ps_fault_install(); /* while the others are at it */
     ps_claim_void(region);
     ps_agent_follow(region, generation, PS_NEVER);
     if (any)
-        wake(region, ps_remote_change(region, generation, &outside, socket));
+        wake(region, ps_remote_change(region, generation, &outside, socket) & ~woken);
 }
 
 static int undo(struct ps_region *region, uint64_t attempt, uint64_t first, uint64_t count, struct waiting *waiting) {

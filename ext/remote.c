@@ -124,14 +124,15 @@ static bool reach(struct ps_region *region, uint32_t index, uint64_t generation,
     return !rc || rc == -ESRCH;
 }
 
-/* The bits of those who turn out to be out of reach, and must follow by themselves. */
+/* The bits of those who turn out to be out of reach, and must follow by themselves; also of who was within reach when
+ * ps_remote_out_of_reach looked, and has withdrawn since: its agent sleeps. */
 uint32_t ps_remote_change(struct ps_region *region, uint64_t generation, const struct ps_outside *outside,
                           int *socket) {
     uint32_t bits = 0;
     ps_private_lock(ps_process_borrow_lock(), PS_NEVER);
     for (uint32_t index = 0, used = ps_slots_used(region); index < used; index++)
-        if (index != region->slot && can_be_reached(ps_slot(region, index)) &&
-            !reach(region, index, generation, outside, socket))
+        if (index != region->slot &&
+            !(can_be_reached(ps_slot(region, index)) && reach(region, index, generation, outside, socket)))
             bits |= ps_slot_bit(index);
     ps_private_unlock(ps_process_borrow_lock());
     return bits;
