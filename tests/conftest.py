@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import pyshare
 from pyshare import testing
 from pyshare.testing import PATIENCE, until
 
-__all__ = ["COMMAND", "PATIENCE", "Child", "idle", "until"]  # for the tests
+__all__ = ["COMMAND", "PATIENCE", "Child", "idle", "run_in_thread", "until"]  # for the tests
 
 COMMAND = " ".join(psutil.Process().cmdline())  # ours, and of those who are forked
 
@@ -130,6 +131,24 @@ def crash(fork: Callable[..., Child], tmp_path: Path) -> Callable[[Callable[[Chi
         return fork(aside).wait(), path.read_text()
 
     return run
+
+
+def run_in_thread(body: Callable[[], object]) -> None:
+    """Runs it in another thread; what it raises is raised here."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            body()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    for error in raised:
+        raise error
 
 
 def idle(child: Child) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run_in_thread
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
@@ -285,22 +286,6 @@ def run(region: Region, prot: int, form: str, times: int) -> None:
     names.clear()
 
 
-def in_thread(body: Callable[[], None]) -> None:
-    raised: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            body()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    thread.join()
-    for error in raised:
-        raise error
-
-
 class Traced:
     """A trace or profile function of Python, or a tool of sys.monitoring, at work in the block's thread."""
 
@@ -359,7 +344,7 @@ def test_every_form(region: Region, times: int, trace: str, where: str) -> None:
             except BaseException as error:
                 wrong.append((form, error))
 
-    in_thread(body) if where == "thread" else body()
+    run_in_thread(body) if where == "thread" else body()
     assert wrong == []
 
 

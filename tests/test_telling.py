@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Child, until
+from conftest import PATIENCE, Child, run_in_thread, until
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
@@ -93,23 +93,6 @@ each_tracer = pytest.mark.parametrize(
 
 def tracer(*_: Any) -> Any:
     return tracer
-
-
-def run_in_thread(body: Callable[[], object]) -> None:
-    raised: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            body()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    for error in raised:
-        raise error
 
 
 # -- Signals -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Child, until
+from conftest import PATIENCE, Child, run_in_thread, until
 
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, ProtectionError, Region, RegionClosed
@@ -56,24 +56,7 @@ def region(engine: str) -> Iterator[Region]:
 @pytest.fixture(params=["main", "thread"])
 def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], object]], None]:
     """run(body): in the main thread, or in another one; what it raises is raised."""
-
-    def in_thread(body: Callable[[], object]) -> None:
-        raised: list[BaseException] = []
-
-        def guarded() -> None:
-            try:
-                body()
-            except BaseException as error:
-                raised.append(error)
-
-        thread = threading.Thread(target=guarded)
-        thread.start()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-        for error in raised:
-            raise error
-
-    return in_thread if request.param == "thread" else lambda body: body() and None
+    return run_in_thread if request.param == "thread" else lambda body: body() and None
 
 
 def is_untouched(region: Region) -> bool:
