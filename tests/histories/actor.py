@@ -165,8 +165,7 @@ class Actor:
         if self.is_child:
             return
         self.stage.tell_handled(self.index, number)
-        # The profiler in Python counts frames that come and go, and is confused where an exception ends its own.
-        if number == signal.SIGINT and self.soft and "profiler" not in self.extras:
+        if number == signal.SIGINT and self.soft:
             self.soft = False
             self.raised += 1
             raise KeyboardInterrupt

@@ -201,7 +201,9 @@ def certainly(holds: Iterable[Hold]) -> Iterator[tuple[int, int, Hold]]:
 
 
 def is_perhaps_held(op: Op) -> bool:
-    """It came to something, or nobody knows."""
+    """It came to something, or nobody knows; a freeze whose time was over was there until it was undone."""
+    if op.kind == words.FREEZE and op.outcome == words.TIMEOUT:
+        return True
     return op.outcome in (words.OK, words.INTERRUPTED, words.CANCELLED, None)
 
 
