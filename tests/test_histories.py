@@ -294,6 +294,15 @@ def test_a_store_around_a_freeze() -> None:
     assert told.findings() == []
 
 
+def test_a_freeze_that_ran_out_of_time_was_there_until_it_was_undone() -> None:
+    told = Told()
+    told.op(0, words.FREEZE, 0.0, at=(2, 5), out=words.TIMEOUT, value=[None, [101]])
+    told.op(1, words.STORE, 0, "view", 7, 1, at=(3, 4), out=words.REFUSED)
+    assert told.findings() == []
+    told.op(1, words.STORE, 0, "view", 8, 1, at=(8, 9), out=words.REFUSED)
+    only(told.findings(), "an access was refused that the map allows")
+
+
 # -- Images ------------------------------------------------------------------------------------------------------------
 
 
