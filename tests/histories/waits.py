@@ -157,8 +157,20 @@ class Waits:
         allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
         if op.kind in (words.ATTACH, words.OBSERVE):
             allowed += PATIENT * SECOND
+        if life is not None and life.policy == "wait":
+            allowed += self._kept_by_others(op)
         if took > allowed:
             yield finding(f"it took {took / 1e9:.2f} s", op)
+
+    def _kept_by_others(self, op: Op) -> float:
+        """Under "wait" an access may wait with the interpreter, for a second; then no thread of its process runs."""
+        accesses = (other for kind in ACCESSES for other in self._facts.by_kind[kind])
+        waited = (
+            min(op.end, other.end) - max(op.begin, other.begin)
+            for other in accesses
+            if other.process == op.process and other.thread != op.thread
+        )
+        return sum(min(each, SECOND) for each in waited if each > 0)
 
     def _signals(self) -> Iterator[str]:
         handled = {values[0]: at for at, values in self._history.noted("handled")}
