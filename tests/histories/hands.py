@@ -9,6 +9,7 @@ Invariants
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
 import os
@@ -154,7 +155,7 @@ LOADS: dict[str, Callable[[Ground, int], bytes]] = {
     "ctypes": _load_by_ctypes,
     "join": lambda on, at: b"".join([on.view[at : at + PAGE]]),
     "concat": lambda on, at: b"" + on.view[at : at + PAGE],
-    "iterate": lambda on, at: bytes(list(on.view[at : at + PAGE])),
+    "iterate": lambda on, at: array.array("Q", on.view[at : at + PAGE].cast("Q")).tobytes(),
 }
 
 

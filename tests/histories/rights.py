@@ -221,8 +221,8 @@ class Rights:
                 return
         hot = self._facts.plan["hot"]
         first, last = hot[op.args[0]], hot[op.args[0] + op.args[1] - 1]
-        if self._facts.plan["stripes"] and last - first >= op.args[1]:
-            return  # other pages between them are NONE
+        if last - first >= op.args[1]:
+            return  # over other pages too, which may be NONE
         yield self._tell("a lease was refused over pages that it may be over", op)
 
     def _tell(self, what: str, op: Op) -> str:
