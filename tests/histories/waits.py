@@ -157,6 +157,8 @@ class Waits:
         allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
         if op.kind in (words.ATTACH, words.OBSERVE):
             allowed += PATIENT * SECOND
+        if op.kind in (words.LOOK, words.SAVE) and self._facts.plan.get("bulk"):
+            allowed += SECOND
         if life is not None and life.policy == "wait":
             allowed += self._kept_by_others(op)
         if took > allowed:
@@ -179,7 +181,7 @@ class Waits:
         for sent, (number, pid, signal) in self._history.noted("signal"):
             end = min(handled.get(number, FOREVER), over[0] if over else FOREVER, deaths.get(pid, FOREVER))
             own = pid in self._stops.meeting(sent, end)
-            if end - sent > SECOND + 2 * self._lateness(sent, end) and not own:
+            if end - sent > SECOND + GRACE + 2 * self._lateness(sent, end) and not own:
                 came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
                 yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
 
