@@ -119,8 +119,18 @@ static bool acknowledge(struct ps_region *region, uint64_t generation) {
     return seen & PS_ACK_WAITING;
 }
 
+/* Our agent follows the whole map; it has what the program may have no number for, a descriptor of our userfaultfd. */
+static void ask_agent(struct ps_region *region) {
+    atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst);
+    ps_sys_wake((_Atomic uint32_t *)(void *)&ps_header(region)->generation, INT32_MAX, ps_slot_bit(region->slot));
+}
+
+static bool lacks_descriptor(const struct ps_region *region, int rc) {
+    return (rc == -EMFILE || rc == -ENFILE || rc == -EBADF) && !ps_process_is_agent(region);
+}
+
 /* Fails only where the deadline passes while another process that holds the claim is stopped, or another thread of
- * ours waits for that. */
+ * ours waits for that.  Who calls waits for our acknowledgement as for others': it may be our agent that follows. */
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline) {
     bool waited_for = false;
     go_ahead(region, generation, deadline);
@@ -130,7 +140,13 @@ int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadl
     uint64_t applied = ps_applied(region);
     if (applied < generation || region->unsynced) {
         PS_POINT(A2_apply);
-        report(region, generation, catch_up(region, applied, generation));
+        rc = catch_up(region, applied, generation);
+        if (lacks_descriptor(region, rc)) {
+            ps_pages_give(region);
+            ask_agent(region);
+            return 0;
+        }
+        report(region, generation, rc);
         PS_POINT(A4_ack);
         waited_for = acknowledge(region, applied < generation ? generation : applied);
     }
@@ -148,6 +164,23 @@ void ps_agent_settle(struct ps_region *region, int64_t deadline) {
     if (region->failed && nobody_undoes(region, ps_applied(region)))
         fence(region);
     ps_pages_give(region);
+}
+
+/* What came of page tables of a lease; where there was no descriptor for them, of our agent, which follows the map. */
+int ps_agent_help(struct ps_region *region, int rc, int64_t deadline) {
+    if (!lacks_descriptor(region, rc))
+        return rc;
+    _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
+    int64_t end = ps_sys_now() + SLICE;
+    ask_agent(region);
+    while (atomic_load_explicit(&region->unsynced, memory_order_seq_cst) && ps_sys_now() < end)
+        ps_sys_wait((struct ps_watch){ack, atomic_load_explicit(ack, memory_order_relaxed)}, FUTEX_BITSET_MATCH_ANY,
+                    ps_sys_now() + PS_MS);
+    if (ps_pages_take(region, deadline)) /* it has them while it follows */
+        return -ETIMEDOUT;
+    rc = region->unsynced || region->failed ? rc : region->fenced ? -EACCES : 0;
+    ps_pages_give(region);
+    return rc;
 }
 
 /* For a lease that ends, and whose pages cannot be closed otherwise.  Without the claim, which a stopped process may

@@ -210,6 +210,7 @@ static int own_by_socket(struct ps_region *region) {
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
     int64_t end = ps_sys_now() + OWN_WAIT;
     int socket = -1, pid, fd = -1;
+    bool answered = false;
     uint32_t index;
     ask(region, region->slot, &socket);
     if (socket < 0)
@@ -217,15 +218,17 @@ static int own_by_socket(struct ps_region *region) {
     while (fd < 0 && ps_sys_now() < end) {
         ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
         if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
-            ps_sys_socket_take(socket, &pid, &fd, &index);
+            answered |= !ps_sys_socket_take(socket, &pid, &fd, &index);
     }
     close(socket);
-    return fd < 0 ? -EBADF : fd;
+    return fd >= 0 ? fd : answered ? -EMFILE : -EBADF; /* the kernel drops a descriptor for which there is no number */
 }
 
 /* A copy for the program's table. */
 int ps_borrow_own(struct ps_region *region) {
     int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
+    if (fd == -EMFILE || fd == -ENFILE) /* the socket would take as many */
+        return fd;
     if (fd < 0 || !ps_cached_leads(fd, &region->userfault)) {
         if (fd >= 0)
             close(fd);

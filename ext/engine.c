@@ -360,7 +360,9 @@ static bool all_armed(const struct ps_region *region, uint64_t first, uint64_t c
     return true;
 }
 
-static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
+/* A lease in place begins or ends: its words in `here` have been written, the page tables follow them.  No change of
+ * protection concerns these pages now; but arming their chunk concerns its other pages too. */
+int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
     int rc = ps_page_lock(region, deadline);
     if (rc)
         return rc;
@@ -377,16 +379,6 @@ static int follow_lease(struct ps_region *region, uint64_t first, uint64_t count
     if (arms)
         ps_claim_release(region, region->slot);
     ps_page_unlock(region);
-    return rc;
-}
-
-/* A lease in place begins or ends: its words in `here` have been written, the page tables follow them.  No change of
- * protection concerns these pages now; but arming their chunk concerns its other pages too. */
-int ps_engine_lease(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
-    int rc = follow_lease(region, first, count, deadline);
-    /* Our agent may have to give us its userfaultfd by itself, and have waited for the page lock meanwhile. */
-    if (rc == -EBADF && ps_cached_get(region, &region->userfault) >= 0)
-        rc = follow_lease(region, first, count, deadline);
     return rc;
 }
 

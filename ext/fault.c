@@ -181,7 +181,7 @@ static int mend(struct ps_region *region, uint64_t page) {
         return rc;
     rc = region->fenced ? -EACCES : ps_engine_mend(region, page);
     ps_pages_give(region);
-    return rc;
+    return ps_agent_help(region, rc, ps_sys_now() + PATIENCE);
 }
 
 /* Our page tables do not follow the map yet. */

@@ -436,6 +436,7 @@ void ps_agent_stop(struct ps_region *region);
 bool ps_agent_lost(struct ps_region *region);
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
 void ps_agent_settle(struct ps_region *region, int64_t deadline);
+int ps_agent_help(struct ps_region *region, int rc, int64_t deadline);
 void ps_agent_fence(struct ps_region *region);
 void ps_agent_wake(struct ps_region *region);
 

@@ -702,8 +702,7 @@ int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outco
     int rc = ps_agent_start(region, deadline, outcome);
     if (rc == PS_ESIGNAL)
         return rc;
-    /* So that the marks do not go with the agent.  Without a descriptor for it none of our calls could change our page
-     * tables, and changes would fail for everybody. */
+    /* So that the marks do not go with the agent, and that calls need not wait for it (ps_agent_help). */
     int fd = rc || !region->uffd ? 0 : ps_cached_get(region, &region->userfault);
     if (fd == -EMFILE || fd == -ENFILE) {
         ps_agent_stop(region);

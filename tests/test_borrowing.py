@@ -258,6 +258,55 @@ def test_who_has_no_room_for_a_descriptor_wakes_the_others(region: Region, fork:
     agreed(region, *pids)
 
 
+@pytest.mark.parametrize("forked", [False, True], ids=["closed", "forked"])
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_the_agent_does_what_a_call_has_no_descriptor_for(
+    region: Region, joined: Joined, free: int, forked: bool
+) -> None:
+    """The program's copy of the userfaultfd is gone, or a child never had one, and no number is free for another."""
+    change(region, 0, 2, READ)
+    other = joined()
+
+    def use() -> None:
+        for _ in range(3):
+            with region.lease(0, PAGE) as lease:
+                lease.view[:1] = b"x"
+            with pytest.raises(pyshare.ProtectionError):
+                region.write(0, b"y")
+            for prot in (READ_WRITE, READ):
+                change(region, 3, 1, prot)
+            change(region, 4, 1, NONE)
+            change(region, 4, 1, READ_WRITE)
+            region.write(4 * PAGE, b"z")
+            assert region.read(0, 1) == b"x"
+
+    def body(child: Child) -> None:
+        for fd in own_userfaultfds():
+            os.close(fd)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, hard))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(free):
+            os.close(taken.pop())
+        if forked:
+            pid = os.fork()
+            if pid == 0:
+                use()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        else:
+            use()
+        child.say()
+        idle(child)
+
+    child = joined(body)
+    assert child.hear() == "ok"
+    agreed(region, child.pid, other.pid)
+
+
 def test_a_descriptor_of_somebody_else_is_not_believed(region: Region, joined: Joined) -> None:
     """The slot leads to another process's agent, as where a thread id is used again; the canary is not there."""
     target, other = joined(obey(region)), joined()
