@@ -269,6 +269,13 @@ class Hand:
             self.log.end(number, words.OK, result, at=ended)
             self.keep_generation(result)
 
+    def do_churn(self, step: Step) -> None:
+        """Changes of the same pages, one right after the other."""
+        for turn in range(step["turns"]):
+            if self.actor.is_over():
+                return
+            self.do_change({**step, "prot": step["prots"][turn % 2]})
+
     def keep_generation(self, generation: int) -> None:
         self.generations = [*self.generations[-7:], generation]
 

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import Facts, Hold, Intervals, certainly, finding, pages_of
+from histories.facts import Facts, Hold, Intervals, Span, certainly, finding, pages_of
 from histories.history import FOREVER, Op
-from histories.rights import Rights, Span, is_done
+from histories.rights import Rights, is_done
 
 
 class Holds:

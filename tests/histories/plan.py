@@ -41,17 +41,22 @@ ENDS = ["release", "release", "with", "handed", "dropped"]
 ALL = [
     "change", "store", "load", "transact", "nine", "lock", "freeze", "snapshot", "look", "save", "pass", "adopt",
     "drop", "restore", "dirty", "generation", "readinto", "receive", "send", "fork", "attach", "observe",
-    "pour", "stem",
+    "pour", "stem", "tls", "churn",
 ]  # fmt: skip
 SELDOM = {"fork": 0.1, "attach": 0.15, "observe": 0.2, "nine": 0.3, "save": 0.3, "pass": 0.3,
-          "restore": 0.5, "freeze": 0.5, "generation": 0.5}  # fmt: skip
-TROUBLES = ["kill", "stop", "term", "int", "point"]
+          "restore": 0.5, "freeze": 0.5, "generation": 0.5, "tls": 0.5, "churn": 0.1}  # fmt: skip
+TROUBLES = ["kill", "stop", "term", "int", "point", "ended"]
 EXTRAS = ["gc", "trace", "profile", "profiler", "descriptors", "mappings", "blocked", "masked", "closerange"]
 BULK = 8192  # pages of a part that is stored to at once
 POINTS = [
     "C1_lock", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "A2_apply", "R1_claim", "R2_remote",
     "H1_take", "H2_open", "H3_close", "H4_release", "K1_close", "K2_wait", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
     "S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open", "S6_save", "J1_claim", "J2_lock", "J3_apply",
+]  # fmt: skip
+ENDINGS = [  # where a thread may be ended alone, as by a seccomp filter: it does not have the interpreter there
+    "J1_claim", "J1_claim", "J2_lock", "J3_apply", "J4_live", "A1_wait", "A2_apply", "A4_ack",
+    "C1_lock", "C2_save", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "R1_claim", "R2_remote",
+    "K1_close", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
 ]  # fmt: skip
 
 
@@ -87,6 +92,10 @@ class _Deviser:
 
     def _change(self, low: int = 0) -> Step:
         return {**self._range(low), "prot": self._rng.choice(self._plan["protections"]), **self._patience()}
+
+    def _churn(self) -> Step:
+        prots = [self._rng.choice(self._plan["protections"]) for _ in range(2)]
+        return {**self._range(), "prots": prots, "turns": int(10 ** self._rng.uniform(0.5, 3.3)), **self._patience()}
 
     def _store(self) -> Step:
         bold = self._rng.random() < 0.05  # also where it is forbidden
@@ -130,7 +139,8 @@ class _Deviser:
         return {"which": self._rng.randrange(8), "means": self._rng.choice(["read", "view"])}
 
     def _save(self) -> Step:
-        return {"which": self._rng.randrange(8)}
+        since = self._rng.randrange(8) if self._rng.random() < 0.6 else None
+        return {"which": self._rng.randrange(8), "since": since}
 
     def _pass(self) -> Step:
         return {"which": self._rng.randrange(8), "to": self._rng.randrange(64)}
@@ -154,6 +164,9 @@ class _Deviser:
         return self._page() | self._patience()
 
     def _receive(self) -> Step:
+        return self._page() | self._patience()
+
+    def _tls(self) -> Step:
         return self._page() | self._patience()
 
     def _send(self) -> Step:
@@ -192,6 +205,12 @@ class _Deviser:
         return steps
 
 
+def steps_of(plan: Plan) -> set[str]:
+    """Kinds of the steps that its threads take."""
+    threads = [thread for actor in plan["actors"] for thread in actor["threads"]]
+    return {step["do"] for thread in threads for step in thread.get("steps", [])}
+
+
 def _hot(rng: random.Random, pages: int) -> list[int]:
     """The pages in which something happens: neighbours, perhaps over a border of 2 MiB, and perhaps the ends."""
     count = rng.randrange(3, 13)
@@ -220,7 +239,8 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
     threads: list[Plan] = []
     for slot in slots:
         deviser = _Deviser(rng, plan, weights)
-        if slot != slots[0] and "descriptors" not in own and rng.random() < 0.2:
+        loops = "descriptors" not in own and not plan["ends"]
+        if slot != slots[0] and loops and rng.random() < 0.2:
             threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
         else:
             threads.append({"kind": "plain", "steps": deviser.steps(120)})
@@ -231,6 +251,7 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
         "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
         "extras": own,
         "point": f"{rng.choice(POINTS)}={rng.choice(['kill', 'kill', 'stop'])}@{rng.randrange(1, 40)}",
+        "ended": f"{(ending := rng.choice(ENDINGS))}=exit@{rng.randrange(1, 4 if ending[0] == 'J' else 40)}",
         "free": rng.choice([1, 1, 2, 8]),  # descriptors, where they are few
         "threads": threads,
     }
@@ -263,11 +284,12 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]
+    kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
+    plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]
-    kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
     plan["points"] = "point" in kinds
-    troubles = _troubles(rng, seconds, [kind for kind in kinds if kind != "point"], len(counts))
+    troubles = _troubles(rng, seconds, [kind for kind in kinds if kind not in ("point", "ended")], len(counts))
     plan["troubles"] = [trouble for trouble in troubles if not _confuses(trouble, plan)]
     return plan

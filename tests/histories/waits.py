@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from histories import words
 from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, without
@@ -40,6 +41,51 @@ class Waits:
             if op.outcome in (words.OK, words.INTERRUPTED, None, words.NESTED)
         )
         self._late_at = [at for at, _ in self._late]
+        self._waiting = self._long_accesses()
+        self._kept = Intervals(self._kept_by_the_ended())
+        self._callers = self._deaf()
+
+    def _long_accesses(self) -> dict[str, Intervals[Op]]:
+        """process -> those that took longer than any does that does not wait."""
+        found: dict[str, list[tuple[int, int, Op]]] = defaultdict(list)
+        for kind in ACCESSES:
+            for op in self._facts.by_kind[kind]:
+                if op.end - op.begin > GRACE // 2:
+                    found[op.process].append((op.begin, op.end, op))
+        return {process: Intervals(each) for process, each in found.items()}
+
+    def _kept_by_the_ended(self) -> Iterator[tuple[int, int, Hold]]:
+        """A thread that was ended alone had it: it is held until its process ends."""
+        frozen = [hold for hold in self._facts.freezes if hold.op.outcome == words.OK]  # a part of one is undone
+        for hold in (*self._facts.leases, *self._facts.locks, *frozen):
+            if hold.op.thread in self._facts.ended and (hold.over is None or hold.over.open):
+                yield *hold.possible, hold
+
+    def _deaf(self) -> dict[str, Intervals[Op]]:
+        """process -> its calls, by which it misses its agent, of those whose agent may have been ended alone."""
+        found: dict[str, Intervals[Op]] = {}
+        for name in self._history.lives:
+            index, _, life = name[1:].partition(".")
+            if life.isdigit() and int(life) % 2 and self._actor(index).get("ended", "")[:1] == "A":
+                calls = (
+                    op for op in self._history.ops if op.process == name and op.kind not in (words.STORE, words.LOAD)
+                )
+                found[name] = Intervals((op.begin, op.end, op) for op in calls)
+        return found
+
+    def _actor(self, index: str) -> dict[str, Any]:
+        actor: dict[str, Any] = self._facts.plan["actors"][int(index)]
+        return actor if self._facts.plan.get("ends") else {}
+
+    def _may_be_in_vain(self, op: Op) -> bool:
+        """For somebody who is stopped, or for what one had who was ended alone."""
+        if self._was_stopped(op) or self._kept.any_meeting(op.begin, op.end):
+            return True
+        second = (op.end - op.begin) // 2  # half of it
+        return any(
+            not any(call.begin > op.begin and call.end < op.begin + second for call in calls.meeting(op.begin, op.end))
+            for calls in self._callers.values()
+        )
 
     def judge(self) -> Iterator[str]:
         for op in self._history.ops:
@@ -64,6 +110,8 @@ class Waits:
                 yield finding("the kernel refused, and there was no reason", op)
             case words.NESTED if not self._holds_something(op) and not self._is_full(op):
                 yield finding("ShareError: the thread would not have waited for itself", op)
+            case words.OK if op.kind in (words.READINTO, words.RECEIVE) and op.value != words.WORD:
+                yield finding(f"it received {op.value} bytes of {words.WORD}", op)
             case words.REFUSED if op.value and op.kind in (words.READINTO, words.RECEIVE):
                 yield finding("it failed with EFAULT, though it holds its pages", op)
             case words.OK | words.TIMEOUT if op.kind in (words.SNAPSHOT, words.FREEZE):
@@ -71,7 +119,7 @@ class Waits:
                     yield finding("it has a lease, and was not told that it would wait for itself", op, *holds)
         yield from self._in_vain(op)
         patient = op.outcome == words.TIMEOUT and self._timeout(op) >= PATIENT
-        if patient and not self._was_stopped(op) and self._lateness(op.begin, op.end) < SECOND:
+        if patient and not self._may_be_in_vain(op) and self._lateness(op.begin, op.end) < SECOND:
             yield finding("it waited in vain, and nobody was stopped", op)
 
     def _stemmed(self) -> Iterator[str]:
@@ -83,6 +131,8 @@ class Waits:
     def _may_fail(self, op: Op) -> bool:
         extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
         number = op.value[0]
+        if number == errno.EOWNERDEAD:
+            return bool(self._facts.plan.get("ends"))
         if number == errno.EMFILE:
             return "descriptors" in extras
         return number == errno.ENOMEM and "mappings" in extras
@@ -157,8 +207,15 @@ class Waits:
         allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
         if op.kind in (words.ATTACH, words.OBSERVE):
             allowed += PATIENT * SECOND
+        if life is not None and life.policy == "wait":
+            allowed += 2 * SECOND * sum(self._keeps_interpreter(op))
         if took > allowed:
             yield finding(f"it took {took / 1e9:.2f} s", op)
+
+    def _keeps_interpreter(self, op: Op) -> Iterator[bool]:
+        """Accesses in C code that relies on it wait with the interpreter, a second since another thread wants it."""
+        for other in self._waiting.get(op.process, Intervals([])).meeting(op.begin, op.end):
+            yield other.thread != op.thread
 
     def _signals(self) -> Iterator[str]:
         handled = {values[0]: at for at, values in self._history.noted("handled")}
