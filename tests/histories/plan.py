@@ -95,7 +95,8 @@ class _Deviser:
 
     def _churn(self) -> Step:
         prots = [self._rng.choice(self._plan["protections"]) for _ in range(2)]
-        return {**self._range(), "prots": prots, "turns": int(10 ** self._rng.uniform(0.5, 3.3)), **self._patience()}
+        turns = 1000 if self._plan["storm"] else int(10 ** self._rng.uniform(0.5, 3.3))
+        return {**self._range(), "prots": prots, "turns": turns, **self._patience()}
 
     def _store(self) -> Step:
         bold = self._rng.random() < 0.05  # also where it is forbidden
@@ -238,8 +239,8 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
         own = [extra for extra in own if extra != "profile"]  # there is one profile function
     threads: list[Plan] = []
     for slot in slots:
-        deviser = _Deviser(rng, plan, weights)
-        loops = "descriptors" not in own and not plan["ends"]
+        deviser = _Deviser(rng, plan, {"churn": 1.0} if plan["storm"] and slots[0] else weights)
+        loops = not ("descriptors" in own or plan["ends"] or plan["storm"])
         if slot != slots[0] and loops and rng.random() < 0.2:
             threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
         else:
@@ -281,6 +282,7 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     if not plan["bulk"]:
         chosen = [name for name in chosen if name not in ("pour", "stem")]
     plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs
+    plan["storm"] = "churn" in chosen and rng.random() < 0.15  # all but the first process change, and nothing else
     weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from histories import words
-from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, without
+from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, pages_of, without
 from histories.history import FOREVER, Life, Op
 from histories.plan import PATIENT
 from histories.rights import Rights
 
 SECOND = 1_000_000_000
 GRACE = SECOND // 2  # beyond its timeout
+GETTING_IN_LINE = 50_000_000  # from the beginning of a call; it may have to wait for the interpreter first
+TAKING = 10_000_000  # from when something is had to when that is written down
+OVERTAKEN = 100  # changes, which are thousands where nobody is let go first, and otherwise those under way
 STOPPING = 2_000_000  # from the signal that stops to the last instruction
 MORE_MEMORY = 1 << 20  # bytes: what the control segment, and pages that were touched first, may have grown by
 TIMEOUT_AT = {  # which argument is the timeout
@@ -42,6 +45,7 @@ class Waits:
         )
         self._late_at = [at for at, _ in self._late]
         self._waiting = self._long_accesses()
+        self._changes = Intervals((c.op.begin, c.op.end, c) for c in facts.changes if c.op.outcome == words.OK)
         self._kept = Intervals(self._kept_by_the_ended())
         self._callers = self._deaf()
 
@@ -81,10 +85,11 @@ class Waits:
         """For somebody who is stopped, or for what one had who was ended alone."""
         if self._was_stopped(op) or self._kept.any_meeting(op.begin, op.end):
             return True
-        second = (op.end - op.begin) // 2  # half of it
+        half = op.begin + (op.end - op.begin) // 2
         return any(
-            not any(call.begin > op.begin and call.end < op.begin + second for call in calls.meeting(op.begin, op.end))
-            for calls in self._callers.values()
+            not any(call.begin > op.begin and call.end < half for call in calls.meeting(op.begin, half))
+            for process, calls in self._callers.items()
+            if process != op.process
         )
 
     def judge(self) -> Iterator[str]:
@@ -118,6 +123,7 @@ class Waits:
                 if holds := self._certain_leases(op):
                     yield finding("it has a lease, and was not told that it would wait for itself", op, *holds)
         yield from self._in_vain(op)
+        yield from self._overtaken(op)
         patient = op.outcome == words.TIMEOUT and self._timeout(op) >= PATIENT
         if patient and not self._may_be_in_vain(op) and self._lateness(op.begin, op.end) < SECOND:
             yield finding("it waited in vain, and nobody was stopped", op)
@@ -176,6 +182,32 @@ class Waits:
             if life is not None and pid == life.pid and begin + STOPPING < since < end:
                 since = end
         return min(since, hold.op.end)
+
+    # -- Leases that never come ----------------------------------------------------------------------------------------
+
+    def _overtaken(self, op: Op) -> Iterator[str]:
+        """A lease is waited for while changes of its pages come and go, each of which had to let it go first."""
+        begin = op.begin + GETTING_IN_LINE
+        if op.kind != words.LEASE or op.outcome is None or op.end < begin or self._was_stopped(op):
+            return
+        if any(self._keeps_interpreter(op)) or self._kept.any_meeting(op.begin, op.end):
+            return
+        leases = {
+            hold.op.id: hold for page in pages_of(op) for hold in self._facts.leases_on[page].meeting(begin, op.end)
+        }
+        others = sorted(self._around(hold) for hold in leases.values() if hold.op is not op)
+        before: dict[str, Op] = {}
+        for since, until in without([(begin, op.end)], others):
+            for change in self._changes.meeting(since, until):
+                overlap = change.first < op.args[0] + op.args[1] and op.args[0] <= change.last
+                if overlap and since < change.op.begin and change.op.end < until and change.op.process != op.process:
+                    before[change.op.id] = change.op
+        if len(before) > OVERTAKEN:
+            yield finding(f"a lease was waited for, and {len(before)} changes of its pages came and went", op)
+
+    def _around(self, hold: Hold) -> tuple[int, int]:
+        """When it was held, or shortly before that."""
+        return max(hold.op.begin, hold.op.end - TAKING), hold.possible[1]
 
     # -- Time ----------------------------------------------------------------------------------------------------------
 
