@@ -419,11 +419,11 @@ def test_a_lock_that_who_waits_keeps_from_others(stopped: tuple[int, int], wrong
 
 @pytest.mark.parametrize("overtaken", [False, True])
 def test_a_lease_that_changes_overtake(overtaken: bool) -> None:
-    """Those of the first 50 ms may come first, and those of other pages."""
+    """Those of the first 100 ms may come first, and those of other pages."""
     told = Told(words.READ)
     for turn in range(150):
         told.op(1, words.CHANGE, 0, 1, words.READ, 3.0, at=(10 + turn / 4, 10.2 + turn / 4), value=turn + 1)
-        told.op(1, words.CHANGE, not overtaken, 1, words.READ, 3.0, at=(100 + turn, 100.5 + turn), value=turn + 200)
+        told.op(1, words.CHANGE, not overtaken, 1, words.READ, 3.0, at=(110 + turn, 110.5 + turn), value=turn + 200)
     name = told.op(0, words.LEASE, 0, 1, False, 3.0, at=(1, 400), value=[False])
     told.op(0, words.RELEASE, name, "release", at=(401, 402))
     assert ["changes of its pages came and went" in finding for finding in told.findings()] == [True] * overtaken

@@ -64,13 +64,15 @@ class Imaging(Receiving):
         kept = Kept(self.name_of(number), snapshot)
         del snapshot
         self.kept.append(kept)
-        for _ in range(step["looks"]):
+        keep = step["keep"]
+        for turn in range(step["looks"]):
             if not self.look(kept, step["means"]):
+                keep &= turn > 0
                 break
             self.spin(step["pause"])
         del kept
-        if not step["keep"] or len(self.kept) > KEPT:
-            self.drop(-1 if not step["keep"] else 0, "close")
+        if not keep or len(self.kept) > KEPT:
+            self.drop(-1 if not keep else 0, "close")
 
     def look(self, kept: Kept, means: str) -> bool:
         """Its hot pages are read; False: something went wrong."""
@@ -174,9 +176,9 @@ class Imaging(Receiving):
             return
         self.kept.append(Kept(name, snapshot))
         del snapshot
-        self.look(self.kept[-1], "read")
-        if not step["keep"] or len(self.kept) > KEPT:
-            self.drop(-1 if not step["keep"] else 0, "close")
+        keep = self.look(self.kept[-1], "read") and step["keep"]
+        if not keep or len(self.kept) > KEPT:
+            self.drop(-1 if not keep else 0, "close")
 
     # -- Restores, and what is dirty -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from histories.rights import Rights
 
 SECOND = 1_000_000_000
 GRACE = SECOND // 2  # beyond its timeout
-GETTING_IN_LINE = 50_000_000  # from the beginning of a call; it may have to wait for the interpreter first
+GETTING_IN_LINE = 100_000_000  # from the beginning of a call; it may have to wait for the interpreter first
 TAKING = 10_000_000  # from when something is had to when that is written down
 OVERTAKEN = 100  # changes, which are thousands where nobody is let go first, and otherwise those under way
 STOPPING = 2_000_000  # from the signal that stops to the last instruction
@@ -187,7 +187,7 @@ class Waits:
 
     def _overtaken(self, op: Op) -> Iterator[str]:
         """A lease is waited for while changes of its pages come and go, each of which had to let it go first."""
-        begin = op.begin + GETTING_IN_LINE
+        begin = op.begin + GETTING_IN_LINE + self._late_in(op.begin, op.end)
         if op.kind != words.LEASE or op.outcome is None or op.end < begin or self._was_stopped(op):
             return
         if any(self._keeps_interpreter(op)) or self._kept.any_meeting(op.begin, op.end):
@@ -228,6 +228,11 @@ class Waits:
         first = bisect.bisect_left(self._late_at, begin)
         last = bisect.bisect_right(self._late_at, end + SECOND)
         return sum(late for _, late in self._late[first:last])
+
+    def _late_in(self, begin: int, end: int) -> int:
+        """How long nothing of the conductor ran in that time: other processes may have waited for a processor too."""
+        first = bisect.bisect_left(self._late_at, begin)
+        return sum(late for at, late in self._late[first:] if at - late < end)
 
     def _in_time(self, op: Op) -> Iterator[str]:
         took = min(op.end, self._history.ops[-1].end) - op.begin
