@@ -450,7 +450,10 @@ def test_what_an_ended_thread_had_is_waited_for_where_that_is_a_lease(kind: str)
 def test_an_ended_agent_is_missed_by_the_next_call(calls: bool) -> None:
     told = Told(words.READ)
     told.history.plan["ends"] = True
-    told.history.plan["actors"] = [{**actor, "ended": "A1_wait=exit@1"} for actor in told.history.plan["actors"]]
+    actors = told.history.plan["actors"]
+    told.history.plan["actors"] = [
+        {**actor, "ended": f"{step}=exit@1"} for actor, step in zip(actors, ["A1_wait", "C1_lock"], strict=True)
+    ]
     told.op(0, words.CHANGE, 0, 1, words.READ, 3.0, at=(1, 2), value=1)
     if calls:
         told.op(0, words.GENERATION, at=(1100, 1101), value=1)

@@ -147,7 +147,11 @@ class Actor:
                 self.region = self._attach(log, by, engine)
             if not isinstance(by, str):
                 os.close(by)
-        self.region.on_violation(self.policy)
+        for _ in range(1000):
+            with contextlib.suppress(pyshare.ParticipantLimit):
+                self.region.on_violation(self.policy)
+                return
+            time.sleep(0.01)
 
     def _attach(self, log: Log, by: str | int, engine: str) -> pyshare.Region | None:
         """None: its native thread was ended as it began, at a point."""

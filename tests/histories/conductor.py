@@ -179,6 +179,9 @@ class Conductor:
         end = self.now + END_SECONDS
         while self._has_children() and self._look() < end:
             pass
+        for pid in _children():  # that others have forked
+            self.log.note("hangs", pid, _where(pid))
+            os.kill(pid, signal.SIGKILL)
         self._look_at_what_is_left()
 
     def _has_children(self) -> bool:
@@ -241,6 +244,11 @@ class Conductor:
         with open("/proc/self/maps") as file:
             mapped = sum("memfd:" in line for line in file)
         return {"fd": len(os.listdir("/proc/self/fd")), "task": len(os.listdir("/proc/self/task")), "mapped": mapped}
+
+
+def _children() -> list[int]:
+    with open("/proc/thread-self/children") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 def _where(pid: int) -> list[str]:

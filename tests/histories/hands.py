@@ -9,6 +9,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -209,7 +210,9 @@ class Hand:
         """False: the access would end us, or make us wait, by all that is known; so only the bold try."""
         if self.actor.policy == "raise" or step["bold"] or self.is_blocked:
             return True
-        return bool(self.on.region.protection(self.hot[step["at"]] * PAGE) & bit)
+        with contextlib.suppress(pyshare.ParticipantLimit, OSError):  # it has no part
+            return bool(self.on.region.protection(self.hot[step["at"]] * PAGE) & bit)
+        return False
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
 

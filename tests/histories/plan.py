@@ -178,7 +178,7 @@ class _Deviser:
         return [self._step(name) for name in self._rng.choices(few, k=self._rng.randrange(1, 8))]
 
     def _fork(self) -> Step:
-        return {"steps": self._few(), "end": self._rng.choice(["exit", "exit", "kill"])}
+        return {"steps": self._few(), "end": self._rng.choice(["exit", "exit", "kill", "exec", "daemon"])}
 
     def _attach(self) -> Step:
         engine = self._rng.choice(["auto", "mprotect", "uffd"])
@@ -246,7 +246,9 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
         else:
             threads.append({"kind": "plain", "steps": deviser.steps(120)})
     return {
-        "how": rng.choice(["fork", "name", "fd"]),
+        "how": rng.choice(["fork", "name", "fd"])
+        if plan["room"] is None
+        else "fork",  # who leaves might not come again
         "engine": rng.choice(["auto", "uffd", "mprotect"]),
         "policy": rng.choice(["die", "raise", "raise", "wait"]),
         "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
@@ -289,6 +291,7 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
     plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
+    plan["room"] = len(counts) + rng.randrange(2, 4) if rng.random() < 0.15 else None  # participants
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]
     plan["points"] = "point" in kinds

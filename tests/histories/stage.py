@@ -41,7 +41,7 @@ class Stage:
             size=(plan["pages"] + plan["bulk"]) * 4096 + plan["tail"],
             prot=plan["prot"],
             engine=plan["engine"],
-            max_participants=64,
+            max_participants=plan["room"] or 64,
         )
         plan["has_uffd"] = region.engine == "uffd" or plan["engine"] == "mprotect"
         if plan["stripes"]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 from histories import words
 from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, pages_of, without
@@ -44,19 +43,18 @@ class Waits:
             if op.outcome in (words.OK, words.INTERRUPTED, None, words.NESTED)
         )
         self._late_at = [at for at, _ in self._late]
-        self._waiting = self._long_accesses()
+        accesses = [op for kind in ACCESSES for op in facts.by_kind[kind]]
+        self._waiting = Intervals((op.begin, op.end, op) for op in accesses if op.end - op.begin > GRACE // 2)
+        self._cut = Intervals(
+            (op.begin, op.end + 2 * SECOND, op)
+            for kind in (words.CHANGE, words.FREEZE, words.THAW, words.SNAPSHOT, words.RESTORE)
+            for op in facts.by_kind[kind]
+            if op.open
+        )
+        self._daemons = {values[0] for _, values in self._history.noted("daemon")}
         self._changes = Intervals((c.op.begin, c.op.end, c) for c in facts.changes if c.op.outcome == words.OK)
         self._kept = Intervals(self._kept_by_the_ended())
-        self._callers = self._deaf()
-
-    def _long_accesses(self) -> dict[str, Intervals[Op]]:
-        """process -> those that took longer than any does that does not wait."""
-        found: dict[str, list[tuple[int, int, Op]]] = defaultdict(list)
-        for kind in ACCESSES:
-            for op in self._facts.by_kind[kind]:
-                if op.end - op.begin > GRACE // 2:
-                    found[op.process].append((op.begin, op.end, op))
-        return {process: Intervals(each) for process, each in found.items()}
+        self._callers = Intervals(self._deaf())
 
     def _kept_by_the_ended(self) -> Iterator[tuple[int, int, Hold]]:
         """A thread that was ended alone had it: it is held until its process ends."""
@@ -65,32 +63,43 @@ class Waits:
             if hold.op.thread in self._facts.ended and (hold.over is None or hold.over.open):
                 yield *hold.possible, hold
 
-    def _deaf(self) -> dict[str, Intervals[Op]]:
-        """process -> its calls, by which it misses its agent, of those whose agent may have been ended alone."""
-        found: dict[str, Intervals[Op]] = {}
-        for name in self._history.lives:
-            index, _, life = name[1:].partition(".")
-            if life.isdigit() and int(life) % 2 and self._actor(index).get("ended", "")[:1] == "A":
-                calls = (
-                    op for op in self._history.ops if op.process == name and op.kind not in (words.STORE, words.LOAD)
-                )
-                found[name] = Intervals((op.begin, op.end, op) for op in calls)
-        return found
+    def _deaf(self) -> Iterator[tuple[int, int, Intervals[Op]]]:
+        """The calls of each handle whose agent may have been ended alone: by them it is missed."""
+        lives = [life for life in self._history.lives.values() if self._ending(life).startswith("A")]
+        calls: dict[str, list[Op]] = {f"{life.name}/0": [] for life in lives}
+        times = {f"{life.name}/0": (life.born, life.died) for life in lives}
+        processes = {life.name for life in lives}
+        for op in self._history.ops:
+            if op.process not in processes:
+                continue
+            if op.kind == words.ATTACH and op.args[2]:
+                times[f"{op.process}/{op.args[2]}"] = op.begin, FOREVER
+            elif op.kind == words.CLOSE and op.args:
+                name = f"{op.process}/{op.args[0]}"
+                times[name] = times[name][0], op.end
+            elif op.kind not in (words.STORE, words.LOAD, words.LOOK):
+                calls.setdefault(op.participant, []).append(op)
+        for name, (begin, end) in times.items():
+            yield begin, end, Intervals((op.begin, op.end, op) for op in calls.get(name, []))
 
-    def _actor(self, index: str) -> dict[str, Any]:
-        actor: dict[str, Any] = self._facts.plan["actors"][int(index)]
-        return actor if self._facts.plan.get("ends") else {}
+    def _ending(self, life: Life) -> str:
+        """Where one of its threads was to be ended."""
+        index, _, number = life.name[1:].partition(".")
+        if not self._facts.plan.get("ends") or not number.isdigit() or not int(number) % 2:
+            return ""
+        return str(self._facts.plan["actors"][int(index)]["ended"])
 
-    def _may_be_in_vain(self, op: Op) -> bool:
-        """For somebody who is stopped, or for what one had who was ended alone."""
-        if self._was_stopped(op) or self._kept.any_meeting(op.begin, op.end):
-            return True
+    def _is_deaf(self, op: Op) -> bool:
+        """A handle's agent may have ended, and nobody called by it."""
         half = op.begin + (op.end - op.begin) // 2
         return any(
             not any(call.begin > op.begin and call.end < half for call in calls.meeting(op.begin, half))
-            for process, calls in self._callers.items()
-            if process != op.process
+            for calls in self._callers.meeting(op.begin, op.end)
         )
+
+    def _may_be_in_vain(self, op: Op) -> bool:
+        """For somebody who is stopped, or for what one had who was ended alone."""
+        return self._was_stopped(op) or self._kept.any_meeting(op.begin, op.end) or self._is_deaf(op)
 
     def judge(self) -> Iterator[str]:
         for op in self._history.ops:
@@ -109,6 +118,8 @@ class Waits:
         match op.outcome:
             case words.WRONG:
                 yield finding("an exception that does not belong there", op, op.value[0][-1500:])
+            case words.FULL if self._facts.plan.get("room"):
+                return
             case words.FULL | words.CLOSED:
                 yield finding("an exception that does not belong there", op)
             case words.KERNEL if not self._may_fail(op):
@@ -137,6 +148,8 @@ class Waits:
     def _may_fail(self, op: Op) -> bool:
         extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
         number = op.value[0]
+        if number == errno.EBADF:  # it closed its descriptors before it had a part
+            return op.process in self._daemons and self._rights.is_detached(self._history.lives[op.process], op)
         if number == errno.EOWNERDEAD:
             return bool(self._facts.plan.get("ends"))
         if number == errno.EMFILE:
@@ -244,15 +257,18 @@ class Waits:
         allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
         if op.kind in (words.ATTACH, words.OBSERVE):
             allowed += PATIENT * SECOND
-        if life is not None and life.policy == "wait":
-            allowed += 2 * SECOND * sum(self._keeps_interpreter(op))
-        if took > allowed:
+        allowed += 2 * SECOND * sum(self._keeps_interpreter(op))
+        if op.kind in ACCESSES and self._cut.any_meeting(op.begin, op.end):
+            allowed += SECOND  # as long as an access waits for what becomes of the change of somebody dead
+        if took > allowed and not self._is_deaf(op):
             yield finding(f"it took {took / 1e9:.2f} s", op)
 
     def _keeps_interpreter(self, op: Op) -> Iterator[bool]:
-        """Accesses in C code that relies on it wait with the interpreter, a second since another thread wants it."""
-        for other in self._waiting.get(op.process, Intervals([])).meeting(op.begin, op.end):
-            yield other.thread != op.thread
+        """Accesses in C code that relies on it wait with the interpreter, a second since another thread wants it; who
+        adopts asks another process.
+        """
+        for other in self._waiting.meeting(op.begin, op.end):
+            yield op.kind == words.ADOPT or (other.process == op.process and other.thread != op.thread)
 
     def _signals(self) -> Iterator[str]:
         handled = {values[0]: at for at, values in self._history.noted("handled")}
@@ -285,7 +301,7 @@ class Waits:
                     yield finding(
                         f"process {life.name} died by SIGSEGV without a forbidden access", *self._under_way(life)
                     )
-                elif life.policy != "die":
+                elif life.policy != "die" and not self._rights.is_detached(life):
                     yield finding(f"process {life.name} died of an access, under {life.policy}", *self._under_way(life))
             case _:
                 yield finding(f"process {life.name} ended with {life.status}", *self._under_way(life))
@@ -315,6 +331,10 @@ class Waits:
     # -- What is left --------------------------------------------------------------------------------------------------
 
     def _left(self) -> Iterator[str]:
+        born = {life.pid for life in self._history.lives.values()}
+        for _, (pid, *where) in self._history.noted("hangs"):
+            if pid not in born:
+                yield finding(f"process {pid} hangs, and was not born yet, in: {where}")
         if not self._history.noted("end"):
             yield finding("the conductor has not come to its end")
         for _, (pids,) in self._history.noted("participants"):
