@@ -429,6 +429,20 @@ def test_a_lease_that_changes_overtake(overtaken: bool) -> None:
     assert ["changes of its pages came and went" in finding for finding in told.findings()] == [True] * overtaken
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lease_inside_a_lease_that_waits(nested: bool) -> None:
+    """For another holder it may; where nobody has its pages it passes who waits for the first one."""
+    for other, wrong in ((False, nested), (True, False)):
+        told = Told(words.READ)
+        if nested:
+            lease(told, 0, (1, 2, 1500, 1501))
+        if other:
+            lease(told, 1, (1, 2, 900, 901), first=1)
+        lease(told, 0, (10, 1000, 1100, 1101), first=1)
+        told.op(1, words.FREEZE, 3.0, at=(5, 1600), value=1)
+        assert ["a lease inside a lease" in finding for finding in told.findings()] == [True] * wrong
+
+
 def ended(told: Told, who: int, at: float) -> None:
     """A thread alone; its process stays, and kills itself in the end."""
     told.history.notes.append((round(at * MS), "ended", [f"a{who}.1={who}"]))

@@ -8,6 +8,7 @@ knows what it holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import socket
@@ -163,10 +164,15 @@ class Imaging(Receiving):
             return
 
         def adopt() -> pyshare.Snapshot | None:
-            with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
+            try:
                 found: pyshare.Snapshot = pickle.loads(data)
-                return found
-            return None  # its sender has died
+            except (FileNotFoundError, ConnectionError, EOFError):
+                return None  # its sender has died
+            except RuntimeError as error:
+                if "ancdata" not in str(error):
+                    raise
+                raise OSError(errno.EMFILE, "as Python says it where a descriptor does not come") from error
+            return found
 
         number, snapshot, ended = self.do(words.ADOPT, (name,), adopt)
         if snapshot is FAILED:

@@ -134,7 +134,7 @@ class Waits:
                 if holds := self._certain_leases(op):
                     yield finding("it has a lease, and was not told that it would wait for itself", op, *holds)
         yield from self._in_vain(op)
-        yield from self._overtaken(op)
+        yield from self._in_line(op)
         patient = op.outcome == words.TIMEOUT and self._timeout(op) >= PATIENT
         if patient and not self._may_be_in_vain(op) and self._lateness(op.begin, op.end) < SECOND:
             yield finding("it waited in vain, and nobody was stopped", op)
@@ -198,25 +198,35 @@ class Waits:
 
     # -- Leases that never come ----------------------------------------------------------------------------------------
 
-    def _overtaken(self, op: Op) -> Iterator[str]:
-        """A lease is waited for while changes of its pages come and go, each of which had to let it go first."""
+    def _in_line(self, op: Op) -> Iterator[str]:
+        """Changes let a lease go first that waits for its pages; who has a lease gets others before anybody else."""
         begin = op.begin + GETTING_IN_LINE + self._late_in(op.begin, op.end)
-        if op.kind != words.LEASE or op.outcome is None or op.end < begin or self._was_stopped(op):
+        if op.kind != words.LEASE or op.outcome is None or op.end < begin or self._may_be_in_vain(op):
             return
-        if any(self._keeps_interpreter(op)) or self._kept.any_meeting(op.begin, op.end):
+        if any(self._keeps_interpreter(op)):
             return
-        leases = {
-            hold.op.id: hold for page in pages_of(op) for hold in self._facts.leases_on[page].meeting(begin, op.end)
-        }
-        others = sorted(self._around(hold) for hold in leases.values() if hold.op is not op)
-        before: dict[str, Op] = {}
-        for since, until in without([(begin, op.end)], others):
+        free = self._free(op, begin)
+        if len(before := self._overtakers(op, free)) > OVERTAKEN:
+            yield finding(f"a lease was waited for, and {len(before)} changes of its pages came and went", op)
+        time = sum(end - begin for begin, end in free)
+        if time > GRACE and (holds := self._certain_leases(op)):
+            yield finding(f"a lease inside a lease came after {time / SECOND:.2f} s in which nobody had it", op, *holds)
+
+    def _free(self, op: Op, begin: int) -> list[tuple[int, int]]:
+        """When nobody else had any of its pages."""
+        pages = pages_of(op)
+        holds = {hold.op.id: hold for page in pages for hold in self._facts.leases_on[page].meeting(begin, op.end)}
+        return without([(begin, op.end)], sorted(self._around(hold) for hold in holds.values() if hold.op is not op))
+
+    def _overtakers(self, op: Op, free: list[tuple[int, int]]) -> dict[str, Op]:
+        """Changes of its pages, of other processes, that began and ended then."""
+        found: dict[str, Op] = {}
+        for since, until in free:
             for change in self._changes.meeting(since, until):
                 overlap = change.first < op.args[0] + op.args[1] and op.args[0] <= change.last
                 if overlap and since < change.op.begin and change.op.end < until and change.op.process != op.process:
-                    before[change.op.id] = change.op
-        if len(before) > OVERTAKEN:
-            yield finding(f"a lease was waited for, and {len(before)} changes of its pages came and went", op)
+                    found[change.op.id] = change.op
+        return found
 
     def _around(self, hold: Hold) -> tuple[int, int]:
         """When it was held, or shortly before that."""
