@@ -411,6 +411,18 @@ def test_a_lock_that_who_waits_keeps_from_others(stopped: tuple[int, int], wrong
     told = Told()
     name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
     told.op(1, words.UNLOCK, name, "release", at=(19, 20))
+    name = told.op(0, words.LOCK, 0, 3.0, at=(3, 805), value=[False])
+    told.op(0, words.UNLOCK, name, "release", at=(806, 807))
+    told.op(1, words.LOCK, 0, 3.0, at=(100, 808), value=[False])
+    told.history.stops.append((100, stopped[0] * MS, 800 * MS))
+    assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
+
+
+@pytest.mark.parametrize(("stopped", "wrong"), [((50, 500), False), ((5, 500), True)])
+def test_a_lock_that_who_waits_keeps_from_others_until_a_timeout(stopped: tuple[int, int], wrong: bool) -> None:
+    told = Told()
+    name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
+    told.op(1, words.UNLOCK, name, "release", at=(19, 20))
     told.op(0, words.LOCK, 0, 3.0, at=(3, 505), value=[False])
     told.op(1, words.LOCK, 0, 0.2, at=(100, 301), out=words.TIMEOUT, value=[None, [100]])
     told.history.stops.append((100, stopped[0] * MS, stopped[1] * MS))
@@ -478,7 +490,7 @@ def test_an_ended_agent_is_missed_by_the_next_call(calls: bool) -> None:
 
 def test_a_call_that_takes_too_long() -> None:
     told = Told()
-    told.op(0, words.LOCK, 0, 0.0, at=(1, 800), value=[False])
+    told.op(0, words.LEASE, 0, 1, False, 0.0, at=(1, 800), value=[False])
     told.op(0, words.GENERATION, at=(900, 901), value=0)
     only(told.findings(), "it took 0.80 s")
     told.history.notes.append((400 * MS, "late", [0.3]))

@@ -122,6 +122,8 @@ class _Deviser:
     def _lock(self) -> Step:
         inner = [self._step("change" if self._rng.random() < 0.5 else "transact")] if self._rng.random() < 0.2 else []
         step = {"index": self._rng.randrange(3), "pause": self._pause(), "end": self._rng.choice(ENDS), "inner": inner}
+        if self._plan["queue"]:
+            step |= {"index": 0, "keep": 0.004}  # seconds
         return {**step, **self._patience()}
 
     def _freeze(self) -> Step:
@@ -289,6 +291,9 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]
     kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
+    plan["queue"] = "lock" in chosen and not quiet and rng.random() < 0.2  # for one lock, which who has it keeps
+    if plan["queue"]:
+        kinds = ["stop"]
     plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
     plan["room"] = len(counts) + rng.randrange(2, 4) if rng.random() < 0.15 else None  # participants

@@ -174,17 +174,27 @@ class Waits:
     # -- Locks that nobody holds ---------------------------------------------------------------------------------------
 
     def _in_vain(self, op: Op) -> Iterator[str]:
-        """A lock is waited for until a timeout, though nobody has had it for half of that time.
+        """A lock is waited for, though nobody has had it for half a second, or half of the time until the timeout.
 
         Who waits for it and is stopped does not have it, and may not keep it from others.
         """
-        if op.kind != words.LOCK or op.outcome != words.TIMEOUT or self._timeout(op) < 0.1:
+        most = GRACE if op.outcome == words.OK else (op.end - op.begin) // 2
+        tried = op.kind == words.LOCK and (op.outcome == words.OK or self._is_long_timeout(op))
+        if not tried or op.end - op.begin < most or self._is_stopped(op) or any(self._keeps_interpreter(op)):
             return
-        locks = [hold for hold in self._facts.locks if hold.op.args[0] == op.args[0]]
+        locks = [hold for hold in self._facts.locks if hold.op.args[0] == op.args[0] and hold.op is not op]
         spans = sorted((self._since(hold, locks), hold.possible[1]) for hold in locks)
         free = sum(end - begin for begin, end in without([(op.begin, op.end)], spans))
-        if free > (op.end - op.begin) // 2 + 2 * self._lateness(op.begin, op.end):
+        if free > most + 2 * self._lateness(op.begin, op.end):
             yield finding(f"a lock was waited for, and was free for {free / 1e9:.2f} s meanwhile", op)
+
+    def _is_long_timeout(self, op: Op) -> bool:
+        return op.outcome == words.TIMEOUT and self._timeout(op) >= 0.1
+
+    def _is_stopped(self, op: Op) -> bool:
+        """It was itself."""
+        life = self._history.lives.get(op.process)
+        return life is not None and life.pid in self._stops.meeting(op.begin, op.end)
 
     def _since(self, hold: Hold, locks: list[Hold]) -> int:
         """It was not held before that: others held it, and a taker that is stopped does not take."""
@@ -284,10 +294,12 @@ class Waits:
         handled = {values[0]: at for at, values in self._history.noted("handled")}
         over = [at for at, _ in self._history.noted("over")]
         deaths = {life.pid: life.last for life in self._history.lives.values()}
+        names = {life.pid: life.name for life in self._history.lives.values()}
         for sent, (number, pid, signal) in self._history.noted("signal"):
             end = min(handled.get(number, FOREVER), over[0] if over else FOREVER, deaths.get(pid, FOREVER))
             own = pid in self._stops.meeting(sent, end)
-            if end - sent > SECOND + 2 * self._lateness(sent, end) and not own:
+            kept = any(op.process == names.get(pid) for op in self._waiting.meeting(sent, end))
+            if end - sent > SECOND * (1 + kept) + 2 * self._lateness(sent, end) and not own:
                 came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
                 yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
 
