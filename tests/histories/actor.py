@@ -37,6 +37,7 @@ from histories.steps import Worker
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
+M_MMAP_THRESHOLD = -3
 BEFORE, AFTER = ("gc", "trace", "profile"), ("descriptors", "mappings", "closerange")  # the threads begin
 
 
@@ -68,6 +69,7 @@ class Actor:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         faulthandler.register(signal.SIGUSR2, file=self.stage.errors, all_threads=True)  # where it hangs
+        LIBC.mallopt(M_MMAP_THRESHOLD, 16 * words.PAGE)  # larger ones go back to the kernel at their end
         sys.setswitchinterval(self.own["switch"])
         main = Log(self.log_path("main"))
         main.note("born", None, os.getpid(), self.policy)

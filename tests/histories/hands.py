@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import operator
 import os
 import struct
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from histories.actor import Actor
 
 FAILED: Any = object()
+BAG = 48  # pages that are gathered: more than what is malloc's for ever, so what is stored after its end faults
 
 
 class Ground:
@@ -159,6 +161,10 @@ LOADS: dict[str, Callable[[Ground, int], bytes]] = {
 }
 
 
+def _insert(bag: bytearray, data: memoryview) -> None:
+    bag[len(bag) // 2 : 0] = data
+
+
 class Hand:
     """One thread of an actor; `slot` is its number among all threads of the plan."""
 
@@ -239,10 +245,11 @@ class Hand:
     def load_into_bag(self, index: int) -> None:
         """Into a bytearray that all threads of the process use: what it holds nobody knows, but that it lives on."""
         at, bag, view = self.hot[index] * PAGE, self.actor.bag, self.on.view
+        put = (operator.iadd, bytearray.extend, _insert)[index % 3]
 
         def load() -> None:
-            bag[len(bag) // 2 : 0] = view[at : at + PAGE]
-            if len(bag) > 16 * PAGE:
+            put(bag, view[at : at + PAGE])
+            if len(bag) > BAG * PAGE:
                 bag.clear()
 
         number, result, ended = self.do(words.LOAD, (index, 1, "bag", ""), load)
