@@ -248,9 +248,10 @@ class Hand:
         put = (operator.iadd, bytearray.extend, _insert)[index % 3]
 
         def load() -> None:
-            put(bag, view[at : at + PAGE])
-            if len(bag) > BAG * PAGE:
-                bag.clear()
+            for _ in range(8):
+                put(bag, view[at : at + PAGE])
+                if len(bag) > BAG * PAGE:
+                    bag.clear()
 
         number, result, ended = self.do(words.LOAD, (index, 1, "bag", ""), load)
         if result is not FAILED:

@@ -95,15 +95,22 @@ class _Deviser:
 
     def _churn(self) -> Step:
         prots = [self._rng.choice(self._plan["protections"]) for _ in range(2)]
-        turns = 1000 if self._plan["storm"] else int(10 ** self._rng.uniform(0.5, 3.3))
-        return {**self._range(), "prots": prots, "turns": turns, **self._patience()}
+        step = {**self._range(), "prots": prots, "turns": int(10 ** self._rng.uniform(0.5, 3.3)), **self._patience()}
+        if self._plan["mood"] == "storm":
+            step |= {"at": 0, "count": len(self._plan["hot"]), "turns": 1000}
+        elif self._plan["mood"] == "gather":
+            step |= {"prots": [0, READ_WRITE], "turns": 100}
+        return step
 
     def _store(self) -> Step:
         bold = self._rng.random() < 0.05  # also where it is forbidden
         return {**self._page(), "means": self._rng.choice(STORES), "bold": bold}
 
     def _load(self) -> Step:
-        return {**self._page(), "means": self._rng.choice(LOADS), "bold": self._rng.random() < 0.05}
+        means = self._rng.choice(LOADS)
+        if self._plan["mood"] == "gather":
+            return {**self._page(), "means": "bag", "bold": True}
+        return {**self._page(), "means": means, "bold": self._rng.random() < 0.05}
 
     def _transact(self, low: int = 0, depth: int = 0) -> Step:
         rng, step = self._rng, {**self._range(low), **self._patience()}
@@ -122,7 +129,7 @@ class _Deviser:
     def _lock(self) -> Step:
         inner = [self._step("change" if self._rng.random() < 0.5 else "transact")] if self._rng.random() < 0.2 else []
         step = {"index": self._rng.randrange(3), "pause": self._pause(), "end": self._rng.choice(ENDS), "inner": inner}
-        if self._plan["queue"]:
+        if self._plan["mood"] == "queue":
             step |= {"index": 0, "keep": 0.004}  # seconds
         return {**step, **self._patience()}
 
@@ -235,24 +242,40 @@ def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int)
     return troubles
 
 
+def _mood(rng: random.Random, chosen: list[str], quiet: bool) -> str | None:
+    """What many have to do at once, or it shows nothing.
+
+    storm: all processes but the first make changes, and nothing else.  gather: likewise, and the first has two threads
+    that gather pages in one bytearray.  queue: all locks are one, which who has it keeps, and processes are stopped.
+    """
+    possible = {"storm": "churn" in chosen, "gather": {"churn", "load"} <= {*chosen}, "queue": "lock" in chosen}
+    mood = rng.choice([*possible, None, None, None, None])
+    return mood if mood and possible[mood] and not (quiet and mood == "queue") else None
+
+
 def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: list[int], extras: list[str]) -> Plan:
+    gathers = plan["mood"] == "gather" and slots[0] == 0
+    if gathers:
+        weights = {"load": 1.0}
+    elif plan["mood"] in ("storm", "gather") and slots[0]:
+        weights = {"churn": 1.0}
     own = [extra for extra in extras if rng.random() < 0.3]
     if "profiler" in own:
         own = [extra for extra in own if extra != "profile"]  # there is one profile function
     threads: list[Plan] = []
     for slot in slots:
-        deviser = _Deviser(rng, plan, {"churn": 1.0} if plan["storm"] and slots[0] else weights)
-        loops = not ("descriptors" in own or plan["ends"] or plan["storm"])
+        deviser = _Deviser(rng, plan, weights)
+        loops = not ("descriptors" in own or plan["ends"] or plan["mood"])
         if slot != slots[0] and loops and rng.random() < 0.2:
             threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
         else:
             threads.append({"kind": "plain", "steps": deviser.steps(120)})
     return {
-        "how": rng.choice(["fork", "name", "fd"])
-        if plan["room"] is None
-        else "fork",  # who leaves might not come again
+        "how": rng.choice(
+            ["fork", "name", "fd"] if plan["room"] is None else ["fork"]
+        ),  # to come again is no sure thing
         "engine": rng.choice(["auto", "uffd", "mprotect"]),
-        "policy": rng.choice(["die", "raise", "raise", "wait"]),
+        "policy": rng.choice(["die", "raise", "raise", "wait"] if not gathers else ["wait"]),
         "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
         "extras": own,
         "point": f"{rng.choice(POINTS)}={rng.choice(['kill', 'kill', 'stop'])}@{rng.randrange(1, 40)}",
@@ -286,16 +309,16 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     if not plan["bulk"]:
         chosen = [name for name in chosen if name not in ("pour", "stem")]
     plan["stripes"] = pages >= 700 and rng.random() < 0.3  # other pages are NONE in turn: a map of many runs
-    plan["storm"] = "churn" in chosen and rng.random() < 0.15  # all but the first process change, and nothing else
     weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]
     kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
-    plan["queue"] = "lock" in chosen and not quiet and rng.random() < 0.2  # for one lock, which who has it keeps
-    if plan["queue"]:
+    plan["mood"] = _mood(rng, chosen, quiet)
+    if plan["mood"] == "queue":
         kinds = ["stop"]
     plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
+    counts = {"gather": [2, 1], "storm": [1, 1, 1, 1]}.get(plan["mood"] or "", counts)
     plan["room"] = len(counts) + rng.randrange(2, 4) if rng.random() < 0.15 else None  # participants
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]

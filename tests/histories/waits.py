@@ -308,7 +308,8 @@ class Waits:
     def _death(self, life: Life) -> Iterator[str]:
         killed = {values[0] for _, values in self._history.noted("kill")}  # by the conductor, or who stems
         for at, values in self._history.noted("hangs"):
-            if values[0] == life.pid and at > life.born:
+            waits = any(thread.startswith(f"{life.name}=") for thread in self._facts.ended)  # until others are through
+            if values[0] == life.pid and at > life.born and not waits:
                 yield finding(f"process {life.name} hangs, in: {values[1:]}", *self._under_way(life))
         match life.status:
             case 0 | None:
