@@ -1267,17 +1267,17 @@ cdef class Handle(Mapped):
 
 
 cdef bint await_readable(int fd, int64_t deadline) except -1:
-    """Or closed at the other end; False after the deadline."""
+    """Or closed at the other end; False after the deadline.  A signal just before poll() is served within a second."""
     cdef pollfd watched
     cdef int rc, error
     cdef int64_t left
     while True:
-        left = -1 if deadline == INT64_MAX else max(0, deadline - ps_sys_now()) // 1_000_000
+        left = max(0, deadline - ps_sys_now()) // 1_000_000
         watched.fd, watched.events = fd, POLLIN
         with nogil:
-            rc = poll(&watched, 1, <int>min(left, 1 << 30))
+            rc = poll(&watched, 1, <int>min(left, 1000))
             error = libc_errno
-        if rc >= 0 and (rc or not left):
+        if rc > 0 or (rc == 0 and not left):
             return rc
         if rc < 0 and error != errno.EINTR:
             raise OSError(error, os.strerror(error))

@@ -499,9 +499,9 @@ static void nap(struct ps_region *region) {
 
 /* Does the map forbid what each of these rights allows, and not just a change that may be undone?  A look at the page
  * counts where afterwards no change is undecided, and the generation is what it was before: whatever change the byte is
- * of has been published by then, and put back before that if it was undone.  Where changes follow one another PATIENCE
- * begins anew, as it does at a new fault; at one generation not for ever, should the caller have died: then the look
- * has to do. */
+ * of has been published by then, and put back before that if it was undone.  Where the caller has died the look has to
+ * do: nobody may come to decide its change.  Where changes follow one another PATIENCE begins anew, as it does at a new
+ * fault; at one generation not for ever, should the caller be stopped. */
 static bool forbids(struct ps_region *region, uint64_t page, uint32_t rights) {
     uint64_t generation = ps_generation(region);
     for (int64_t end = ps_sys_now() + PATIENCE;;) {
@@ -512,7 +512,7 @@ static bool forbids(struct ps_region *region, uint64_t page, uint32_t rights) {
         if (next != generation) {
             generation = next;
             end = ps_sys_now() + PATIENCE;
-        } else if (!undecided || ps_sys_now() >= end) {
+        } else if (!undecided || ps_sys_now() >= end || ps_change_deserted(region)) {
             return !(prot & rights);
         } else {
             nap(region);
@@ -759,6 +759,7 @@ int ps_own_lease(const struct ps_region *region, uint64_t first, uint64_t count)
 
 int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline,
                       struct ps_refusal *refusal) {
+    struct ps_until until = ps_until(deadline);
     for (uint64_t page = first; page < first + count;) {
         if (ps_protection(region, page) & PROT_WRITE) {
             page++;
@@ -768,7 +769,7 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
         refusal->author = look(region, page, &refusal->actual);
         if (ps_policy(region) != PS_WAIT || ps_freeze_own(region) || ps_sys_now() >= deadline)
             return PS_EREFUSED;
-        if (sleep_on_map(region) == -EINTR)
+        if (ps_sys_now() >= until.at || sleep_on_map(region) == -EINTR)
             return PS_ESIGNAL;
         page = first;
     }

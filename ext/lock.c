@@ -59,6 +59,12 @@ bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
     return state == PS_FREE || state == PS_DEAD || ps_slot_dead(region, slot, status);
 }
 
+/* Nobody has the writer lock, or somebody who is gone. */
+bool ps_lock_deserted(struct ps_region *region) {
+    uint32_t owner = atomic_load_explicit(&ps_header(region)->lock, memory_order_acquire) & ~PS_OWNER_WAITING;
+    return !owner || (ps_owner_known(region, owner) && ps_owner_gone(region, owner));
+}
+
 /* -- Until when ------------------------------------------------------------------------------------------------ */
 
 void ps_until_at_most(struct ps_until *until, int64_t at) {

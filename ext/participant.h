@@ -298,6 +298,7 @@ struct ps_until ps_until(int64_t deadline);
 void ps_until_at_most(struct ps_until *until, int64_t at);
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
+bool ps_lock_deserted(struct ps_region *region);
 uint32_t ps_owner_word(const struct ps_region *region); /* ours */
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
 bool ps_owner_known(const struct ps_region *region, uint32_t owner);
@@ -325,6 +326,7 @@ bool ps_change_told_early(const struct ps_region *region, uint64_t generation); 
 struct ps_author ps_change_author(const struct ps_region *region, uint64_t page);
 bool ps_change_open(const struct ps_region *region);
 bool ps_change_undecided(const struct ps_region *region);
+bool ps_change_deserted(struct ps_region *region);
 bool ps_change_under_way(const struct ps_region *region, uint64_t *generation, uint64_t *first, uint64_t *count);
 
 int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker);

@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from kernel import (
     tell,
     word,
 )
+from members import SOON
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, Region
@@ -181,6 +183,30 @@ def test_a_caller_killed_while_others_wait_for_the_lock(region: Region, fork: Fo
     first = 1 if point == "C2_save" else 2
     assert sorted(generations) == [first, first + 1, first + 2]
     assert agreed(region)[-2:] == [(12 * PAGE, 3 * PAGE, NONE), (15 * PAGE, PAGE, READ_WRITE)]
+
+
+@pytest.mark.parametrize("point", ["C4_map", "C5_publish", "C6_await"])
+def test_a_store_beside_a_change_whose_caller_has_died(region: Region, joined: Joined, fork: Fork, point: str) -> None:
+    """It is refused at once: nobody may come to finish the change.  A busy machine may be slow; so one of some is."""
+
+    def body(child: Child) -> None:
+        region.on_violation("raise")
+        child.say()
+        while child.hear() == "ok":
+            start = time.monotonic()
+            with pytest.raises(pyshare.ProtectionError):
+                region.buf[0] = 1
+            child.say(str(time.monotonic() - start))
+
+    child, took = joined(body), []
+    while len(took) < 5 and min(took, default=SOON) >= SOON:
+        region.mprotect(0, 2 * PAGE, READ)
+        author = fork(lambda _: region.mprotect(0, 2 * PAGE, NONE), point=f"{point}=kill")
+        assert killed(author)
+        child.say()
+        took.append(float(child.hear()))
+    child.say("enough")
+    assert min(took) < SOON
 
 
 @co_operative

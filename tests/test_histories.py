@@ -288,6 +288,22 @@ def test_half_of_a_transaction() -> None:
     only(told.findings(), "a lease found half of a transaction")
 
 
+def test_half_of_a_transaction_that_was_interrupted_in_its_midst() -> None:
+    """What it stored after that does not make it whole; the next one does."""
+    told = Told(words.READ)
+    first = lease(told, 0, (1, 2, 7, 8))
+    for place, outcome in ((64, words.OK), (65, words.INTERRUPTED), (66, words.OK)):
+        told.op(0, words.TRANSACT, first, 0, 1, place, 7, "view", at=(place - 61, place - 60), out=outcome)
+    second = lease(told, 1, (9, 10, 20, 21))
+    told.op(1, words.LOAD, 0, 1, "lease", second, at=(11, 12), value=page(leased=(7, 0, 7)).hex())
+    assert told.findings() == []
+    for place in (64, 65, 66):
+        told.op(1, words.TRANSACT, second, 0, 1, place, 8, "view", at=(place - 51, place - 50))
+    third = lease(told, 0, (22, 23, 26, 27))
+    told.op(0, words.LOAD, 0, 1, "lease", third, at=(24, 25), value=page(leased=(8, 0, 8)).hex())
+    assert any("a lease found half of a transaction" in finding for finding in told.findings())
+
+
 def freeze(told: Told, who: int, at: tuple[float, float, float, float]) -> None:
     name = told.op(who, words.FREEZE, 3.0, at=at[:2], value=1)
     told.op(who, words.THAW, name, "release", at=at[2:])
@@ -495,6 +511,20 @@ def test_a_call_that_takes_too_long() -> None:
     only(told.findings(), "it took 0.80 s")
     told.history.notes.append((400 * MS, "late", [0.3]))
     assert told.findings() == []
+
+
+def test_a_thread_beside_one_that_waits_with_the_interpreter() -> None:
+    for thread in ("a0.1=5", "a1.1=1"):
+        told = Told(policy="wait")
+        told.history.lives["a0.1"].policy = "wait"
+        told.op(0, words.LEASE, 1, 1, False, 0.0, at=(1, 800), value=[False])
+        told.op(1, words.STORE, 0, "pack", 7, 0, at=(1, 800))
+        told.history.ops[-1].process, told.history.ops[-1].thread = thread.split("=")[0], thread
+        told.op(0, words.GENERATION, at=(900, 901), value=0)
+        findings = told.findings()
+        assert [finding.split("\n")[0] for finding in findings if "lease" in finding] == (
+            [] if thread.startswith("a0") else ["it took 0.80 s"]
+        )
 
 
 def test_an_exception_that_belongs_nowhere() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, Child, until
-from kernel import Mappings, in_background, stopped_before
+from kernel import Mappings, in_background, libc, stopped_before
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, ProtectionError, Region, ShareError
@@ -191,6 +191,40 @@ def test_a_signal_during_the_call_is_served(region: Region, joined: Callable[...
     assert child.wait() == 0
     for end in (master, slave):
         os.close(end)
+
+
+@pytest.mark.parametrize("wanted", ["data", "page"])
+def test_a_signal_that_another_thread_gets_is_served(
+    region: Region, joined: Callable[..., Child], pipe: tuple[int, int], wanted: str
+) -> None:
+    """The kernel wakes that thread, and not the main one, which has to look by itself."""
+    forever, end = os.pipe()
+
+    def body(child: Child) -> None:
+        region.on_violation("wait")
+        signal.signal(signal.SIGUSR1, lambda *_: child.say("signal"))
+        other = threading.Thread(target=os.read, args=(forever, 1))
+        other.start()
+        child.say()
+        child.say(str(other.native_id))
+        assert region.readinto(pipe[0], 0, 10, timeout=None) == 4
+        os.write(end, b"x")
+        other.join()
+
+    if wanted == "page":
+        region.mprotect(0, PAGE, READ)
+        os.write(pipe[1], b"1234")
+    child = joined(body)
+    other = int(child.hear())
+    calls = {"7", "271"} if wanted == "data" else {"202", "449", "455"}  # poll; futex
+    until(lambda: Path(f"/proc/{child.pid}/syscall").read_text().split()[0] in calls)
+    assert libc.syscall(234, child.pid, other, signal.SIGUSR1) == 0  # tgkill
+    assert child.hear() == "signal"
+    region.mprotect(0, PAGE, READ_WRITE)
+    os.write(pipe[1], b"1234"[: 4 if wanted == "data" else 0])
+    assert child.wait() == 0
+    for each in (forever, end):
+        os.close(each)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (0, 1 << 20), (8 * PAGE + 10, 1)])

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import faulthandler
+import fcntl
 import mmap
 import os
 import random
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Child, idle
+from conftest import Child, idle, until
 from kernel import (
     PAGE,
     agreed,
@@ -107,6 +111,50 @@ def test_the_stopped_follow_later_where_entries_do_not_say_it(
     change(region, 0, 2, READ)
     change(region, 1, 1, READ_WRITE)
     agreed(region, stopped.pid, other.pid)
+
+
+def test_who_withdraws_once_a_change_is_planned_is_woken(region: Region, joined: Joined) -> None:
+    """By a forbidden store, whose line has no room in a pipe, so that it lives on; its agent sleeps for a second.
+
+    A busy machine may take as long, so one of some tries has to be sooner.
+    """
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PAGE)
+    os.write(writing, bytes(PAGE))
+
+    def violate(child: Child) -> None:
+        faulthandler.disable()
+        os.dup2(writing, 2)
+        child.say()
+        child.hear()
+        region.buf[0] = 1
+
+    def call(child: Child) -> None:
+        child.say()
+        child.hear()
+        change(region, 1, 1, READ)
+        child.say()
+
+    took = []
+    while len(took) < 5 and min(took, default=SOON) >= SOON:
+        other = joined(violate)
+        change(region, 0, 2, READ_WRITE)
+        change(region, 0, 1, READ)  # the other's page tables can be changed from outside
+        caller = joined(call, point="A2_apply=stop")
+        caller.say()
+        caller.wait_stopped()
+        other.say()
+        until(lambda pid=other.pid: engines(region)[pid] == "mprotect")
+        start = time.monotonic()
+        caller.resume()
+        assert caller.hear() == "ok"
+        took.append(time.monotonic() - start)
+        os.read(reading, PAGE)
+        assert other.wait() == -signal.SIGSEGV
+        os.write(writing, bytes(PAGE - len(os.read(reading, PAGE))))
+    os.close(reading)
+    os.close(writing)
+    assert min(took) < SOON, "its agent was not woken"
 
 
 def test_large_and_scattered_changes_are_everybodys_own(region: Region, joined: Joined) -> None:

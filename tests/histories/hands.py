@@ -9,6 +9,7 @@ Invariants
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import errno
@@ -157,7 +158,7 @@ LOADS: dict[str, Callable[[Ground, int], bytes]] = {
     "ctypes": _load_by_ctypes,
     "join": lambda on, at: b"".join([on.view[at : at + PAGE]]),
     "concat": lambda on, at: b"" + on.view[at : at + PAGE],
-    "iterate": lambda on, at: bytes(list(on.view[at : at + PAGE])),
+    "iterate": lambda on, at: array.array("Q", on.view[at : at + PAGE].cast("Q")).tobytes(),
 }
 
 

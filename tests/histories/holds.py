@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from histories import words
@@ -166,7 +166,10 @@ class Holds:
         """When half of a transaction may be there: one was cut off, or restored, and none was whole since."""
         facts = self._facts
         on = [op for op in facts.by_kind[words.TRANSACT] if op.args[1] <= page < op.args[1] + op.args[2]]
-        whole = sorted(op.end for op in on if op.args[3] == words.PLACES - 1 and op.outcome == words.OK)
+        done = Counter(op.args[4] for op in on if op.outcome == words.OK)
+        whole = sorted(
+            op.end for op in on if op.args[3] == words.PLACES - 1 and done[op.args[4]] == len(words.LEASED_AT)
+        )
         cut = [(op.begin, op.end, op) for op in on if op.outcome != words.OK]
         cut += [
             (hold.op.begin, hold.possible[1], hold.op)

@@ -223,7 +223,7 @@ class Rights:
         hot = self._facts.plan["hot"]
         first, last = hot[op.args[0]], hot[op.args[0] + op.args[1] - 1]
         if last - first >= op.args[1]:
-            return  # there are other pages between them, which nobody has asked about
+            return  # over other pages too, which may be NONE
         yield self._tell("a lease was refused over pages that it may be over", op)
 
     def _tell(self, what: str, op: Op) -> str:

@@ -49,7 +49,7 @@ class Waits:
             (op.begin, op.end + 2 * SECOND, op)
             for kind in (words.CHANGE, words.FREEZE, words.THAW, words.SNAPSHOT, words.RESTORE)
             for op in facts.by_kind[kind]
-            if op.open
+            if op.open and op.thread in facts.ended
         )
         self._daemons = {values[0] for _, values in self._history.noted("daemon")}
         self._changes = Intervals((c.op.begin, c.op.end, c) for c in facts.changes if c.op.outcome == words.OK)
@@ -277,18 +277,30 @@ class Waits:
         allowed = self._timeout(op) * SECOND + GRACE + 2 * self._lateness(op.begin, op.end)
         if op.kind in (words.ATTACH, words.OBSERVE):
             allowed += PATIENT * SECOND
-        allowed += 2 * SECOND * sum(self._keeps_interpreter(op))
+        if op.kind in (words.LOOK, words.SAVE) and self._facts.plan.get("bulk"):
+            allowed += SECOND
+        allowed += self._kept_by_others(op)
         if op.kind in ACCESSES and self._cut.any_meeting(op.begin, op.end):
-            allowed += SECOND  # as long as an access waits for what becomes of the change of somebody dead
+            allowed += SECOND  # as long as an access waits for what becomes of a change that nobody finishes
         if took > allowed and not self._is_deaf(op):
             yield finding(f"it took {took / 1e9:.2f} s", op)
 
-    def _keeps_interpreter(self, op: Op) -> Iterator[bool]:
-        """Accesses in C code that relies on it wait with the interpreter, a second since another thread wants it; who
-        adopts asks another process.
+    def _kept_by_others(self, op: Op) -> float:
+        """An access may wait with the interpreter, for a second; then no thread of its process runs, and who adopts
+        asks another process.
         """
+        accesses = (other for kind in ACCESSES for other in self._facts.by_kind[kind])
+        waited = (
+            min(op.end, other.end) - max(op.begin, other.begin)
+            for other in accesses
+            if (other.process == op.process and other.thread != op.thread) or op.kind == words.ADOPT
+        )
+        return sum(min(each, SECOND) for each in waited if each > 0)
+
+    def _keeps_interpreter(self, op: Op) -> Iterator[bool]:
+        """Of each access that waited long meanwhile: another thread of its process did."""
         for other in self._waiting.meeting(op.begin, op.end):
-            yield op.kind == words.ADOPT or (other.process == op.process and other.thread != op.thread)
+            yield other.process == op.process and other.thread != op.thread
 
     def _signals(self) -> Iterator[str]:
         handled = {values[0]: at for at, values in self._history.noted("handled")}
@@ -299,7 +311,7 @@ class Waits:
             end = min(handled.get(number, FOREVER), over[0] if over else FOREVER, deaths.get(pid, FOREVER))
             own = pid in self._stops.meeting(sent, end)
             kept = any(op.process == names.get(pid) for op in self._waiting.meeting(sent, end))
-            if end - sent > SECOND * (1 + kept) + 2 * self._lateness(sent, end) and not own:
+            if end - sent > SECOND * (1 + kept) + GRACE + 2 * self._lateness(sent, end) and not own:
                 came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
                 yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
 
