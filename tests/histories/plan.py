@@ -231,13 +231,14 @@ def _hot(rng: random.Random, pages: int) -> list[int]:
     return sorted(hot)
 
 
-def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int) -> list[dict[str, Any]]:
+def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int, queue: bool) -> list[dict[str, Any]]:
     troubles, at = [], 0.0
-    mean = rng.choice([0.02, 0.1, 0.4])
+    mean = rng.choice([0.02, 0.1, 0.4]) if not queue else 0.5
     while kinds and (at := at + rng.expovariate(1 / mean)) < seconds:
         trouble: dict[str, Any] = {"at": round(at, 4), "what": rng.choice(kinds), "whom": rng.randrange(actors)}
         if trouble["what"] == "stop":
-            trouble["for"] = round(rng.choice([0.002, 0.02, 0.2, 0.6]) * rng.uniform(0.5, 1.5), 4)
+            about = rng.choice([0.002, 0.02, 0.2, 0.6]) if not queue else 0.8
+            trouble["for"] = round(about * rng.uniform(0.5, 1.5), 4)
         troubles.append(trouble)
     return troubles
 
@@ -259,6 +260,8 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
         weights = {"load": 1.0}
     elif plan["mood"] in ("storm", "gather") and slots[0]:
         weights = {"churn": 1.0}
+    elif plan["mood"] == "queue":
+        weights = {**weights, "lock": 10.0}
     own = [extra for extra in extras if rng.random() < 0.3]
     if "profiler" in own:
         own = [extra for extra in own if extra != "profile"]  # there is one profile function
@@ -323,6 +326,7 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]
     plan["points"] = "point" in kinds
-    troubles = _troubles(rng, seconds, [kind for kind in kinds if kind not in ("point", "ended")], len(counts))
+    kinds = [kind for kind in kinds if kind not in ("point", "ended")]
+    troubles = _troubles(rng, seconds, kinds, len(counts), plan["mood"] == "queue")
     plan["troubles"] = [trouble for trouble in troubles if not _confuses(trouble, plan)]
     return plan
