@@ -264,6 +264,20 @@ def test_a_death_is_told_of_once() -> None:
     only(told.findings(), "was told of somebody who died, and nobody did since")
 
 
+def test_a_death_in_pages_between_hot_ones() -> None:
+    """Only who leases those too is told."""
+    told = Told(words.READ)
+    told.history.plan["hot"] = [0, 9]
+    told.op(0, words.LEASE, 0, 2, False, 3.0, at=(1, 2), value=[False])
+    told.dies(0, 5)
+    lease(told, 1, (10, 11, 12, 13), first=0, abandoned=True)
+    lease(told, 1, (14, 15, 16, 17), first=1, abandoned=True)
+    lease(told, 1, (18, 19, 20, 21), count=2, abandoned=True)
+    assert told.findings() == []
+    lease(told, 1, (22, 23, 24, 25), count=2, abandoned=True)
+    only(told.findings(), "was told of somebody who died, and nobody did since")
+
+
 def test_half_of_a_transaction() -> None:
     told = Told(words.READ)
     first = lease(told, 0, (1, 2, 7, 8))
@@ -413,15 +427,86 @@ def test_a_lock_that_who_waits_keeps_from_others(stopped: tuple[int, int], wrong
     told = Told()
     name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
     told.op(1, words.UNLOCK, name, "release", at=(19, 20))
+    name = told.op(0, words.LOCK, 0, 3.0, at=(3, 805), value=[False])
+    told.op(0, words.UNLOCK, name, "release", at=(806, 807))
+    told.op(1, words.LOCK, 0, 3.0, at=(100, 808), value=[False])
+    told.history.stops.append((100, stopped[0] * MS, 800 * MS))
+    assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
+
+
+@pytest.mark.parametrize(("stopped", "wrong"), [((50, 500), False), ((5, 500), True)])
+def test_a_lock_that_who_waits_keeps_from_others_until_a_timeout(stopped: tuple[int, int], wrong: bool) -> None:
+    told = Told()
+    name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
+    told.op(1, words.UNLOCK, name, "release", at=(19, 20))
     told.op(0, words.LOCK, 0, 3.0, at=(3, 505), value=[False])
     told.op(1, words.LOCK, 0, 0.2, at=(100, 301), out=words.TIMEOUT, value=[None, [100]])
     told.history.stops.append((100, stopped[0] * MS, stopped[1] * MS))
     assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
 
 
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_a_lease_that_changes_overtake(overtaken: bool) -> None:
+    """Those of the first 100 ms may come first, and those of other pages."""
+    told = Told(words.READ)
+    for turn in range(150):
+        told.op(1, words.CHANGE, 0, 1, words.READ, 3.0, at=(10 + turn / 4, 10.2 + turn / 4), value=turn + 1)
+        told.op(1, words.CHANGE, not overtaken, 1, words.READ, 3.0, at=(110 + turn, 110.5 + turn), value=turn + 200)
+    name = told.op(0, words.LEASE, 0, 1, False, 3.0, at=(1, 400), value=[False])
+    told.op(0, words.RELEASE, name, "release", at=(401, 402))
+    assert ["changes of its pages came and went" in finding for finding in told.findings()] == [True] * overtaken
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lease_inside_a_lease_that_waits(nested: bool) -> None:
+    """For another holder it may; where nobody has its pages it passes who waits for the first one."""
+    for other, wrong in ((False, nested), (True, False)):
+        told = Told(words.READ)
+        if nested:
+            lease(told, 0, (1, 2, 1500, 1501))
+        if other:
+            lease(told, 1, (1, 2, 900, 901), first=1)
+        lease(told, 0, (10, 1000, 1100, 1101), first=1)
+        told.op(1, words.FREEZE, 3.0, at=(5, 1600), value=1)
+        assert ["a lease inside a lease" in finding for finding in told.findings()] == [True] * wrong
+
+
+def ended(told: Told, who: int, at: float) -> None:
+    """A thread alone; its process stays, and kills itself in the end."""
+    told.history.notes.append((round(at * MS), "ended", [f"a{who}.1={who}"]))
+    told.dies(who, 9000)
+
+
+@pytest.mark.parametrize("kind", [words.LEASE, words.CHANGE])
+def test_what_an_ended_thread_had_is_waited_for_where_that_is_a_lease(kind: str) -> None:
+    told = Told(words.READ)
+    if kind == words.LEASE:
+        told.op(0, words.LEASE, 1, 1, False, 3.0, at=(1, 2), value=[False])
+    told.op(0, words.CHANGE, 0, 1, words.READ, 3.0, at=(3, 4), out=None)
+    told.op(1, words.CHANGE, 0, 2, words.READ, 3.0, at=(1000, 4001), out=words.TIMEOUT, value=[None, [100]])
+    ended(told, 0, 5)
+    assert ["it waited in vain" in finding for finding in told.findings()] == [True] * (kind == words.CHANGE)
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_an_ended_agent_is_missed_by_the_next_call(calls: bool) -> None:
+    told = Told(words.READ)
+    told.history.plan["ends"] = True
+    actors = told.history.plan["actors"]
+    told.history.plan["actors"] = [
+        {**actor, "ended": f"{step}=exit@1"} for actor, step in zip(actors, ["A1_wait", "C1_lock"], strict=True)
+    ]
+    told.op(0, words.CHANGE, 0, 1, words.READ, 3.0, at=(1, 2), value=1)
+    if calls:
+        told.op(0, words.GENERATION, at=(1100, 1101), value=1)
+    told.op(1, words.CHANGE, 1, 1, words.READ, 3.0, at=(1000, 4001), out=words.TIMEOUT, value=[2, [100]])
+    told.op(1, words.GENERATION, at=(4002, 4003), value=2)
+    assert ["it waited in vain" in finding for finding in told.findings()] == [True] * calls
+
+
 def test_a_call_that_takes_too_long() -> None:
     told = Told()
-    told.op(0, words.LOCK, 0, 0.0, at=(1, 800), value=[False])
+    told.op(0, words.LEASE, 0, 1, False, 0.0, at=(1, 800), value=[False])
     told.op(0, words.GENERATION, at=(900, 901), value=0)
     only(told.findings(), "it took 0.80 s")
     told.history.notes.append((400 * MS, "late", [0.3]))
@@ -432,12 +517,12 @@ def test_a_thread_beside_one_that_waits_with_the_interpreter() -> None:
     for thread in ("a0.1=5", "a1.1=1"):
         told = Told(policy="wait")
         told.history.lives["a0.1"].policy = "wait"
-        told.op(0, words.LOCK, 0, 0.0, at=(1, 800), value=[False])
+        told.op(0, words.LEASE, 1, 1, False, 0.0, at=(1, 800), value=[False])
         told.op(1, words.STORE, 0, "pack", 7, 0, at=(1, 800))
         told.history.ops[-1].process, told.history.ops[-1].thread = thread.split("=")[0], thread
         told.op(0, words.GENERATION, at=(900, 901), value=0)
         findings = told.findings()
-        assert [finding.split("\n")[0] for finding in findings if "lock" in finding] == (
+        assert [finding.split("\n")[0] for finding in findings if "lease" in finding] == (
             [] if thread.startswith("a0") else ["it took 0.80 s"]
         )
 
@@ -466,6 +551,14 @@ def test_datagrams_arrive_once() -> None:
     assert len(findings) == 1
     assert "arrived 0 times" in findings[0]
     assert " 6)" in findings[0]
+
+
+def test_a_value_arrives_as_a_whole() -> None:
+    told = Told()
+    told.op(1, words.RECEIVE, 0, "tls", 5, 1, 3.0, at=(10, 11), value=8)
+    assert told.findings() == []
+    told.op(1, words.RECEIVE, 0, "tls", 6, 1, 3.0, at=(12, 13), value=5)
+    only(told.findings(), "it received 5 bytes of 8")
 
 
 def test_something_is_left() -> None:

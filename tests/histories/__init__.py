@@ -10,6 +10,7 @@ One run of a plan is an episode.  Data flows one way:
     plan.py       a seed -> who does what, which troubles     steps.py      the life of a thread
     hands.py      stores, loads, changes; a thread            holding.py    leases, locks, freezes
     imaging.py    snapshots, files, restores, dirty pages     loops.py      the async forms
+    receiving.py  pipes, datagrams, TLS                       pouring.py    large stores by who is killed
     births.py     forks, second handles, observers            actor.py      a process, its own troubles
     stage.py      what all processes of an episode share      conductor.py  one episode, troubles from outside, its end
     history.py    the logs of an episode as operations        facts.py      what a history says at once

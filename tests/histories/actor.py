@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import functools
 import gc
@@ -20,11 +21,13 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pyshare
 from histories import words
+from histories.hands import describe
 from histories.holding import Releaser
 from histories.log import Log
 from histories.loops import Loop
@@ -34,6 +37,7 @@ from histories.steps import Worker
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
+M_MMAP_THRESHOLD = -3
 BEFORE, AFTER = ("gc", "trace", "profile"), ("descriptors", "mappings", "closerange")  # the threads begin
 
 
@@ -65,24 +69,39 @@ class Actor:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         faulthandler.register(signal.SIGUSR2, file=self.stage.errors, all_threads=True)  # where it hangs
+        LIBC.mallopt(M_MMAP_THRESHOLD, 16 * words.PAGE)  # larger ones go back to the kernel at their end
         sys.setswitchinterval(self.own["switch"])
         main = Log(self.log_path("main"))
         main.note("born", None, os.getpid(), self.policy)
         self._join(main)
-        self.releaser = Releaser(Log(self.log_path("releaser")))
+        self.releaser = None if self.plan["ends"] else Releaser(Log(self.log_path("releaser")))
         threads = [self._thread(plan, slot) for slot, plan in zip(self._slots(), self.own["threads"], strict=True)]
         self._trouble_itself(BEFORE)
-        for thread in (self.releaser, *(thread for thread, _ in threads[1:])):
+        apart = [thread for thread, _ in threads[not self.plan["ends"] :]]
+        for thread in [*filter(None, [self.releaser]), *apart]:
             thread.start()
         self._trouble_itself(AFTER)  # without room for a stack no thread begins
         self.stage.tell_ready(self.index)
         self.begin.set()
-        threads[0][1]()
-        for thread, _ in threads[1:]:
-            thread.join()
-        self.releaser.queue.put(None)
-        self.releaser.join()
+        if not self.plan["ends"]:
+            threads[0][1]()
+        self._await(main, apart)
+        if self.releaser:
+            self.releaser.queue.put(None)
+            self.releaser.join()
         self._leave(main)
+
+    def _await(self, log: Log, threads: list[threading.Thread]) -> None:
+        """Until they have come to their end; one that was ended alone does not come."""
+        lost = [thread for thread in threads if not has_come(thread)]
+        for thread in lost:
+            log.note("ended", thread.name)
+        if lost:  # whatever others wait for because of it, they do so as long as they want
+            self.stage.tell_lost(self.index)
+            while not self.stage.is_through():
+                time.sleep(0.01)
+            log.note("kill", os.getpid())
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _slots(self) -> range:
         before = sum(len(actor["threads"]) for actor in self.plan["actors"][: self.index])
@@ -96,7 +115,7 @@ class Actor:
             body = functools.partial(loop.live, plan["tasks"])
         else:
             worker = Worker(self, slot, log, value, slot)
-            worker.is_main = slot == self._slots()[0]
+            worker.is_main = slot == self._slots()[0] and not self.plan["ends"]
             worker.is_blocked = "masked" in self.extras and not worker.is_main
             body = functools.partial(self._live, worker, plan)
 
@@ -104,7 +123,7 @@ class Actor:
             self.begin.wait()
             body()
 
-        return threading.Thread(target=begin, daemon=True), body
+        return threading.Thread(target=begin, name=f"{self.name}={slot}", daemon=True), body
 
     def _live(self, worker: Worker, plan: Plan) -> None:
         if "blocked" in self.extras and not worker.is_main:
@@ -126,16 +145,29 @@ class Actor:
             inherited.close()
             log.end(number, words.OK)
             engine = self.own["engine"] if self.plan["has_uffd"] else "auto"
-            number = log.begin(words.ATTACH, 0, engine, self.own["how"], 0)
-            try:
-                self.region = pyshare.attach(by, engine=engine)
-            except BaseException as error:
-                log.end(number, words.WRONG, (repr(error),))
-                raise
-            log.end(number, words.OK)
+            while self.region is None:
+                self.region = self._attach(log, by, engine)
             if not isinstance(by, str):
                 os.close(by)
-        self.region.on_violation(self.policy)
+        for _ in range(1000):
+            with contextlib.suppress(pyshare.ParticipantLimit):
+                self.region.on_violation(self.policy)
+                return
+            time.sleep(0.01)
+
+    def _attach(self, log: Log, by: str | int, engine: str) -> pyshare.Region | None:
+        """None: its native thread was ended as it began, at a point."""
+        number = log.begin(words.ATTACH, 0, engine, self.own["how"], 0)
+        try:
+            region = pyshare.attach(by, engine=engine)
+        except BaseException as error:
+            ended = isinstance(error, OSError) and error.errno == errno.EOWNERDEAD
+            log.end(number, *(describe(error) if ended else (words.WRONG, (repr(error),))))
+            if ended:
+                return None
+            raise
+        log.end(number, words.OK)
+        return region
 
     def _leave(self, log: Log) -> None:
         """As at the end of a program that closes what it has used."""
@@ -221,3 +253,12 @@ class Actor:
     def _closerange(self) -> None:
         """As daemons do; the harness's own descriptors are above."""
         os.closerange(3, RESERVED)
+
+
+def has_come(thread: threading.Thread) -> bool:
+    """Waits until it has come to its end; False: it was ended alone, and Python does not know."""
+    while thread.is_alive():
+        if not os.path.exists(f"/proc/self/task/{thread.native_id}") and thread.is_alive():
+            return False
+        thread.join(0.02)
+    return True

@@ -16,6 +16,7 @@ from histories.hands import FAILED, Ground
 from histories.imaging import Imaging
 from histories.log import Log
 from histories.plan import Step
+from histories.stage import RESERVED
 from histories.words import PAGE
 
 CHILD_SECONDS = 20.0  # after which a child hangs
@@ -44,6 +45,8 @@ class Births(Imaging):
         """The child's whole life."""
         code = 1
         try:
+            if step["end"] == "daemon":
+                become_daemon()
             self.actor.become_child(f"{self.actor.name}-{self.slot}.{self.forks}")
             os.close(self.source)  # two descriptors that it needs for its log, should there be no others
             self.actor.own_ways[self.slot].close()
@@ -52,10 +55,14 @@ class Births(Imaging):
             except BaseException:
                 os._exit(code)  # with no log of its own: the other one is its parent's
             self.log.note("born", self.actor.name, os.getpid(), self.actor.policy)
+            if step["end"] == "daemon":
+                self.log.note("daemon", self.actor.name)
             self.cell = words.cell_of(self.slot, self.actor.stage.threads, True)
             self._value = words.first_value(self.cell, self.actor.life, self.forks)
             self.kept, self.files, self.is_main = [], [], False
             self.take_steps(step["steps"])
+            if step["end"] == "exec":  # without close
+                os.execv("/bin/sleep", ["sleep", "0.05"])
             code = 0
         except BaseException as error:
             self.log.stray(repr(error))
@@ -63,7 +70,7 @@ class Births(Imaging):
             os._exit(code)
 
     def bury(self, pid: int, step: Step) -> None:
-        """Returns when the child has ended, killed perhaps."""
+        """Returns when the child has ended, killed perhaps; a daemon is the conductor's to bury."""
         start = time.monotonic()
         if step["end"] == "kill":
             time.sleep(0.002)
@@ -82,7 +89,10 @@ class Births(Imaging):
     def do_attach(self, step: Step) -> None:
         self.attached += 1
         region = self.on.region
-        by = region.name if step["by"] == "name" and region.name else region.fileno()
+        try:
+            by = region.name if step["by"] == "name" and region.name else region.fileno()
+        except (pyshare.ParticipantLimit, OSError):  # it has no part
+            return
         engine = step["engine"] if self.actor.plan["has_uffd"] else "auto"
         participant = (self.slot + 1) * 10_000 + self.attached
         before = self.on
@@ -119,3 +129,15 @@ class Births(Imaging):
         number, result, ended = self.do(words.OBSERVE, (step["at"], 1, "observer", ""), observe)
         if result is not FAILED:
             self.log.end(number, words.OK, self.words_of(result), at=ended)
+
+
+def become_daemon() -> None:
+    """The parent's child ends at once; its own child goes on, in a session of its own, and closes what it has got."""
+    middle = os.getpid()
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    os.closerange(3, RESERVED)
+    while os.getppid() == middle:
+        time.sleep(0.001)

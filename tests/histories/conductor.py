@@ -31,6 +31,7 @@ LIBC = ctypes.CDLL(None)
 PR_SET_CHILD_SUBREAPER = 36
 LOOK = 0.002  # seconds between two looks
 LATE = 0.01
+GLANCE = 0.12  # as seldom a participant looks for what is left of snapshots
 OPEN_SECONDS = 0.2  # the conductor itself waits for nobody longer
 LIVES = 40  # of all actors
 END_SECONDS = 20.0  # after which a process that does not end hangs
@@ -75,8 +76,8 @@ class Conductor:
         self.lives[index] += 1
         life = self.lives[index]
         self.stage.reset(index)
-        if self.plan["points"] and life % 2 == 0:
-            os.environ["PYSHARE_POINT"] = self.plan["actors"][index]["point"]
+        if self.plan["ends" if life % 2 else "points"]:
+            os.environ["PYSHARE_POINT"] = self.plan["actors"][index]["ended" if life % 2 else "point"]
         self.log.note("spawn", index, life)
         pid = os.fork()
         if pid == 0:
@@ -162,6 +163,8 @@ class Conductor:
         end = self.now + END_SECONDS
         opened = 0.0
         while self.pids and self._look() < end:
+            if all(map(self.stage.is_lost, self.pids)):
+                self.stage.tell_through()
             if self.now - opened > 0.5:
                 self._open()
                 opened = self.now
@@ -176,6 +179,9 @@ class Conductor:
         end = self.now + END_SECONDS
         while self._has_children() and self._look() < end:
             pass
+        for pid in _children():  # that others have forked
+            self.log.note("hangs", pid, _where(pid))
+            os.kill(pid, signal.SIGKILL)
         self._look_at_what_is_left()
 
     def _has_children(self) -> bool:
@@ -211,6 +217,8 @@ class Conductor:
         self.log.note(
             "participants", [one.pid for one in region.participants() if one.alive and one.pid != os.getpid()]
         )
+        time.sleep(GLANCE)
+        region.generation  # noqa: B018  what the dead had of snapshots goes
         self.log.note("blocks", self._blocks())
         region.close()
         del region
@@ -236,6 +244,11 @@ class Conductor:
         with open("/proc/self/maps") as file:
             mapped = sum("memfd:" in line for line in file)
         return {"fd": len(os.listdir("/proc/self/fd")), "task": len(os.listdir("/proc/self/task")), "mapped": mapped}
+
+
+def _children() -> list[int]:
+    with open("/proc/thread-self/children") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 def _where(pid: int) -> list[str]:

@@ -109,6 +109,7 @@ class Facts:
             [self._hold(op) for op in self.by_kind[kind] if is_perhaps_held(op)]
             for kind in (words.LEASE, words.LOCK, words.FREEZE)
         )
+        self.ended: set[str] = {values[0] for _, values in history.noted("ended")}  # threads, alone
         self.certain_leases = Intervals(certainly(self.leases))
         self.held_by = self._held_by()
         self.leases_on = [Intervals(self._leases_on(page)) for page in range(self.hot)]

@@ -10,8 +10,10 @@ Invariants
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
+import operator
 import os
 import struct
 import time
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from histories.actor import Actor
 
 FAILED: Any = object()
+BAG = 48  # pages that are gathered: more than what is malloc's for ever, so what is stored after its end faults
 
 
 class Ground:
@@ -159,6 +162,10 @@ LOADS: dict[str, Callable[[Ground, int], bytes]] = {
 }
 
 
+def _insert(bag: bytearray, data: memoryview) -> None:
+    bag[len(bag) // 2 : 0] = data
+
+
 class Hand:
     """One thread of an actor; `slot` is its number among all threads of the plan."""
 
@@ -210,7 +217,9 @@ class Hand:
         """False: the access would end us, or make us wait, by all that is known; so only the bold try."""
         if self.actor.policy == "raise" or step["bold"] or self.is_blocked:
             return True
-        return bool(self.on.region.protection(self.hot[step["at"]] * PAGE) & bit)
+        with contextlib.suppress(pyshare.ParticipantLimit, OSError):  # it has no part
+            return bool(self.on.region.protection(self.hot[step["at"]] * PAGE) & bit)
+        return False
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
 
@@ -237,11 +246,13 @@ class Hand:
     def load_into_bag(self, index: int) -> None:
         """Into a bytearray that all threads of the process use: what it holds nobody knows, but that it lives on."""
         at, bag, view = self.hot[index] * PAGE, self.actor.bag, self.on.view
+        put = (operator.iadd, bytearray.extend, _insert)[index % 3]
 
         def load() -> None:
-            bag[len(bag) // 2 : 0] = view[at : at + PAGE]
-            if len(bag) > 16 * PAGE:
-                bag.clear()
+            for _ in range(8):
+                put(bag, view[at : at + PAGE])
+                if len(bag) > BAG * PAGE:
+                    bag.clear()
 
         number, result, ended = self.do(words.LOAD, (index, 1, "bag", ""), load)
         if result is not FAILED:
@@ -269,6 +280,13 @@ class Hand:
         if result is not FAILED:
             self.log.end(number, words.OK, result, at=ended)
             self.keep_generation(result)
+
+    def do_churn(self, step: Step) -> None:
+        """Changes of the same pages, one right after the other."""
+        for turn in range(step["turns"]):
+            if self.actor.is_over():
+                return
+            self.do_change({**step, "prot": step["prots"][turn % 2]})
 
     def keep_generation(self, generation: int) -> None:
         self.generations = [*self.generations[-7:], generation]

@@ -199,6 +199,7 @@ class Holding(Hand):
         del lock
         try:
             self.spin(step["pause"])
+            time.sleep(step.get("keep", 0))
             self.take_steps(step["inner"])
         finally:
             self.let_go(words.UNLOCK, self.name_of(number), held, step["end"])

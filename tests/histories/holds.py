@@ -6,13 +6,14 @@ Lives here: those judgements, and that nothing is stored where nobody may.  Not 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import Facts, Hold, Intervals, certainly, finding, pages_of
+from histories.facts import Facts, Hold, Intervals, Span, certainly, finding, pages_of
 from histories.history import FOREVER, Op
-from histories.rights import Rights, Span, is_done
+from histories.rights import Rights, is_done
 
 
 class Holds:
@@ -81,11 +82,21 @@ class Holds:
             f"lock {index}": [hold for hold in facts.locks if hold.op.args[0] == index]
             for index in {hold.op.args[0] for hold in facts.locks}
         }
-        for what, on in (*pages.items(), *locks.items()):
+        between = self._between()
+        for what, on in (*pages.items(), *between.items(), *locks.items()):
             yield from self._must_be_told(on, what)
-        calls = self._died_in_calls()
-        yield from self._must_not_be_told(list(pages.values()), [calls[page] for page in range(facts.hot)])
+        calls = [*map(self._died_in_calls().__getitem__, range(facts.hot)), *([] for _ in between)]
+        yield from self._must_not_be_told([*pages.values(), *between.values()], calls)
         yield from self._must_not_be_told(list(locks.values()), [[]] * len(locks))
+
+    def _between(self) -> dict[str, list[Hold]]:
+        """Leases of the pages between two hot ones, which are leased with both."""
+        hot, found = self._facts.plan["hot"], {}
+        for page, (one, other) in enumerate(itertools.pairwise(hot)):
+            if other > one + 1:
+                both = [hold for hold in leases_of(self._facts, page) if page + 1 in pages_of(hold.op)]
+                found[f"pages behind hot page {page}"] = both
+        return found
 
     def _died_in_calls(self) -> dict[int, list[Op]]:
         """Of each page, the calls that had it leased for themselves when their process died."""

@@ -10,16 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from histories import words
-from histories.facts import Facts, Span, finding, without
-from histories.history import Op
+from histories.facts import Facts, Intervals, Span, finding, pages_of, without
+from histories.history import FOREVER, Op
 from histories.registers import Registers
+from histories.rights import Rights
+from histories.words import WRITE
+
+REMEMBERED = 700  # changes of which everything is known, some of which no history knows
 
 
 class Images:
     """Of one history."""
 
-    def __init__(self, facts: Facts, registers: Registers) -> None:
-        self._facts, self._registers = facts, registers
+    def __init__(self, facts: Facts, rights: Rights, registers: Registers) -> None:
+        self._facts, self._rights, self._registers = facts, rights, registers
+        kinds = {words.CHANGE: True, words.FREEZE: True, words.SNAPSHOT: False, words.GENERATION: False}  # it made it
+        self._known = [
+            (op.value, op.begin, made)
+            for kind, made in kinds.items()
+            for op in facts.by_kind[kind]
+            if op.outcome == words.OK
+        ]
+        self._touched = [Intervals(self._touches(page)) for page in range(facts.hot)]
+        self._everything = Intervals(self._of_everything())
 
     def judge(self) -> Iterator[str]:
         yield from self._the_same()
@@ -112,11 +125,51 @@ class Images:
     def _dirty(self, op: Op) -> Iterator[str]:
         kind = op.args[0]
         found, _ = op.value
+        yield from self._untouched(op, found)
         missing = [page for page in range(self._facts.hot) if page not in found]
         if kind == "snapshot":
             yield from self._differs(op, missing)
         else:
             yield from self._written_since(op, missing)
+
+    def _untouched(self, op: Op, found: list[int]) -> Iterator[str]:
+        """It names no page that nobody had leased, restored or changed since, and that nobody might write."""
+        since = op.args[1] if op.args[0] == "generation" else self._facts.by_id[op.args[1]].value
+        if not since or self._latest(op.end) - since > REMEMBERED:
+            return  # of such a time all that there ever was counts
+        begin = self._generation_began(since)
+        if self._everything.any_meeting(begin, op.end):
+            return
+        for page in found:
+            if self._touched[page].any_meeting(begin, op.end):
+                continue
+            if not any(prot & WRITE for prot in self._rights.pages[page].protections(begin, op.end)):
+                yield finding(f"dirty(since {op.args[1]}) names hot page {page}, which nobody has touched", op)
+
+    def _touches(self, page: int) -> Iterator[tuple[int, int, Op]]:
+        """Leases, of the dead for ever, and those that came to nothing: one that looks for all of its pages has some
+        for a moment.  Calls that lease; changes, whatever of.
+        """
+        for hold in self._facts.leases_on[page].meeting(-1, FOREVER):
+            yield hold.possible[0], FOREVER if hold.died else hold.possible[1], hold.op
+        for kind in (words.LEASE, words.READINTO, words.RECEIVE, words.CHANGE):
+            for op in self._facts.by_kind[kind]:
+                if page in pages_of(op):
+                    yield op.begin, op.end if op.outcome in (words.OK, words.REFUSED) else FOREVER, op
+
+    def _of_everything(self) -> Iterator[tuple[int, int, Op]]:
+        """Freezes are changes of all pages; so are restores."""
+        for kind in (words.FREEZE, words.THAW, words.RESTORE):
+            for op in self._facts.by_kind[kind]:
+                yield op.begin, op.end if op.outcome == words.OK else FOREVER, op
+
+    def _latest(self, at: int) -> int:
+        """The latest generation that there may have been then, of those that are known."""
+        return max((generation for generation, begin, _ in self._known if begin <= at), default=0)
+
+    def _generation_began(self, generation: int) -> int:
+        """Not before this."""
+        return max((begin for known, begin, made in self._known if made and known <= generation), default=-1)
 
     def _differs(self, op: Op, missing: list[int]) -> Iterator[str]:
         """At each moment of the call the page was not what the snapshot holds: then it is dirty."""

@@ -8,10 +8,10 @@ knows what it holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import socket
-import struct
 import warnings
 import zlib
 from multiprocessing.reduction import ForkingPickler
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import pyshare
 from histories import words
 from histories.hands import FAILED
-from histories.holding import Holding
 from histories.plan import Step
-from histories.words import PAGE, WORD
+from histories.receiving import Receiving
+from histories.words import PAGE
 
 KEPT = 2  # snapshots that a thread has; eight are all that a region has
+FILES = 4  # images that it has
 
 
 class Kept(NamedTuple):
@@ -34,13 +35,21 @@ class Kept(NamedTuple):
     snapshot: pyshare.Snapshot
 
 
-class Imaging(Holding):
-    """Snapshots, images, what is dirty; and descriptors that are read into the region."""
+class Saved(NamedTuple):
+    """An image of a snapshot, which may need another one."""
+
+    name: str
+    path: str
+    base: str | None
+
+
+class Imaging(Receiving):
+    """Snapshots, images, what is dirty."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.kept: list[Kept] = []
-        self.files: list[tuple[str, str]] = []  # (snapshot, path)
+        self.files: list[Saved] = []
 
     def _which(self, step: Step) -> Kept | None:
         return self.kept[step["which"] % len(self.kept)] if self.kept else None
@@ -56,13 +65,15 @@ class Imaging(Holding):
         kept = Kept(self.name_of(number), snapshot)
         del snapshot
         self.kept.append(kept)
-        for _ in range(step["looks"]):
+        keep = step["keep"]
+        for turn in range(step["looks"]):
             if not self.look(kept, step["means"]):
+                keep &= turn > 0
                 break
             self.spin(step["pause"])
         del kept
-        if not step["keep"] or len(self.kept) > KEPT:
-            self.drop(-1 if not step["keep"] else 0, "close")
+        if not keep or len(self.kept) > KEPT:
+            self.drop(-1 if not keep else 0, "close")
 
     def look(self, kept: Kept, means: str) -> bool:
         """Its hot pages are read; False: something went wrong."""
@@ -109,13 +120,19 @@ class Imaging(Holding):
         if kept is None:
             return
         path = os.path.join(self.actor.folder, f"{self.actor.name}={self.slot}-{self.log.number}.image")
-        number, result, ended = self.do(words.SAVE, (kept.name, path), lambda: kept.snapshot.save(path))
+        base = self.files[step["since"] % len(self.files)].path if self.files and step["since"] is not None else None
+        since = kept.snapshot if base and base == kept.snapshot.saved_as else base
+        arguments = (kept.name, path, base)
+        number, result, ended = self.do(words.SAVE, arguments, lambda: kept.snapshot.save(path, since=since))
         if result is FAILED:
             return
         self.log.end(number, words.OK, at=ended)
-        self.files.append((kept.name, path))
-        if len(self.files) > KEPT:
-            os.unlink(self.files.pop(0)[1])
+        self.files.append(Saved(kept.name, path, base))
+        if len(self.files) > FILES:  # the first that no other needs
+            needed = {file.base for file in self.files}
+            spare = next(file for file in self.files if file.path not in needed)
+            self.files.remove(spare)
+            os.unlink(spare.path)
 
     # -- From one process to another -----------------------------------------------------------------------------------
 
@@ -147,10 +164,15 @@ class Imaging(Holding):
             return
 
         def adopt() -> pyshare.Snapshot | None:
-            with contextlib.suppress(FileNotFoundError, ConnectionError, EOFError):
+            try:
                 found: pyshare.Snapshot = pickle.loads(data)
-                return found
-            return None  # its sender has died
+            except (FileNotFoundError, ConnectionError, EOFError):
+                return None  # its sender has died
+            except RuntimeError as error:
+                if "ancdata" not in str(error):
+                    raise
+                raise OSError(errno.EMFILE, "as Python says it where a descriptor does not come") from error
+            return found
 
         number, snapshot, ended = self.do(words.ADOPT, (name,), adopt)
         if snapshot is FAILED:
@@ -160,15 +182,15 @@ class Imaging(Holding):
             return
         self.kept.append(Kept(name, snapshot))
         del snapshot
-        self.look(self.kept[-1], "read")
-        if not step["keep"] or len(self.kept) > KEPT:
-            self.drop(-1 if not step["keep"] else 0, "close")
+        keep = self.look(self.kept[-1], "read") and step["keep"]
+        if not keep or len(self.kept) > KEPT:
+            self.drop(-1 if not keep else 0, "close")
 
     # -- Restores, and what is dirty -----------------------------------------------------------------------------------
 
     def do_restore(self, step: Step) -> None:
         if step["file"] and self.files:
-            name, path = self.files[step["which"] % len(self.files)]
+            name, path, _ = self.files[step["which"] % len(self.files)]
             source: Any = path
         elif kept := self._which(step):
             name, source = kept
@@ -197,53 +219,6 @@ class Imaging(Holding):
         found = {page for offset, length in runs for page in range(offset // PAGE, -(-(offset + length) // PAGE))}
         hot = [index for index, page in enumerate(self.hot) if page in found]
         self.log.end(number, words.OK, (hot, len(found) - len(hot)), at=ended)
-
-    # -- What system calls store ---------------------------------------------------------------------------------------
-
-    def do_readinto(self, step: Step) -> None:
-        """A value by a pipe."""
-        value = self.next_value()
-        at, timeout, region = self.hot[step["at"]] * PAGE + WORD * self.cell, step["timeout"], self.on.region
-        reading, writing = self.pipe
-        with contextlib.suppress(BlockingIOError):  # what one that failed has left
-            os.read(reading, PAGE)
-        os.write(writing, struct.pack("@Q", value))
-        arguments = (step["at"], "readinto", value, self.cell, timeout)
-        number, result, ended = self.do(
-            words.READINTO, arguments, lambda: region.readinto(reading, at, WORD, timeout=timeout)
-        )
-        if result is not FAILED:
-            self.log.end(number, words.OK, result, at=ended)
-
-    def do_send(self, step: Step) -> None:
-        """Datagrams for another thread, each a value that nobody else stores."""
-        ways = self.actor.ways
-        to = step["to"] % len(ways)
-        for _ in range(step["count"]):
-            value = self.next_value()
-            number = self.log.begin(words.SEND, self.on.participant, to, value)
-            try:
-                ways[to].send(struct.pack("@Q", value), socket.MSG_DONTWAIT)
-                self.log.end(number, words.OK)
-            except (BlockingIOError, ConnectionError):
-                self.log.end(number, words.GONE)
-
-    def do_receive(self, step: Step) -> None:
-        """The next datagram, which is looked at first, into the own cell."""
-        if self.actor.is_child:
-            return
-        way, timeout, region = self.actor.own_ways[self.slot], step["timeout"], self.on.region
-        try:
-            value = struct.unpack("@Q", way.recv(WORD, socket.MSG_PEEK | socket.MSG_DONTWAIT))[0]
-        except BlockingIOError:
-            return
-        at = self.hot[step["at"]] * PAGE + WORD * self.cell
-        arguments = (step["at"], "recv_into", value, self.cell, timeout)
-        number, result, ended = self.do(
-            words.RECEIVE, arguments, lambda: region.recv_into(way, at, WORD, timeout=timeout)
-        )
-        if result is not FAILED:
-            self.log.end(number, words.OK, result, at=ended)
 
 
 warnings.filterwarnings("ignore", category=ResourceWarning)  # held objects are dropped on purpose

@@ -25,7 +25,7 @@ def judge(history: History) -> list[str]:
     rights = Rights(facts)
     registers = Registers(facts, rights)
     found = [f"stray exception in {thread}: {text}" for thread, _, text in history.strays]
-    for judgement in (registers, rights, Images(facts, registers), Holds(facts, rights), Waits(facts, rights)):
+    for judgement in (registers, rights, Images(facts, rights, registers), Holds(facts, rights), Waits(facts, rights)):
         found += judgement.judge()
     return found
 

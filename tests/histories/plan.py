@@ -41,17 +41,22 @@ ENDS = ["release", "release", "with", "handed", "dropped"]
 ALL = [
     "change", "store", "load", "transact", "nine", "lock", "freeze", "snapshot", "look", "save", "pass", "adopt",
     "drop", "restore", "dirty", "generation", "readinto", "receive", "send", "fork", "attach", "observe",
-    "pour", "stem",
+    "pour", "stem", "tls", "churn",
 ]  # fmt: skip
 SELDOM = {"fork": 0.1, "attach": 0.15, "observe": 0.2, "nine": 0.3, "save": 0.3, "pass": 0.3,
-          "restore": 0.5, "freeze": 0.5, "generation": 0.5}  # fmt: skip
-TROUBLES = ["kill", "stop", "term", "int", "point"]
+          "restore": 0.5, "freeze": 0.5, "generation": 0.5, "tls": 0.5, "churn": 0.1}  # fmt: skip
+TROUBLES = ["kill", "stop", "term", "int", "point", "ended"]
 EXTRAS = ["gc", "trace", "profile", "profiler", "descriptors", "mappings", "blocked", "masked", "closerange"]
 BULK = 8192  # pages of a part that is stored to at once
 POINTS = [
     "C1_lock", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "A2_apply", "R1_claim", "R2_remote",
     "H1_take", "H2_open", "H3_close", "H4_release", "K1_close", "K2_wait", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
     "S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open", "S6_save", "J1_claim", "J2_lock", "J3_apply",
+]  # fmt: skip
+ENDINGS = [  # where a thread may be ended alone, as by a seccomp filter: it does not have the interpreter there
+    "J1_claim", "J1_claim", "J2_lock", "J3_apply", "J4_live", "A1_wait", "A2_apply", "A4_ack",
+    "C1_lock", "C2_save", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "R1_claim", "R2_remote",
+    "K1_close", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
 ]  # fmt: skip
 
 
@@ -88,12 +93,24 @@ class _Deviser:
     def _change(self, low: int = 0) -> Step:
         return {**self._range(low), "prot": self._rng.choice(self._plan["protections"]), **self._patience()}
 
+    def _churn(self) -> Step:
+        prots = [self._rng.choice(self._plan["protections"]) for _ in range(2)]
+        step = {**self._range(), "prots": prots, "turns": int(10 ** self._rng.uniform(0.5, 3.3)), **self._patience()}
+        if self._plan["mood"] == "storm":
+            step |= {"at": 0, "count": len(self._plan["hot"]), "turns": 1000}
+        elif self._plan["mood"] == "gather":
+            step |= {"prots": [0, READ_WRITE], "turns": 100}
+        return step
+
     def _store(self) -> Step:
         bold = self._rng.random() < 0.05  # also where it is forbidden
         return {**self._page(), "means": self._rng.choice(STORES), "bold": bold}
 
     def _load(self) -> Step:
-        return {**self._page(), "means": self._rng.choice(LOADS), "bold": self._rng.random() < 0.05}
+        means = self._rng.choice(LOADS)
+        if self._plan["mood"] == "gather":
+            return {**self._page(), "means": "bag", "bold": True}
+        return {**self._page(), "means": means, "bold": self._rng.random() < 0.05}
 
     def _transact(self, low: int = 0, depth: int = 0) -> Step:
         rng, step = self._rng, {**self._range(low), **self._patience()}
@@ -112,6 +129,8 @@ class _Deviser:
     def _lock(self) -> Step:
         inner = [self._step("change" if self._rng.random() < 0.5 else "transact")] if self._rng.random() < 0.2 else []
         step = {"index": self._rng.randrange(3), "pause": self._pause(), "end": self._rng.choice(ENDS), "inner": inner}
+        if self._plan["mood"] == "queue":
+            step |= {"index": 0, "keep": 0.004}  # seconds
         return {**step, **self._patience()}
 
     def _freeze(self) -> Step:
@@ -130,7 +149,8 @@ class _Deviser:
         return {"which": self._rng.randrange(8), "means": self._rng.choice(["read", "view"])}
 
     def _save(self) -> Step:
-        return {"which": self._rng.randrange(8)}
+        since = self._rng.randrange(8) if self._rng.random() < 0.6 else None
+        return {"which": self._rng.randrange(8), "since": since}
 
     def _pass(self) -> Step:
         return {"which": self._rng.randrange(8), "to": self._rng.randrange(64)}
@@ -156,6 +176,9 @@ class _Deviser:
     def _receive(self) -> Step:
         return self._page() | self._patience()
 
+    def _tls(self) -> Step:
+        return self._page() | self._patience()
+
     def _send(self) -> Step:
         return {"to": self._rng.randrange(64), "count": self._rng.randrange(1, 4)}
 
@@ -164,7 +187,7 @@ class _Deviser:
         return [self._step(name) for name in self._rng.choices(few, k=self._rng.randrange(1, 8))]
 
     def _fork(self) -> Step:
-        return {"steps": self._few(), "end": self._rng.choice(["exit", "exit", "kill"])}
+        return {"steps": self._few(), "end": self._rng.choice(["exit", "exit", "kill", "exec", "daemon"])}
 
     def _attach(self) -> Step:
         engine = self._rng.choice(["auto", "mprotect", "uffd"])
@@ -192,6 +215,12 @@ class _Deviser:
         return steps
 
 
+def steps_of(plan: Plan) -> set[str]:
+    """Kinds of the steps that its threads take."""
+    threads = [thread for actor in plan["actors"] for thread in actor["threads"]]
+    return {step["do"] for thread in threads for step in thread.get("steps", [])}
+
+
 def _hot(rng: random.Random, pages: int) -> list[int]:
     """The pages in which something happens: neighbours, perhaps over a border of 2 MiB, and perhaps the ends."""
     count = rng.randrange(3, 13)
@@ -202,35 +231,58 @@ def _hot(rng: random.Random, pages: int) -> list[int]:
     return sorted(hot)
 
 
-def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int) -> list[dict[str, Any]]:
+def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int, queue: bool) -> list[dict[str, Any]]:
     troubles, at = [], 0.0
-    mean = rng.choice([0.02, 0.1, 0.4])
+    mean = rng.choice([0.02, 0.1, 0.4]) if not queue else 0.5
     while kinds and (at := at + rng.expovariate(1 / mean)) < seconds:
         trouble: dict[str, Any] = {"at": round(at, 4), "what": rng.choice(kinds), "whom": rng.randrange(actors)}
         if trouble["what"] == "stop":
-            trouble["for"] = round(rng.choice([0.002, 0.02, 0.2, 0.6]) * rng.uniform(0.5, 1.5), 4)
+            about = rng.choice([0.002, 0.02, 0.2, 0.6]) if not queue else 0.8
+            trouble["for"] = round(about * rng.uniform(0.5, 1.5), 4)
         troubles.append(trouble)
     return troubles
 
 
+def _mood(rng: random.Random, chosen: list[str], quiet: bool) -> str | None:
+    """What many have to do at once, or it shows nothing.
+
+    storm: all processes but the first make changes, and nothing else.  gather: likewise, and the first has two threads
+    that gather pages in one bytearray.  queue: all locks are one, which who has it keeps, and processes are stopped.
+    """
+    possible = {"storm": "churn" in chosen, "gather": {"churn", "load"} <= {*chosen}, "queue": "lock" in chosen}
+    mood = rng.choice([*possible, None, None, None, None])
+    return mood if mood and possible[mood] and not (quiet and mood == "queue") else None
+
+
 def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: list[int], extras: list[str]) -> Plan:
+    gathers = plan["mood"] == "gather" and slots[0] == 0
+    if gathers:
+        weights = {"load": 1.0}
+    elif plan["mood"] in ("storm", "gather") and slots[0]:
+        weights = {"churn": 1.0}
+    elif plan["mood"] == "queue":
+        weights = {**weights, "lock": 10.0}
     own = [extra for extra in extras if rng.random() < 0.3]
     if "profiler" in own:
         own = [extra for extra in own if extra != "profile"]  # there is one profile function
     threads: list[Plan] = []
     for slot in slots:
         deviser = _Deviser(rng, plan, weights)
-        if slot != slots[0] and "descriptors" not in own and rng.random() < 0.2:
+        loops = not ("descriptors" in own or plan["ends"] or plan["mood"])
+        if slot != slots[0] and loops and rng.random() < 0.2:
             threads.append({"kind": "loop", "tasks": [deviser.task(40) for _ in range(3)]})
         else:
             threads.append({"kind": "plain", "steps": deviser.steps(120)})
     return {
-        "how": rng.choice(["fork", "name", "fd"]),
+        "how": rng.choice(
+            ["fork", "name", "fd"] if plan["room"] is None else ["fork"]
+        ),  # to come again is no sure thing
         "engine": rng.choice(["auto", "uffd", "mprotect"]),
-        "policy": rng.choice(["die", "raise", "raise", "wait"]),
+        "policy": rng.choice(["die", "raise", "raise", "wait"] if not gathers else ["wait"]),
         "switch": rng.choice([0.005, 0.0002]),  # seconds between two threads of Python
         "extras": own,
         "point": f"{rng.choice(POINTS)}={rng.choice(['kill', 'kill', 'stop'])}@{rng.randrange(1, 40)}",
+        "ended": f"{(ending := rng.choice(ENDINGS))}=exit@{rng.randrange(1, 4 if ending[0] == 'J' else 40)}",
         "free": rng.choice([1, 1, 2, 8]),  # descriptors, where they are few
         "threads": threads,
     }
@@ -263,11 +315,18 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
     weights = {name: rng.choice([0.5, 1, 1, 2, 4]) * SELDOM.get(name, 1) for name in chosen}
     quiet = rng.random() < 0.4 if calm is None else calm
     extras = [] if quiet else [extra for extra in EXTRAS if rng.random() < 0.25]
+    kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
+    plan["mood"] = _mood(rng, chosen, quiet)
+    if plan["mood"] == "queue":
+        kinds = ["stop"]
+    plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
+    counts = {"gather": [2, 1], "storm": [1, 1, 1, 1]}.get(plan["mood"] or "", counts)
+    plan["room"] = len(counts) + rng.randrange(2, 4) if rng.random() < 0.15 else None  # participants
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]
-    kinds = [] if quiet else [kind for kind in TROUBLES if rng.random() < 0.4]
     plan["points"] = "point" in kinds
-    troubles = _troubles(rng, seconds, [kind for kind in kinds if kind != "point"], len(counts))
+    kinds = [kind for kind in kinds if kind not in ("point", "ended")]
+    troubles = _troubles(rng, seconds, kinds, len(counts), plan["mood"] == "queue")
     plan["troubles"] = [trouble for trouble in troubles if not _confuses(trouble, plan)]
     return plan

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from histories import words
 from histories.facts import ACCESSES, Change, Facts, Hold, Intervals, Span, finding, pages_of, without
-from histories.history import FOREVER, Op
+from histories.history import FOREVER, Life, Op
 from histories.words import READ, WRITE
 
 
@@ -186,7 +186,8 @@ class Rights:
 
     def may_be_refused(self, op: Op) -> bool:
         """Something may have forbidden it."""
-        if "mappings" in self._extras(op) or self._is_detached(op):
+        life = self._facts.history.lives.get(op.process)
+        if "mappings" in self._extras(op) or (life is not None and self.is_detached(life, op)):
             return True
         bit = self._bit(op)
         if bit == WRITE and (self.frozen.any_meeting(op.begin, op.end) or self._restores.any_meeting(op.begin, op.end)):
@@ -202,13 +203,13 @@ class Rights:
         extras: list[str] = self._facts.plan["actors"][index]["extras"]
         return extras
 
-    def _is_detached(self, op: Op) -> bool:
-        """A forked child that could not join: it was told so, or somebody was stopped meanwhile."""
-        life = self._facts.history.lives.get(op.process)
-        return (
-            life is not None
-            and "-" in life.name
-            and any(begin < op.end and end > life.born - 6_000_000_000 for _, begin, end in self._facts.history.stops)
+    def is_detached(self, life: Life, op: Op | None = None) -> bool:
+        """A forked child that could not join: there was no room, or somebody was stopped meanwhile."""
+        if "-" not in life.name:
+            return False
+        stops, last = self._facts.history.stops, op.end if op else FOREVER
+        return bool(self._facts.plan.get("room")) or any(
+            begin < last and end > life.born - 6_000_000_000 for _, begin, end in stops
         )
 
     def _lease_refused(self, op: Op) -> Iterator[str]:

@@ -26,17 +26,12 @@ class Stage:
         self.threads = sum(len(actor["threads"]) for actor in plan["actors"])
         self._board = mmap.mmap(-1, mmap.PAGESIZE)
         self._counters = memoryview(self._board).cast("Q")
-        pairs = [self._pair(socket.SOCK_DGRAM) for _ in range(self.threads)]
+        pairs = [reserved_pair(socket.SOCK_DGRAM) for _ in range(self.threads)]
         self.way_senders, self.way_receivers = [a for a, _ in pairs], [b for _, b in pairs]
-        pairs = [self._pair(socket.SOCK_DGRAM) for _ in range(self.threads)]
+        pairs = [reserved_pair(socket.SOCK_DGRAM) for _ in range(self.threads)]
         self.box_senders, self.box_receivers = [a for a, _ in pairs], [b for _, b in pairs]
         self.errors = reserve(os.open(os.path.join(folder, "stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         self.region = self._create()
-
-    def _pair(self, kind: int) -> tuple[socket.socket, socket.socket]:
-        pair = socket.socketpair(socket.AF_UNIX, kind)
-        one, other = (socket.socket(each.family, each.type, fileno=reserve(each.detach())) for each in pair)
-        return one, other
 
     def _create(self) -> pyshare.Region:
         plan = self.plan
@@ -46,7 +41,7 @@ class Stage:
             size=(plan["pages"] + plan["bulk"]) * 4096 + plan["tail"],
             prot=plan["prot"],
             engine=plan["engine"],
-            max_participants=64,
+            max_participants=plan["room"] or 64,
         )
         plan["has_uffd"] = region.engine == "uffd" or plan["engine"] == "mprotect"
         if plan["stripes"]:
@@ -75,7 +70,7 @@ class Stage:
 
     def reset(self, actor: int) -> None:
         """Before its next life."""
-        self._counters[1 + actor] = 0
+        self._counters[1 + actor] = self._counters[192 + actor] = 0
 
     def tell_handled(self, actor: int, number: int) -> None:
         self._counters[64 + 2 * actor + (number == signal.SIGINT)] += 1
@@ -93,6 +88,20 @@ class Stage:
         pids = (self._counters[128 + actor] for actor in range(len(self.plan["actors"])) if actor != other_than)
         return next((pid for pid in pids if pid), 0)
 
+    def tell_lost(self, actor: int) -> None:
+        """One of its threads was ended alone, and all others are through."""
+        self._counters[192 + actor] = 1
+
+    def is_lost(self, actor: int) -> bool:
+        return bool(self._counters[192 + actor])
+
+    def tell_through(self) -> None:
+        """Nobody is left but who has lost a thread."""
+        self._counters[63] = 1
+
+    def is_through(self) -> bool:
+        return bool(self._counters[63])
+
     def close(self) -> None:
         for one in (*self.way_senders, *self.way_receivers, *self.box_senders, *self.box_receivers):
             one.close()
@@ -104,3 +113,10 @@ def reserve(fd: int) -> int:
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, RESERVED)
     os.close(fd)
     return high
+
+
+def reserved_pair(kind: int) -> tuple[socket.socket, socket.socket]:
+    """Of connected sockets, whose numbers are the harness's."""
+    pair = socket.socketpair(socket.AF_UNIX, kind)
+    one, other = (socket.socket(each.family, each.type, fileno=reserve(each.detach())) for each in pair)
+    return one, other

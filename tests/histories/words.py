@@ -64,7 +64,7 @@ CUT = None  # no end was written: the process died in it, or is in it still
 # -- Kinds of operations -----------------------------------------------------------------------------------------------
 
 STORE = "store"  # (page, means, value, place)
-RECEIVE = "recv_into"  # (page, means, value, place); means: "recv_into"
+RECEIVE = "recv_into"  # (page, means, value, place, timeout) -> bytes; means: "recv_into", or "tls"
 READINTO = "readinto"  # likewise
 LOAD = "load"  # (pages, means) -> words
 CHANGE = "mprotect"  # (page, count, prot, timeout) -> generation
@@ -77,7 +77,7 @@ FREEZE = "frozen"  # (timeout,) -> generation
 THAW = "thaw"  # (freeze, how)
 SNAPSHOT = "snapshot"  # (timeout,) -> generation
 LOOK = "look"  # (snapshot, means) -> (words of all hot pages, CRC-32 of all of them)
-SAVE = "save"  # (snapshot, file)
+SAVE = "save"  # (snapshot, file, the file that it builds on or None)
 PASS = "pass"  # (snapshot, to whom)
 ADOPT = "adopt"  # () -> (snapshot,)
 DROP = "drop"  # (snapshot, how)
