@@ -46,6 +46,8 @@ cdef extern from "sys.h" nogil:
     int64_t PS_NEVER
     int64_t ps_sys_now()
     void ps_sys_pause()
+    int ps_sys_gettid()
+    bint ps_sys_thread_exists(int tid)
 
 cdef extern from "participant.h":
     enum:
@@ -629,7 +631,7 @@ cdef class Handle(Mapped):
 
     cdef ps_region *left     # closed: the address range stays reserved until we die
     cdef Py_ssize_t holds    # leases and locks held
-    cdef Py_ssize_t sweeps   # threads that clear away after a snapshot; they last no second
+    cdef list sweepers       # threads that clear away after a snapshot; they last no second
     cdef set queue           # calls of event loops that wait (_async.pxi), or None
     cdef object itself       # a weak reference: its snapshots', which the garbage collector does not clear with them
 
@@ -670,8 +672,8 @@ cdef class Handle(Mapped):
 
     cdef void count(self) noexcept:
         if self.forks != ps_forks():
-            self.holds = self.sweeps = 0
-            self.queue = None
+            self.holds = 0
+            self.queue = self.sweepers = None
             Mapped.count(self)
 
     cdef corrupt_field(self):
@@ -690,9 +692,13 @@ cdef class Handle(Mapped):
                 "cannot close: memoryviews or arrays of the region exist, a lease or a lock is held, it is frozen by us, "
                 "or another thread or task is using it; release them first")
 
+    cdef bint is_swept(self) except -1:
+        """By a thread that is there: one may have been ended alone."""
+        return self.sweepers is not None and any([ps_sys_thread_exists(tid) for tid in self.sweepers])
+
     def _close(self):
         self.check_unused()
-        while self.sweeps:
+        while self.is_swept():
             PyErr_CheckSignals()
             with nogil:
                 ps_sys_pause()
@@ -729,6 +735,12 @@ cdef class Handle(Mapped):
     def _is_forsaken(self):
         """Open, though nobody can close it any more; asked when the object goes."""
         return self.region is not NULL and not Py_IsFinalizing()
+
+    def __del__(self):
+        # No code of Python runs where nothing was opened: it would handle the signals that are pending, and an exception
+        # of theirs would be lost here.
+        if self._is_forsaken():
+            self._forsake()
 
     def _bring_in(self, str doing):
         """Memory that is to be locked is, as far as it is there."""
@@ -860,11 +872,15 @@ cdef class Handle(Mapped):
         if not self.is_ready():
             return
         self.count()
-        self.sweeps += 1
+        cdef int tid = ps_sys_gettid()
+        if self.sweepers is None:
+            self.sweepers = []
+        self.sweepers.append(tid)
         with nogil:
             ps_snapshot_sweep(self.region)
         self.count()
-        self.sweeps = max(0, self.sweeps - 1)
+        if self.sweepers is not None:  # it is None in a child that has been forked meanwhile
+            self.sweepers.remove(tid)
 
     # -- Leases and locks --
 

@@ -131,9 +131,8 @@ class Region(Mapped, _core.Handle):
         except BufferError:
             self._is_let_go = True
 
-    def __del__(self) -> None:
-        if not self._is_forsaken():
-            return
+    def _forsake(self) -> None:
+        """It was dropped while it was open."""
         try:
             what = repr(self)
         finally:

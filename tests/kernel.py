@@ -221,6 +221,7 @@ SYSTEM_CALLS = {
     "memfd_create": 319,
     "set_robust_list": 273,
     "close_range": 436,
+    "fallocate": 285,
     "futex_waitv": 449,
     "io_uring_setup": 425,
     "ioctl": 16,
@@ -240,12 +241,21 @@ def refuse(call: str, error: int | None, second: int | None = None) -> None:
 
     Where a second argument is given, such calls alone.
     """
-    seccomp, set_filter, all_threads, no_new_privileges = 317, 1, 1, 38
+    _filter(call, second, 0x80000000 if error is None else 0x00050000 | error, all_threads=1)
+
+
+def end_thread_at(call: str) -> None:
+    """From now on this call ends the thread that makes it, and not its process: this one, and those that it starts."""
+    _filter(call, None, 0, all_threads=0)
+
+
+def _filter(call: str, second: int | None, action: int, all_threads: int) -> None:
+    seccomp, set_filter, no_new_privileges = 317, 1, 38
     code = [
         (0x20, 0, 0, 0),  # load the number of the system call
         (0x15, 0, 1 if second is None else 3, SYSTEM_CALLS[call]),  # if it is not this one, let it pass
         *([] if second is None else [(0x20, 0, 0, 24), (0x15, 0, 1, second)]),  # likewise, for the second argument
-        (0x06, 0, 0, 0x80000000 if error is None else 0x00050000 | error),
+        (0x06, 0, 0, action),
         (0x06, 0, 0, 0x7FFF0000),  # allow
     ]
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Child, idle, until
-from kernel import PAGE, libc, until_agents_wait
+from kernel import PAGE, end_thread_at, libc, until_agents_wait
 from members import AT_ONCE, Fork, silent
 
 import pyshare
@@ -102,3 +103,27 @@ def test_who_lives_is_waited_for(fork: Fork, condition: str) -> None:
         assert alone.hear() == "ok"
         assert fork(look).wait() == 0
         alone.say()
+
+
+def test_a_thread_that_was_ended_while_it_swept_keeps_no_close_waiting(fork: Fork) -> None:
+    """It gives back a snapshot's memory, and its thread has no such right."""
+
+    def snapshot() -> None:
+        taken = region.snapshot()
+        region.write(0, b"x")
+        end_thread_at("fallocate")
+        taken.close()
+
+    def body(child: Child) -> None:
+        sweeper = threading.Thread(target=snapshot, daemon=True)
+        sweeper.start()
+        until(lambda: not os.path.exists(f"/proc/self/task/{sweeper.native_id}"))
+        region.close()
+        child.say()
+        os._exit(0)
+
+    with pyshare.create(size=2 * PAGE) as region:
+        region.write(0, b"a")
+        child = fork(body)
+        assert child.hear() == "ok"
+        assert child.wait() == 0

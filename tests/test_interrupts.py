@@ -299,3 +299,38 @@ def test_two_may_close_at_a_time(where: str, fork: Fork) -> None:
 
     with made(max_participants=4) as region:
         assert fork(body).wait() == 0
+
+
+def test_no_ctrl_c_is_lost_in_an_attach_that_fails(fork: Fork) -> None:
+    """What was not opened goes without a line of Python, in which an exception would be lost."""
+
+    def body(child: Child) -> None:
+        raised, caught, wanted = 0, 0, False
+
+        def on_alarm(*_: object) -> None:
+            nonlocal raised, wanted
+            if wanted:
+                wanted, raised = False, raised + 1
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, 0.0013, 0.0017)
+        while raised < 200:
+            try:
+                try:
+                    wanted = True
+                    pyshare.attach(fd)
+                except pyshare.ParticipantLimit:
+                    wanted = False
+            except KeyboardInterrupt:
+                caught += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert caught == raised
+        child.say()
+
+    with made(max_participants=1) as region:
+        fd = os.dup(region.fileno())
+        child = fork(body)
+        assert child.hear() == "ok"
+        assert child.wait() == 0
+        os.close(fd)
