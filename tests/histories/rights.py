@@ -187,7 +187,7 @@ class Rights:
     def may_be_refused(self, op: Op) -> bool:
         """Something may have forbidden it."""
         life = self._facts.history.lives.get(op.process)
-        if "mappings" in self._extras(op) or (life is not None and self.is_detached(life, op)):
+        if life is not None and self.is_cut_off(life, op):
             return True
         bit = self._bit(op)
         if bit == WRITE and (self.frozen.any_meeting(op.begin, op.end) or self._restores.any_meeting(op.begin, op.end)):
@@ -196,15 +196,17 @@ class Rights:
             return True
         return any(not prot & bit for page in pages_of(op) for prot in self.pages[page].protections(op.begin, op.end))
 
-    def _extras(self, op: Op) -> list[str]:
-        if not op.process.startswith("a"):
-            return []
-        index = int(op.process[1:].split(".")[0])
-        extras: list[str] = self._facts.plan["actors"][index]["extras"]
-        return extras
+    def _has_few_mappings(self, process: str) -> bool:
+        """So a change that it could neither apply nor undo may have fenced it."""
+        if not process.startswith("a"):
+            return False
+        index = int(process[1:].split(".")[0])
+        return "mappings" in self._facts.plan["actors"][index]["extras"]
 
-    def is_detached(self, life: Life, op: Op | None = None) -> bool:
-        """A forked child that could not join: there was no room, or somebody was stopped meanwhile."""
+    def is_cut_off(self, life: Life, op: Op | None = None) -> bool:
+        """Fenced perhaps; or a forked child that could not join, for want of room or since somebody was stopped."""
+        if self._has_few_mappings(life.name):
+            return True
         if "-" not in life.name:
             return False
         stops, last = self._facts.history.stops, op.end if op else FOREVER
@@ -214,7 +216,7 @@ class Rights:
 
     def _lease_refused(self, op: Op) -> Iterator[str]:
         """A lease is over pages that are READ, or may be written."""
-        if op.outcome != words.REFUSED or "mappings" in self._extras(op):
+        if op.outcome != words.REFUSED or self._has_few_mappings(op.process):
             return
         for page in pages_of(op):
             may = self.pages[page].protections(op.begin, op.end)

@@ -68,7 +68,7 @@ def _quick_folder() -> str | None:
     """A file system in memory, where there is room: the fsync of a save takes seconds on a busy disk."""
     with contextlib.suppress(OSError):
         room = os.statvfs(IN_MEMORY)
-        if room.f_bavail * room.f_frsize >= ROOM:
+        if "TMPDIR" not in os.environ and room.f_bavail * room.f_frsize >= ROOM:
             return IN_MEMORY
     return None
 

@@ -149,7 +149,7 @@ class Waits:
         extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
         number = op.value[0]
         if number == errno.EBADF:  # it closed its descriptors before it had a part
-            return op.process in self._daemons and self._rights.is_detached(self._history.lives[op.process], op)
+            return op.process in self._daemons and self._rights.is_cut_off(self._history.lives[op.process], op)
         if number == errno.EOWNERDEAD:
             return bool(self._facts.plan.get("ends"))
         if number == errno.EMFILE:
@@ -336,7 +336,7 @@ class Waits:
                     yield finding(
                         f"process {life.name} died by SIGSEGV without a forbidden access", *self._under_way(life)
                     )
-                elif life.policy != "die" and not self._rights.is_detached(life):
+                elif life.policy != "die" and not self._rights.is_cut_off(life):
                     yield finding(f"process {life.name} died of an access, under {life.policy}", *self._under_way(life))
             case _:
                 yield finding(f"process {life.name} ended with {life.status}", *self._under_way(life))
