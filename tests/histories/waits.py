@@ -140,9 +140,11 @@ class Waits:
             yield finding("it waited in vain, and nobody was stopped", op)
 
     def _stemmed(self) -> Iterator[str]:
-        """After a revocation nothing is stored, not even by a process that is dying."""
+        """After a revocation nothing is stored, not even by a process that is dying, but by who restores an image."""
+        restores = Intervals((op.begin, op.end, op) for op in self._facts.by_kind[words.RESTORE])
         for op in self._facts.by_kind[words.STEM]:
-            if op.outcome == words.OK and op.value[1] != op.value[2]:
+            restored = restores.any_meeting(op.begin, op.end + SECOND)  # it looks at the pages once more, later
+            if op.outcome == words.OK and op.value[1] != op.value[2] and not restored:
                 yield finding("what may only be read has changed after the change had returned", op)
 
     def _may_fail(self, op: Op) -> bool:
