@@ -130,7 +130,7 @@ class _Deviser:
         inner = [self._step("change" if self._rng.random() < 0.5 else "transact")] if self._rng.random() < 0.2 else []
         step = {"index": self._rng.randrange(3), "pause": self._pause(), "end": self._rng.choice(ENDS), "inner": inner}
         if self._plan["mood"] == "queue":
-            step |= {"index": 0, "keep": 0.004}  # seconds
+            step |= {"index": 0, "inner": [], "keep": 0.05}  # seconds: who waits for a while gets in line
         return {**step, **self._patience()}
 
     def _freeze(self) -> Step:
@@ -237,7 +237,7 @@ def _troubles(rng: random.Random, seconds: float, kinds: list[str], actors: int,
     while kinds and (at := at + rng.expovariate(1 / mean)) < seconds:
         trouble: dict[str, Any] = {"at": round(at, 4), "what": rng.choice(kinds), "whom": rng.randrange(actors)}
         if trouble["what"] == "stop":
-            about = rng.choice([0.002, 0.02, 0.2, 0.6]) if not queue else 0.8
+            about = rng.choice([0.002, 0.02, 0.2, 0.6]) if not queue else 1.2
             trouble["for"] = round(about * rng.uniform(0.5, 1.5), 4)
         troubles.append(trouble)
     return troubles
@@ -247,7 +247,7 @@ def _mood(rng: random.Random, chosen: list[str], quiet: bool) -> str | None:
     """What many have to do at once, or it shows nothing.
 
     storm: all processes but the first make changes, and nothing else.  gather: likewise, and the first has two threads
-    that gather pages in one bytearray.  queue: all locks are one, which who has it keeps, and processes are stopped.
+    that gather pages in one bytearray.  queue: all take one lock and keep it a while, and are stopped.
     """
     possible = {"storm": "churn" in chosen, "gather": {"churn", "load"} <= {*chosen}, "queue": "lock" in chosen}
     mood = rng.choice([*possible, None, None, None, None])
@@ -261,7 +261,7 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
     elif plan["mood"] in ("storm", "gather") and slots[0]:
         weights = {"churn": 1.0}
     elif plan["mood"] == "queue":
-        weights = {**weights, "lock": 10.0}
+        weights = {"lock": 1.0}
     own = [extra for extra in extras if rng.random() < 0.3]
     if "profiler" in own:
         own = [extra for extra in own if extra != "profile"]  # there is one profile function
@@ -321,7 +321,7 @@ def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool 
         kinds = ["stop"]
     plan["ends"] = "ended" in kinds
     counts = rng.choice([[1, 1], [2, 1], [2, 2], [3, 2], [1, 1, 1], [2, 2, 1], [1, 1, 1, 1]])
-    counts = {"gather": [2, 1], "storm": [1, 1, 1, 1]}.get(plan["mood"] or "", counts)
+    counts = {"gather": [2, 1], "storm": [1, 1, 1, 1], "queue": [1, 1, 1, 1]}.get(plan["mood"] or "", counts)
     plan["room"] = len(counts) + rng.randrange(2, 4) if rng.random() < 0.15 else None  # participants
     slots = iter(range(sum(counts)))
     plan["actors"] = [_actor(rng, plan, weights, [next(slots) for _ in range(n)], extras) for n in counts]

@@ -22,6 +22,9 @@ GRACE = SECOND // 2  # beyond its timeout
 GETTING_IN_LINE = 100_000_000  # from the beginning of a call; it may have to wait for the interpreter first
 TAKING = 10_000_000  # from when something is had to when that is written down
 OVERTAKEN = 100  # changes, which are thousands where nobody is let go first, and otherwise those under way
+FREE = (
+    400_000_000  # of a lock that is waited for: who is to have it next, and does not come, is overtaken in half of that
+)
 STOPPING = 2_000_000  # from the signal that stops to the last instruction
 MORE_MEMORY = 1 << 20  # bytes: what the control segment, and pages that were touched first, may have grown by
 TIMEOUT_AT = {  # which argument is the timeout
@@ -176,11 +179,11 @@ class Waits:
     # -- Locks that nobody holds ---------------------------------------------------------------------------------------
 
     def _in_vain(self, op: Op) -> Iterator[str]:
-        """A lock is waited for, though nobody has had it for half a second, or half of the time until the timeout.
+        """A lock is waited for, though nobody has had it for 0.4 s, or half of the time until the timeout.
 
         Who waits for it and is stopped does not have it, and may not keep it from others.
         """
-        most = GRACE if op.outcome == words.OK else (op.end - op.begin) // 2
+        most = FREE if op.outcome == words.OK else (op.end - op.begin) // 2
         tried = op.kind == words.LOCK and (op.outcome == words.OK or self._is_long_timeout(op))
         if not tried or op.end - op.begin < most or self._is_stopped(op) or any(self._keeps_interpreter(op)):
             return
