@@ -165,15 +165,15 @@ void ps_agent_settle(struct ps_region *region, int64_t deadline) {
 static void await_agent(struct ps_region *region) {
     _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
     uint32_t seen = atomic_load_explicit(ack, memory_order_relaxed), flagged = seen | PS_ACK_WAITING;
-    if (seen == flagged || atomic_compare_exchange_strong_explicit(ack, &seen, flagged, memory_order_seq_cst,
-                                                                   memory_order_relaxed))
+    if (seen == flagged ||
+        atomic_compare_exchange_strong_explicit(ack, &seen, flagged, memory_order_seq_cst, memory_order_relaxed))
         ps_sleep((struct ps_watch){ack, flagged}, ps_sys_now() + PS_MS);
 }
 
 /* A call has changed page tables of ours, with this result.  Where it had no descriptor for that our agent, which has
- * one, makes them follow the whole map, and the result is what came of it: 0, or an error.  After an error the agent may
- * still do it, or have done it: a caller who wants the page tables of before has to see to that.  Short deadlines are
- * SLICE. */
+ * one, makes them follow the whole map, and the result is what came of it: 0, or an error.  After an error the agent
+ * may still do it, or have done it: a caller who wants the page tables of before has to see to that.  Short deadlines
+ * are SLICE. */
 int ps_agent_help(struct ps_region *region, int rc, int64_t deadline) {
     if (!lacks_descriptor(region, rc))
         return rc;

@@ -54,7 +54,7 @@ from members import (
 )
 
 import pyshare
-from pyshare import EXEC, NONE, READ, READ_WRITE, Prot, PropagationTimeout, Region
+from pyshare import EXEC, NONE, READ, READ_WRITE, PropagationTimeout, Prot, Region
 
 SLOT_SIZE, TID = 256, 132  # in ext/layout.h
 
@@ -602,7 +602,7 @@ def test_a_child_that_has_no_userfaultfd_takes_part_all_the_same_or_is_detached(
     assert fork(body).hear() == "ok"
 
 
-# -- No descriptor is to be had for the own userfaultfd -----------------------------------------------------------------
+# -- No descriptor is to be had for the own userfaultfd ----------------------------------------------------------------
 
 
 def starve(free: int = 0) -> None:
