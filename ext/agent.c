@@ -119,12 +119,6 @@ static bool acknowledge(struct ps_region *region, uint64_t generation) {
     return seen & PS_ACK_WAITING;
 }
 
-/* Our agent follows the whole map; it has what the program may have no number for, a descriptor of our userfaultfd. */
-static void ask_agent(struct ps_region *region) {
-    atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst);
-    ps_sys_wake((_Atomic uint32_t *)(void *)&ps_header(region)->generation, INT32_MAX, ps_slot_bit(region->slot));
-}
-
 static bool lacks_descriptor(const struct ps_region *region, int rc) {
     return (rc == -EMFILE || rc == -ENFILE || rc == -EBADF) && !ps_process_is_agent(region);
 }
@@ -142,8 +136,9 @@ int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadl
         PS_POINT(A2_apply);
         rc = catch_up(region, applied, generation);
         if (lacks_descriptor(region, rc)) {
+            atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst); /* before others of us look */
             ps_pages_give(region);
-            ask_agent(region);
+            ps_agent_wake(region);
             return 0;
         }
         report(region, generation, rc);
@@ -166,20 +161,36 @@ void ps_agent_settle(struct ps_region *region, int64_t deadline) {
     ps_pages_give(region);
 }
 
-/* What came of page tables of a lease; where there was no descriptor for them, of our agent, which follows the map. */
+/* A sleep until our agent has followed, or a little while has passed. */
+static void await_agent(struct ps_region *region) {
+    _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
+    uint32_t seen = atomic_load_explicit(ack, memory_order_relaxed), flagged = seen | PS_ACK_WAITING;
+    if (seen == flagged ||
+        atomic_compare_exchange_strong_explicit(ack, &seen, flagged, memory_order_seq_cst, memory_order_relaxed))
+        ps_sleep((struct ps_watch){ack, flagged}, ps_sys_now() + PS_MS);
+}
+
+/* A call has changed page tables of ours, with this result.  Where it had no descriptor for that our agent, which has
+ * one, makes them follow the whole map, and the result is what came of it: 0, or an error.  After an error the agent
+ * may still do it, or have done it: a caller who wants the page tables of before has to see to that.  Short deadlines
+ * are SLICE. */
 int ps_agent_help(struct ps_region *region, int rc, int64_t deadline) {
     if (!lacks_descriptor(region, rc))
         return rc;
-    _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
-    int64_t end = ps_sys_now() + SLICE;
-    ask_agent(region);
-    while (atomic_load_explicit(&region->unsynced, memory_order_seq_cst) && ps_sys_now() < end)
-        ps_sys_wait((struct ps_watch){ack, atomic_load_explicit(ack, memory_order_relaxed)}, FUTEX_BITSET_MATCH_ANY,
-                    ps_sys_now() + PS_MS);
-    if (ps_pages_take(region, deadline)) /* it has them while it follows */
-        return -ETIMEDOUT;
-    rc = region->unsynced || region->failed ? rc : region->fenced ? -EACCES : 0;
-    ps_pages_give(region);
+    int64_t least = ps_sys_now() + SLICE, end = deadline > least ? deadline : least;
+    atomic_store_explicit(&region->unsynced, true, memory_order_seq_cst);
+    while (ps_running(region) && ps_slot_marked(region)) {
+        ps_agent_wake(region);
+        if (ps_page_lock(region, end)) /* the agent has it while it follows */
+            return -ETIMEDOUT;
+        bool fenced = region->fenced, failed = region->failed, done = !region->unsynced;
+        ps_page_unlock(region);
+        if (fenced || failed || done)
+            return fenced ? -EACCES : failed ? rc : 0;
+        if (ps_sys_now() >= end)
+            return -ETIMEDOUT;
+        await_agent(region);
+    }
     return rc;
 }
 

@@ -203,15 +203,6 @@ bool ps_change_undecided(const struct ps_region *region) {
     return ps_generation(region) <= attempt && atomic_load_explicit(&record->complete, memory_order_acquire) < attempt;
 }
 
-/* Undecided, and its caller has died: nothing changes before the next one takes the writer lock.  The attempt is the
- * same on both sides of the look at the lock, so that what a living caller closes or begins meanwhile is not meant. */
-bool ps_change_deserted(struct ps_region *region) {
-    struct ps_shm_record *record = &ps_header(region)->record;
-    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
-    return ps_change_undecided(region) && ps_lock_deserted(region) && ps_change_undecided(region) &&
-           atomic_load_explicit(&record->attempt, memory_order_relaxed) == attempt;
-}
-
 /* The change whose record is open, published or not; false: there is none, or it changes no map.  For who has looked at
  * the map: whatever part of a change was seen there is of this one, or of one that is published. */
 bool ps_change_under_way(const struct ps_region *region, uint64_t *generation, uint64_t *first, uint64_t *count) {
@@ -396,6 +387,18 @@ static int find_error(struct ps_region *region, uint64_t generation, uint32_t *p
         }
     }
     return 0;
+}
+
+/* Undecided, its caller has died, and nothing says that it is going to be undone: so whoever takes the writer lock
+ * next, if anybody does, will most likely make it as a whole.  The attempt is the same on both sides of the look at the
+ * lock, so that what a living caller closes or begins meanwhile is not meant. */
+bool ps_change_deserted(struct ps_region *region) {
+    struct ps_shm_record *record = &ps_header(region)->record;
+    uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
+    uint32_t pid;
+    return ps_change_undecided(region) && ps_lock_deserted(region) &&
+           atomic_load_explicit(&record->kind, memory_order_acquire) != PS_UNDO && !find_error(region, attempt, &pid) &&
+           ps_change_undecided(region) && atomic_load_explicit(&record->attempt, memory_order_relaxed) == attempt;
 }
 
 /* -- The steps ------------------------------------------------------------------------------------------------- */

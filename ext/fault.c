@@ -500,8 +500,9 @@ static void nap(struct ps_region *region) {
 /* Does the map forbid what each of these rights allows, and not just a change that may be undone?  A look at the page
  * counts where afterwards no change is undecided, and the generation is what it was before: whatever change the byte is
  * of has been published by then, and put back before that if it was undone.  Where the caller has died the look has to
- * do: nobody may come to decide its change.  Where changes follow one another PATIENCE begins anew, as it does at a new
- * fault; at one generation not for ever, should the caller be stopped. */
+ * do, since nobody may come to decide its change; but where that change is to be undone the access is allowed then, and
+ * somebody may come in time.  Where changes follow one another PATIENCE begins anew, as it does at a new fault; at one
+ * generation not for ever: the caller may be stopped. */
 static bool forbids(struct ps_region *region, uint64_t page, uint32_t rights) {
     uint64_t generation = ps_generation(region);
     for (int64_t end = ps_sys_now() + PATIENCE;;) {

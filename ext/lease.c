@@ -169,29 +169,26 @@ static void mark_in_place(struct ps_region *region, const struct ps_lease *lease
         atomic_fetch_sub_explicit(&region->leased, lease->count, memory_order_release);
 }
 
-/* Page tables with the lease or without it, as its words are marked. */
-static int follow(struct ps_region *region, const struct ps_lease *lease, int64_t deadline) {
-    int rc = ps_engine_lease(region, lease->first, lease->count, deadline);
-    return rc ? ps_agent_help(region, rc, deadline) : 0;
-}
-
 /* A process that cannot take the rights back has none at all. */
 static void close_pages(struct ps_region *region, const struct ps_lease *lease) {
-    if (follow(region, lease, PS_NEVER) && !region->fenced)
+    int rc = ps_engine_lease(region, lease->first, lease->count, PS_NEVER);
+    if (ps_agent_help(region, rc, PS_NEVER) && !region->fenced)
         ps_agent_fence(region);
 }
 
 static int open_pages(struct ps_wait *wait, const struct ps_lease *lease, struct ps_refusal *refusal) {
     struct ps_region *region = wait->region;
     mark_in_place(region, lease, true);
-    int rc = follow(region, lease, wait->until.at);
+    int rc = ps_engine_lease(region, lease->first, lease->count, wait->until.at);
+    bool begun = rc != -ETIMEDOUT;
+    rc = ps_agent_help(region, rc, wait->until.at);
     if (!rc) {
         PS_POINT(H2_open);
         return 0;
     }
     wait->blocker = wait->mine;
     mark_in_place(region, lease, false);
-    if (rc != -ETIMEDOUT)
+    if (begun)
         close_pages(region, lease);
     if (rc == -EACCES) { /* fenced */
         *refusal = (struct ps_refusal){lease->first, PROT_NONE, PROT_READ, ps_change_author(region, lease->first)};

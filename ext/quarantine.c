@@ -138,7 +138,7 @@ static void leave(struct ps_region *region) {
         else if (!(rc = end_run(region, i)))
             i = 0;
     ps_pages_give(region);
-    if (rc) /* rather no access than to what is not shared */
+    if (ps_agent_help(region, rc, PS_NEVER)) /* rather no access than to what is not shared */
         ps_agent_fence(region);
 }
 

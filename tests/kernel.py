@@ -222,6 +222,7 @@ SYSTEM_CALLS = {
     "set_robust_list": 273,
     "close_range": 436,
     "fallocate": 285,
+    "futex": 202,
     "futex_waitv": 449,
     "io_uring_setup": 425,
     "ioctl": 16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,11 @@ def pages_of(region: Region) -> int:
 
 def engines(region: Region) -> dict[int, str]:
     return {one.pid: one.engine for one in region.participants()}
+
+
+def heard(child: Child, seconds: float) -> bool:
+    """It says something, or ends, within this time."""
+    return bool(select.select([child._receive], [], [], seconds)[0])
 
 
 @contextlib.contextmanager

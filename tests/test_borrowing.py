@@ -15,15 +15,20 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Child, idle, until
 from kernel import (
+    GENERATION,
     PAGE,
     SECTIONS,
     agreed,
     libc,
     mapped,
     refuse,
+    stopped_before,
+    tell,
+    wake,
     word,
 )
 from members import (
@@ -35,6 +40,7 @@ from members import (
     change,
     close_all,
     engines,
+    heard,
     in_new_pids,
     member,
     needs_thread_pidfd,
@@ -48,7 +54,7 @@ from members import (
 )
 
 import pyshare
-from pyshare import EXEC, NONE, READ, READ_WRITE, Prot, Region
+from pyshare import EXEC, NONE, READ, READ_WRITE, PropagationTimeout, Prot, Region
 
 SLOT_SIZE, TID = 256, 132  # in ext/layout.h
 
@@ -256,55 +262,6 @@ def test_who_has_no_room_for_a_descriptor_wakes_the_others(region: Region, fork:
 
     assert fork(body).hear() == "ok"
     agreed(region, *pids)
-
-
-@pytest.mark.parametrize("forked", [False, True], ids=["closed", "forked"])
-@pytest.mark.parametrize("free", [0, 1, 2])
-def test_the_agent_does_what_a_call_has_no_descriptor_for(
-    region: Region, joined: Joined, free: int, forked: bool
-) -> None:
-    """The program's copy of the userfaultfd is gone, or a child never had one, and no number is free for another."""
-    change(region, 0, 2, READ)
-    other = joined()
-
-    def use() -> None:
-        for _ in range(3):
-            with region.lease(0, PAGE) as lease:
-                lease.view[:1] = b"x"
-            with pytest.raises(pyshare.ProtectionError):
-                region.write(0, b"y")
-            for prot in (READ_WRITE, READ):
-                change(region, 3, 1, prot)
-            change(region, 4, 1, NONE)
-            change(region, 4, 1, READ_WRITE)
-            region.write(4 * PAGE, b"z")
-            assert region.read(0, 1) == b"x"
-
-    def body(child: Child) -> None:
-        for fd in own_userfaultfds():
-            os.close(fd)
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, hard))
-        taken = []
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        for _ in range(free):
-            os.close(taken.pop())
-        if forked:
-            pid = os.fork()
-            if pid == 0:
-                use()
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
-        else:
-            use()
-        child.say()
-        idle(child)
-
-    child = joined(body)
-    assert child.hear() == "ok"
-    agreed(region, child.pid, other.pid)
 
 
 def test_a_descriptor_of_somebody_else_is_not_believed(region: Region, joined: Joined) -> None:
@@ -643,3 +600,132 @@ def test_a_child_that_has_no_userfaultfd_takes_part_all_the_same_or_is_detached(
         child.say()
 
     assert fork(body).hear() == "ok"
+
+
+# -- No descriptor is to be had for the own userfaultfd ----------------------------------------------------------------
+
+
+def starve(free: int = 0) -> None:
+    """The program's copy of the userfaultfd is gone, and so many numbers are left."""
+    for fd in own_userfaultfds():
+        os.close(fd)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, hard))
+    taken = []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    for _ in range(free):
+        os.close(taken.pop())
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["closed", "forked"])
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_the_agent_does_what_a_call_has_no_descriptor_for(
+    region: Region, joined: Joined, free: int, forked: bool
+) -> None:
+    """The program's copy of the userfaultfd is gone, or a child never had one, and no number is free for another."""
+    change(region, 0, 2, READ)
+    other = joined()
+
+    def use() -> None:
+        for _ in range(3):
+            with region.lease(0, PAGE) as lease:
+                lease.view[:1] = b"x"
+            with pytest.raises(pyshare.ProtectionError):
+                region.write(0, b"y")
+            for prot in (READ_WRITE, READ):
+                change(region, 3, 1, prot)
+            change(region, 4, 1, NONE)
+            change(region, 4, 1, READ_WRITE)
+            region.write(4 * PAGE, b"z")
+            assert region.read(0, 1) == b"x"
+
+    def body(child: Child) -> None:
+        starve(free)
+        if forked:
+            pid = os.fork()
+            if pid == 0:
+                use()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        else:
+            use()
+        child.say()
+        idle(child)
+
+    child = joined(body)
+    assert child.hear() == "ok"
+    agreed(region, child.pid, other.pid)
+
+
+@pytest.mark.parametrize("region", [64 * CHUNK * PAGE], indirect=True)
+def test_a_lease_that_runs_out_of_time_leaves_no_page_open(region: Region, joined: Joined) -> None:
+    """Its agent takes its time for a map of many runs, and has opened the page by then."""
+
+    def body(child: Child) -> None:
+        starve()
+        child.say()
+        while child.hear() == "ok":
+            with contextlib.suppress(PropagationTimeout), region.lease(0, PAGE, timeout=0):
+                pass
+            child.say()
+
+    change(region, 0, pages_of(region), READ)
+    for chunk in range(0, pages_of(region), CHUNK):
+        for page in range(chunk + 1, chunk + 60, 2):
+            change(region, page, 1, READ_WRITE)
+    child = joined(body)
+    for _ in range(20):
+        tell(child, "ok")
+        agreed(region, child.pid)
+
+
+def test_an_agent_that_is_about_to_sleep_is_woken_for_a_lease(region: Region, joined: Joined) -> None:
+    """It has looked whether it is wanted before it was."""
+
+    def body(child: Child) -> None:
+        child.say()
+        child.say(next(task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()))
+        child.hear()
+        starve()
+        child.say()
+        with region.lease(0, PAGE) as lease:
+            lease.view[:1] = b"x"
+            child.say()
+        assert not any(one.fenced for one in region.participants())
+
+    change(region, 0, 1, READ)
+    child = joined(body)
+    agent = int(child.hear())
+    with stopped_before(agent, "futex", lambda: wake(region, GENERATION)):
+        child.say()
+        assert child.hear() == "ok"
+        assert not heard(child, AT_ONCE)
+    assert child.hear() == "ok"
+    assert child.wait() == 0
+
+
+@pytest.mark.parametrize("places", [1, 70], ids=["one", "more than may be private"])
+@pytest.mark.parametrize("region", [70 * 65 * PAGE], indirect=True)
+def test_who_is_told_of_violations_goes_on(region: Region, joined: Joined, places: int) -> None:
+    """Its private pages are given back by its agent."""
+
+    def body(child: Child) -> None:
+        region.on_violation("raise")
+        data = np.frombuffer(region.buf, np.uint8)[: places * 65 * PAGE : 65 * PAGE]
+        starve()
+        for _ in range(3):
+            with pytest.raises(pyshare.ProtectionError):
+                data[:] = 1
+            with pytest.raises(pyshare.ProtectionError):
+                region.buf[65 * PAGE] = 1
+            region.buf[PAGE] = 1
+            assert not any(data.tolist())
+        idle(child)
+
+    change(region, 0, pages_of(region), READ)
+    change(region, 1, 1, READ_WRITE)
+    child = joined(body)
+    agreed(region, child.pid)
+    assert not any(one.fenced for one in region.participants())

@@ -33,7 +33,7 @@ from kernel import (
     tell,
     word,
 )
-from members import SOON
+from members import AT_ONCE, SOON, heard
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, Region
@@ -207,6 +207,28 @@ def test_a_store_beside_a_change_whose_caller_has_died(region: Region, joined: J
         took.append(float(child.hear()))
     child.say("enough")
     assert min(took) < SOON
+
+
+@pytest.mark.parametrize("point", ["U1_kind", "U2_map"])
+def test_a_store_beside_a_change_that_is_to_be_undone(fork: Fork, point: str) -> None:
+    """Its caller has died, the next one undoes it, and nobody was refused what no change forbade."""
+
+    def store(child: Child) -> None:
+        region.on_violation("raise")
+        child.say()
+        child.hear()
+        region.buf[5 * PAGE] = 1
+        child.say("stored")
+
+    with pyshare.create(size=16 * PAGE, engine="mprotect", max_participants=4) as region:
+        limit, child = fork(at_its_limit(region)), fork(store)
+        assert limit.hear() == child.hear() == "ok"
+        tell(limit, "fill")
+        assert killed(fork(lambda _: region.mprotect(5 * PAGE, PAGE, READ), point=f"{point}=kill"))
+        child.say()
+        assert not heard(child, AT_ONCE)
+        region.mprotect(0, PAGE, READ_WRITE)
+        assert child.hear() == "stored"
 
 
 @co_operative
