@@ -693,7 +693,7 @@ cdef class Handle(Mapped):
                 "or another thread or task is using it; release them first")
 
     cdef bint is_swept(self) except -1:
-        """By a thread that is there: one may have been ended alone."""
+        """A thread that still runs clears away after a snapshot; one that was ended alone does not."""
         return self.sweepers is not None and any([ps_sys_thread_exists(tid) for tid in self.sweepers])
 
     def _close(self):

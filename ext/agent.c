@@ -124,7 +124,7 @@ static bool lacks_descriptor(const struct ps_region *region, int rc) {
 }
 
 /* Fails only where the deadline passes while another process that holds the claim is stopped, or another thread of
- * ours waits for that.  Who calls waits for our acknowledgement as for others': it may be our agent that follows. */
+ * ours waits for that.  The caller must then wait for our own slot too: it may be our agent that follows. */
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline) {
     bool waited_for = false;
     go_ahead(region, generation, deadline);

@@ -215,7 +215,7 @@ static int own_by_socket(struct ps_region *region) {
     ask(region, region->slot, &socket);
     if (socket < 0)
         return socket;
-    while (fd < 0 && ps_sys_now() < end) {
+    while (fd < 0 && !answered && ps_sys_now() < end) {
         ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
         if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
             answered |= !ps_sys_socket_take(socket, &pid, &fd, &index);
@@ -227,7 +227,7 @@ static int own_by_socket(struct ps_region *region) {
 /* A copy for the program's table. */
 int ps_borrow_own(struct ps_region *region) {
     int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
-    if (fd == -EMFILE || fd == -ENFILE) /* the socket would take as many */
+    if (fd == -EMFILE || fd == -ENFILE) /* the socket would need as many numbers */
         return fd;
     if (fd < 0 || !ps_cached_leads(fd, &region->userfault)) {
         if (fd >= 0)

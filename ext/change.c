@@ -391,7 +391,7 @@ static int find_error(struct ps_region *region, uint64_t generation, uint32_t *p
 
 /* Undecided, its caller has died, and nothing says that it is going to be undone: so whoever takes the writer lock
  * next, if anybody does, will most likely make it as a whole.  The attempt is the same on both sides of the look at the
- * lock, so that what a living caller closes or begins meanwhile is not meant. */
+ * lock, so that what a living caller closes or begins meanwhile is not taken for it. */
 bool ps_change_deserted(struct ps_region *region) {
     struct ps_shm_record *record = &ps_header(region)->record;
     uint64_t attempt = atomic_load_explicit(&record->attempt, memory_order_acquire);
