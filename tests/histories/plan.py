@@ -289,8 +289,14 @@ def _actor(rng: random.Random, plan: Plan, weights: dict[str, float], slots: lis
 
 
 def _confuses(trouble: dict[str, Any], plan: Plan) -> bool:
-    """Python's own fault: profile.Profile meets the handler of a signal in a frame that it was not yet told of."""
-    return trouble["what"] in ("term", "int") and "profiler" in plan["actors"][trouble["whom"]]["extras"]
+    """Python's own faults.
+
+    profile.Profile meets the handler of a signal in a frame that it was not yet told of.  In Python 3.11 a traced
+    thread other than the main one cannot begin a frame while a signal is pending, and keeps the interpreter: until the
+    main thread sees it, which takes a second where the signal came just before that thread fell asleep.
+    """
+    extras = plan["actors"][trouble["whom"]]["extras"]
+    return trouble["what"] in ("term", "int") and any(extra in extras for extra in ("profiler", "profile", "trace"))
 
 
 def devise(seed: int, seconds: float, only: list[str] | None = None, calm: bool | None = None) -> Plan:
