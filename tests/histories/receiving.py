@@ -97,35 +97,35 @@ class Receiving(Holding):
         """The next datagram, which is looked at first, into the own cell."""
         if self.actor.is_child:
             return
-        way, timeout, region = self.actor.own_ways[self.slot], step["timeout"], self.on.region
+        way = self.actor.own_ways[self.slot]
         try:
             value = struct.unpack("@Q", way.recv(WORD, socket.MSG_PEEK | socket.MSG_DONTWAIT))[0]
         except BlockingIOError:
             return
-        at = self.hot[step["at"]] * PAGE + WORD * self.cell
-        arguments = (step["at"], "recv_into", value, self.cell, timeout)
+        self._recv_into(way, "recv_into", value, step)
+
+    def _recv_into(self, source: socket.socket, means: str, value: int, step: Step) -> bool:
+        """False: it failed."""
+        at, timeout, region = self.hot[step["at"]] * PAGE + WORD * self.cell, step["timeout"], self.on.region
+        arguments = (step["at"], means, value, self.cell, timeout)
         number, result, ended = self.do(
-            words.RECEIVE, arguments, lambda: region.recv_into(way, at, WORD, timeout=timeout)
+            words.RECEIVE, arguments, lambda: region.recv_into(source, at, WORD, timeout=timeout)
         )
         if result is not FAILED:
             self.log.end(number, words.OK, result, at=ended)
+        return result is not FAILED
 
     def do_tls(self, step: Step) -> None:
         """The next value of the connection, which is sent first unless one is there that no call has taken."""
-        connection, timeout, region = self.connection, step["timeout"], self.on.region
+        connection = self.connection
         if connection is None or self.actor.is_child:
             return
         if connection.unread is None:
             connection.unread = self.next_value()
             connection.sender.send(struct.pack("@Q", connection.unread))
-        at, caught = self.hot[step["at"]] * PAGE + WORD * self.cell, self.actor.caught
-        arguments = (step["at"], "tls", connection.unread, self.cell, timeout)
-        number, result, ended = self.do(
-            words.RECEIVE, arguments, lambda: region.recv_into(connection.receiver, at, WORD, timeout=timeout)
-        )
-        if result is not FAILED:
+        caught = self.actor.caught
+        if self._recv_into(connection.receiver, "tls", connection.unread, step):
             connection.unread = None
-            self.log.end(number, words.OK, result, at=ended)
         elif self.actor.caught != caught:  # nobody knows whether it has it
             connection.close()
             self.connection = None if "descriptors" in self.actor.extras else connect()
