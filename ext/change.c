@@ -589,20 +589,25 @@ static bool grants(const struct ps_region *region, const struct change *wanted) 
 
 /* Whoever may store from now on may do it by system calls too: what snapshots need is saved first, and without the
  * writer lock, as long as that may take: others would wait for it.  With the lock there is little left. */
-static int save_ahead(struct ps_region *region, const struct change *wanted, int64_t deadline) {
+static int save_ahead(struct ps_region *region, const struct change *wanted, int64_t deadline,
+                      struct ps_outcome *outcome) {
     struct ps_until until = ps_until(deadline);
     int rc = 0;
     for (uint64_t done = 0; !rc && done < wanted->count && grants(region, wanted); done += PIECE) {
         uint64_t rest = wanted->count - done;
         if (done && ps_sys_now() >= until.at)
             return ps_timed_out(until);
-        rc = ps_snapshot_keep(region, wanted->first + done, rest < PIECE ? rest : PIECE, false);
+        rc = ps_snapshot_keep(region, wanted->first + done, rest < PIECE ? rest : PIECE, until.at);
+    }
+    if (rc == -ETIMEDOUT) {
+        outcome->pids[outcome->silent++] = ps_owner_pid(region, ps_lock_owner(region));
+        rc = ps_timed_out(until);
     }
     return rc;
 }
 
 static int change_map(struct ps_region *region, const struct change *wanted, struct waiting *waiting) {
-    int rc = grants(region, wanted) ? ps_snapshot_let(region, wanted->first, wanted->count, true) : 0;
+    int rc = grants(region, wanted) ? ps_snapshot_let(region, wanted->first, wanted->count) : 0;
     return rc ? rc : carry_out(region, wanted, waiting);
 }
 
@@ -633,7 +638,7 @@ int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32
     int rc = ps_lease_close(region, wanted.first, wanted.count, deadline, outcome, &closer);
     if (rc)
         return ps_waited(rc);
-    rc = save_ahead(region, &wanted, deadline);
+    rc = save_ahead(region, &wanted, deadline, outcome);
     if (!rc)
         do
             rc = closed_change(region, &wanted, deadline, outcome);

@@ -139,7 +139,7 @@ static int put_page(struct ps_region *region, int fd, uint64_t page, const char 
 
 static int put_pages(struct ps_region *region, int fd, uint64_t first, const char *from, uint64_t length) {
     uint64_t count = (length + PS_PAGE - 1) / PS_PAGE;
-    int rc = ps_snapshot_keep(region, first, count, false);
+    int rc = ps_snapshot_keep(region, first, count, PS_NEVER);
     for (uint64_t i = 0; i < count && !rc; i++) {
         uint64_t rest = length - i * PS_PAGE;
         PS_POINT(P1_put);

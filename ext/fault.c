@@ -174,7 +174,7 @@ static int unreachable(struct ps_region *region, uint64_t page, bool store, stru
 
 /* The map allows an access that our page tables refused: they are late, or we are fenced. */
 static int mend(struct ps_region *region, uint64_t page) {
-    int rc = ps_snapshots(region) ? ps_snapshot_let(region, page, 1, false) : 0;
+    int rc = ps_snapshots(region) ? ps_snapshot_let(region, page, 1) : 0;
     if (!rc)
         rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
     if (rc)

@@ -213,12 +213,19 @@ int ps_lease_window(struct ps_region *region, int64_t deadline) {
 
 /* -- A lease ----------------------------------------------------------------------------------------------------- */
 
+static int keep_for_snapshots(struct ps_wait *wait, const struct ps_lease *lease) {
+    int rc = ps_snapshot_keep(wait->region, lease->first, lease->count, wait->until.at);
+    if (rc == -ETIMEDOUT)
+        wait->blocker = ps_lock_owner(wait->region);
+    return rc == -ETIMEDOUT && wait->until.at == PS_TRY ? -EAGAIN : rc;
+}
+
 /* What its words are not enough for; nothing is held after an error. */
 static int open_lease(struct ps_wait *wait, struct ps_lease *lease, struct ps_refusal *refusal) {
     struct ps_region *region = wait->region;
     int rc = look_at_map(region, lease, refusal);
     if (!rc && ps_snapshots(region))
-        rc = ps_snapshot_keep(region, lease->first, lease->count, false);
+        rc = keep_for_snapshots(wait, lease);
     if (!rc && lease->in_place)
         rc = open_pages(wait, lease, refusal);
     if (!rc)

@@ -59,9 +59,19 @@ bool ps_owner_gone(struct ps_region *region, uint32_t owner) {
     return state == PS_FREE || state == PS_DEAD || ps_slot_dead(region, slot, status);
 }
 
+uint32_t ps_lock_owner(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->lock, memory_order_acquire) & ~PS_OWNER_WAITING;
+}
+
+/* Its owner is the calling thread. */
+bool ps_lock_ours(const struct ps_region *region, uint32_t owner) {
+    return owner == ps_owner_word(region) &&
+           atomic_load_explicit(&region->writer, memory_order_relaxed) == ps_process_tid();
+}
+
 /* Nobody has the writer lock, or somebody who is gone. */
 bool ps_lock_deserted(struct ps_region *region) {
-    uint32_t owner = atomic_load_explicit(&ps_header(region)->lock, memory_order_acquire) & ~PS_OWNER_WAITING;
+    uint32_t owner = ps_lock_owner(region);
     return !owner || (ps_owner_known(region, owner) && ps_owner_gone(region, owner));
 }
 

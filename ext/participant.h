@@ -298,6 +298,8 @@ struct ps_until ps_until(int64_t deadline);
 void ps_until_at_most(struct ps_until *until, int64_t at);
 int ps_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker);
 void ps_unlock(struct ps_region *region);
+uint32_t ps_lock_owner(const struct ps_region *region); /* 0: nobody; acquire */
+bool ps_lock_ours(const struct ps_region *region, uint32_t owner);
 bool ps_lock_deserted(struct ps_region *region);
 uint32_t ps_owner_word(const struct ps_region *region); /* ours */
 uint32_t ps_owner_pid(const struct ps_region *region, uint32_t owner);
@@ -365,8 +367,8 @@ void ps_user_lock_hand_over(struct ps_region *region, uint32_t index, int tid);
 int ps_lease_window(struct ps_region *region, int64_t deadline); /* there is one */
 
 /* snapshot.c: saving pages before they are stored to */
-int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
-int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked);
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
+int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count);
 void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);
 void ps_snapshot_notice(struct ps_region *region); /* of a participant, without any lock */

@@ -38,7 +38,7 @@
 #include "image.h"
 #include "point.h"
 
-#define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
+#define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler, and for a moment */
 #define LOOK (100 * PS_MS)      /* between two looks of this process at what the killed left */
 #define GLANCE (20 * PS_MS)     /* a call waits so long for the lock that it then needs */
 #define WORD 8u                 /* states in a 64-bit word */
@@ -307,24 +307,33 @@ static int save_pages(struct ps_region *region, uint32_t index, uint64_t first, 
     return rc;
 }
 
-/* The snapshotter has the writer lock from before the word is ACTIVE until its generation is told. */
-static bool moment_is_lost(struct ps_region *region, uint32_t index, bool locked) {
-    uint32_t owner = atomic_load_explicit(&ps_header(region)->lock, memory_order_acquire);
-    bool nobody = locked || !owner || (ps_owner_known(region, owner) && ps_owner_gone(region, owner));
-    return nobody && !atomic_load_explicit(&shared_of(region, index)->generation, memory_order_acquire);
+/* The snapshotter has the writer lock from before the word is ACTIVE until its generation is told: where nobody has the
+ * lock, we have it, or one who is gone, its moment will not come.  The lock is looked at first (acquire). */
+static bool brings_moment(struct ps_region *region, uint32_t owner) {
+    return owner && !ps_lock_ours(region, owner) && !ps_owner_gone(region, owner);
 }
 
-/* Until the snapshot's moment has come for all, or it is given up. */
-static void await_moment(struct ps_region *region, uint32_t index, uint32_t word, bool locked) {
+/* Until the snapshot's moment has come for all, or it is given up, as it is by those whom it keeps from storing for
+ * PATIENCE: its maker may be stopped.  -ETIMEDOUT, PS_ESIGNAL: the caller's deadline, a signal. */
+static int await_moment(struct ps_region *region, uint32_t index, uint32_t word, int64_t deadline) {
     struct ps_shm_snapshot *shared = shared_of(region, index);
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&shared->generation;
-    while (word_of(region, index) == word && !atomic_load_explicit(&shared->generation, memory_order_acquire)) {
-        if (moment_is_lost(region, index, locked) || unwanted(region, index)) {
+    int64_t end = ps_sys_now() + PATIENCE;
+    while (word_of(region, index) == word) {
+        uint32_t owner = ps_lock_owner(region);
+        if (atomic_load_explicit(&shared->generation, memory_order_acquire))
+            return 0;
+        if (owner && !ps_owner_known(region, owner))
+            return ps_corrupt(region, "lock");
+        if (!brings_moment(region, owner) || unwanted(region, index) || ps_sys_now() >= end) {
             drop(region, index, word);
-            return;
+            return 0;
         }
-        ps_sys_wait((struct ps_watch){low, 0}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_BACKSTOP);
+        int rc = ps_owner_wait(region, (struct ps_watch){low, 0}, owner, deadline < end ? deadline : end);
+        if (deadline != PS_NEVER && (rc == PS_ESIGNAL || (rc && ps_sys_now() >= deadline)))
+            return rc;
     }
+    return 0;
 }
 
 /* Everything under `saving`: the area is this snapshot's as long as that is counted (invariant 5). */
@@ -343,17 +352,19 @@ static int keep_counted(struct ps_region *region, uint32_t index, uint32_t word,
     return rc;
 }
 
-/* Every ACTIVE snapshot has these pages, and whoever looks at them may store. */
-int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, bool locked) {
+/* Every ACTIVE snapshot has these pages, and whoever looks at them may store.  The deadline is that of the wait for
+ * moments; PS_NEVER, as in the handler: it takes PATIENCE at most, and no signal ends it. */
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
     int rc = 0;
     for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
         if (state_of(word) != PS_SNAPSHOT_ACTIVE || all_saved(region, index, first, count))
             continue;
-        await_moment(region, index, word, locked);
+        rc = await_moment(region, index, word, deadline);
         if (unwanted(region, index))
             drop(region, index, word);
-        rc = need_shadow(region);
+        if (!rc)
+            rc = need_shadow(region);
         if (!rc)
             rc = keep_counted(region, index, word, first, count);
     }
@@ -379,17 +390,17 @@ static void dirty(struct ps_region *region, uint32_t index, uint32_t word, uint6
 }
 
 /* Stores to these pages may pass, as far as snapshots are concerned. */
-int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count, bool locked) {
+int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count) {
     for (uint64_t mask = live(region); mask; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
         if (is_preparing(word))
             dirty(region, index, word, first, count);
     }
-    return ps_snapshot_keep(region, first, count, locked);
+    return ps_snapshot_keep(region, first, count, PS_NEVER);
 }
 
 static int open_pages(struct ps_region *region, uint64_t first, uint64_t count) {
-    int rc = ps_snapshot_let(region, first, count, false);
+    int rc = ps_snapshot_let(region, first, count);
     if (!rc)
         rc = ps_pages_take(region, ps_sys_now() + PATIENCE);
     if (rc)
@@ -639,7 +650,7 @@ static int start(struct taking *taking, bool *shared) {
     return rc;
 }
 
-/* The moment.  No lease is held, and nobody takes one. */
+/* The moment.  No lease is held, and nobody takes one.  -EAGAIN: the snapshot was given up by those who waited. */
 static int activate(struct taking *taking) {
     struct ps_region *region = taking->region;
     struct ps_snapshot *snapshot = taking->snapshot;
@@ -653,7 +664,7 @@ static int activate(struct taking *taking) {
     atomic_store_explicit(&at->generation, snapshot->generation, memory_order_release);
     ps_sys_wake((_Atomic uint32_t *)(void *)&at->generation, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     PS_POINT(S5_open);
-    return 0;
+    return word_of(region, snapshot->index) == (snapshot->word | PS_SNAPSHOT_ACTIVE) ? 0 : -EAGAIN;
 }
 
 static int take_once(struct taking *taking, bool *shared) {

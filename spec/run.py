@@ -93,6 +93,7 @@ class Snapshot(NamedTuple):
     nested: int = 0
     restores: int = 0
     reader: int = 0
+    patience: int = 0
     crashes: int = 0
     quick: bool = False
     ends: bool = False
@@ -202,6 +203,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "moment": Snapshot("one moment, whoever stores", stores=1, leases=1, quick=True),
     "moment-nested": Snapshot("a thread with a lease passes, and takes again", leases=2, nested=1, quick=True),
     "moment-restore": Snapshot("who restores", restores=2, quick=True),
+    "moment-late": Snapshot("who waits for it gives it up", stores=1, leases=1, patience=1, quick=True),
     "moment-again": Snapshot("an area is used again", rounds=2, stores=1, leases=1),
     "moment-read": Snapshot("who reads the image", stores=1, leases=1, reader=1),
     "moment-dies": Snapshot("a death among those who store", stores=1, leases=1, crashes=1),
@@ -276,6 +278,7 @@ BROKEN = {
     "CHANGE_BLIND": Broken("freeze", "a change looks at `frozen` with the lock"),
     "CLOSER_FIRST": Broken("freeze", "a dead freezer's closer stays until somebody has thawed"),
     "MOMENT_NOWAIT": Broken("moment", "nobody saves for a moment that has not come for all"),
+    "GIVEN_UP_UNSEEN": Broken("moment-late", "a snapshot that was given up does not become COMPLETE"),
     "DIRTY_LOOK_FIRST": Broken("moment", "the word is ACTIVE before the snapshotter looks for dirty pages"),
     "HOLDS_TAKING": Broken("moment-nested", "a lease that is being taken is none that its thread holds"),
     "HOLDS_FIRST": Broken("moment-nested", "a taker counts in its slot before it looks whether its thread holds one"),

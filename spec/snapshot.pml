@@ -23,6 +23,7 @@
  *    the first it takes page 0 as well, and another thread gives back the first
  *    RESTORES of both pages at once
  *    READER 1: somebody reads the image as C does; 0: it is looked at whenever something is stored
+ *    PATIENCE 0: who waits for a moment waits for ever; 1: it gives the snapshot up, at any time
  *    CRASHES: so many die, anywhere, of the snapshotter and the participants
  * Broken on purpose: one #ifdef each, explained in run.py.
  * Not here: who asks what is dirty (dirty.pml).
@@ -96,7 +97,7 @@ inline save(p, page) {
 #ifndef MOMENT_NOWAIT
         if
         :: told || word != found || serial != mine
-        :: atomic { LOST && word == found && serial == mine && !told -> word = FREE } /* nobody waits for the dead */
+        :: atomic { (PATIENCE || LOST) && word == found && serial == mine && !told -> word = FREE }
         fi;
 #endif
         atomic { saving++; counted[p]++ };
@@ -319,9 +320,13 @@ S4_active:  if
 S5_open:    closer = false;
             lock = false;
             if
+#ifdef GIVEN_UP_UNSEEN
             :: keep(0); keep(1);
+#else
+            :: word == ACTIVE -> keep(0); keep(1);
+#endif
 S7_complete:    atomic { word = COMPLETE; assert(TRUE(0) && TRUE(1)) }
-            :: skip
+            :: skip /* its holder drops it, or it was given up */
             fi;
             atomic { word = FREE; told = false }; /* closed: its byte goes, and whoever looks frees the word */
             generation++ /* page tables follow, nobody waits */

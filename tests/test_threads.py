@@ -107,9 +107,14 @@ def freeze(region: Region) -> None:
     region.frozen().release()
 
 
+def snapshot(region: Region) -> None:
+    region.snapshot().close()
+
+
 WORDS = [(f"C{step}", change) for step in ("1_lock", "2_save", "3_attempt", "4_map", "5_publish", "6_await")]
 WORDS += [(step, change) for step in ("C7_complete", "K1_close", "R1_claim", "R2_remote", "R3_ack")]
 WORDS += [(step, freeze) for step in ("F1_own", "F2_keep", "F3_freeze", "F4_thaw", "F5_clear")]
+WORDS += [(step, snapshot) for step in ("S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open")]
 
 
 @pytest.mark.parametrize(("step", "call"), WORDS, ids=[step for step, _ in WORDS])
