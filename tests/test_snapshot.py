@@ -709,9 +709,7 @@ def test_nobody_stores_before_the_moment_has_come(engine: str, joined: Callable[
         snapshotter.say()
 
 
-def test_who_waits_for_a_moment_gives_the_snapshot_up_after_a_second(
-    engine: str, joined: Callable[..., Child]
-) -> None:
+def test_who_waits_for_a_moment_gives_the_snapshot_up_after_a_second(engine: str, joined: Callable[..., Child]) -> None:
     """Its maker is stopped in the microseconds in which nobody may store: it takes the snapshot again afterwards."""
     with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
 
