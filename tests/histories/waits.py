@@ -80,7 +80,7 @@ class Waits:
             elif op.kind == words.CLOSE and op.args:
                 name = f"{op.process}/{op.args[0]}"
                 times[name] = times[name][0], op.end
-            elif op.kind not in (words.STORE, words.LOAD, words.LOOK):
+            elif op.kind not in (words.STORE, words.LOAD, words.LOOK) and op.outcome != words.KERNEL:
                 calls.setdefault(op.participant, []).append(op)
         for name, (begin, end) in times.items():
             yield begin, end, Intervals((op.begin, op.end, op) for op in calls.get(name, []))
@@ -153,13 +153,23 @@ class Waits:
     def _may_fail(self, op: Op) -> bool:
         extras = {extra for actor in self._facts.plan["actors"] for extra in actor["extras"]}
         number = op.value[0]
-        if number == errno.EBADF:  # it closed its descriptors before it had a part
-            return op.process in self._daemons and self._rights.is_cut_off(self._history.lives[op.process], op)
+        if number == errno.EBADF:  # it closed its descriptors before it had a part, or lost the agent that had others
+            return self._has_none(op.process) or (
+                op.process in self._daemons and self._rights.is_cut_off(self._history.lives[op.process], op)
+            )
         if number == errno.EOWNERDEAD:
             return bool(self._facts.plan.get("ends"))
         if number == errno.EMFILE:
             return "descriptors" in extras
         return number == errno.ENOMEM and "mappings" in extras
+
+    def _has_none(self, process: str) -> bool:
+        """It may have no descriptor that leads to the region, neither its own nor its agent's."""
+        life = self._history.lives.get(process)
+        if life is None or not self._ending(life).startswith("A"):
+            return False
+        index = int(life.name[1:].partition(".")[0])
+        return "closerange" in self._facts.plan["actors"][index]["extras"]
 
     def _holds_something(self, op: Op) -> bool:
         return op.thread in self._facts.held_by and self._facts.held_by[op.thread].any_meeting(op.begin, op.end)
