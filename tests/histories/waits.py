@@ -80,7 +80,7 @@ class Waits:
             elif op.kind == words.CLOSE and op.args:
                 name = f"{op.process}/{op.args[0]}"
                 times[name] = times[name][0], op.end
-            elif op.kind not in (words.STORE, words.LOAD, words.LOOK) and op.outcome != words.KERNEL:
+            elif op.kind not in (words.STORE, words.LOAD, words.LOOK, words.SEND) and op.outcome != words.KERNEL:
                 calls.setdefault(op.participant, []).append(op)
         for name, (begin, end) in times.items():
             yield begin, end, Intervals((op.begin, op.end, op) for op in calls.get(name, []))
