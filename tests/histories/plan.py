@@ -250,7 +250,7 @@ def _mood(rng: random.Random, chosen: list[str], quiet: bool) -> str | None:
     that gather pages in one bytearray.  queue: all take one lock and keep it a while, and are stopped.
     """
     possible = {"storm": "churn" in chosen, "gather": {"churn", "load"} <= {*chosen}, "queue": "lock" in chosen}
-    mood = rng.choice([*possible, None, None, None, None])
+    mood = rng.choice([*possible, "queue", None, None, None])  # in one of three of those somebody stops in line
     return mood if mood and possible[mood] and not (quiet and mood == "queue") else None
 
 
