@@ -433,7 +433,8 @@ cdef raise_timeout(ps_outcome *outcome, str doing):
         message = (f"{doing}: nothing was changed: pid {who} held a lease on these pages or the region's lock, had it "
                    "frozen, or was silent, until the timeout")
     elif doing == "snapshot":
-        message = f"{doing}: it was given up, since a participant could not follow, and begun anew, until the timeout"
+        message = (f"{doing}: it was given up, since a participant could not follow or others waited to store, and begun "
+                   "anew, until the timeout")
     else:
         message = (f"{doing}: nothing was changed: pages that a snapshot needs were being saved until the timeout; "
                    "call finish() of the snapshot first")

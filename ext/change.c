@@ -592,15 +592,16 @@ static bool grants(const struct ps_region *region, const struct change *wanted) 
 static int save_ahead(struct ps_region *region, const struct change *wanted, int64_t deadline,
                       struct ps_outcome *outcome) {
     struct ps_until until = ps_until(deadline);
+    uint32_t blocker;
     int rc = 0;
     for (uint64_t done = 0; !rc && done < wanted->count && grants(region, wanted); done += PIECE) {
         uint64_t rest = wanted->count - done;
         if (done && ps_sys_now() >= until.at)
             return ps_timed_out(until);
-        rc = ps_snapshot_keep(region, wanted->first + done, rest < PIECE ? rest : PIECE, until.at);
+        rc = ps_snapshot_keep(region, wanted->first + done, rest < PIECE ? rest : PIECE, until.at, &blocker);
     }
     if (rc == -ETIMEDOUT) {
-        outcome->pids[outcome->silent++] = ps_owner_pid(region, ps_lock_owner(region));
+        outcome->pids[outcome->silent++] = ps_owner_pid(region, blocker);
         rc = ps_timed_out(until);
     }
     return rc;

@@ -139,7 +139,8 @@ static int put_page(struct ps_region *region, int fd, uint64_t page, const char 
 
 static int put_pages(struct ps_region *region, int fd, uint64_t first, const char *from, uint64_t length) {
     uint64_t count = (length + PS_PAGE - 1) / PS_PAGE;
-    int rc = ps_snapshot_keep(region, first, count, PS_NEVER);
+    uint32_t nobody;
+    int rc = ps_snapshot_keep(region, first, count, PS_NEVER, &nobody);
     for (uint64_t i = 0; i < count && !rc; i++) {
         uint64_t rest = length - i * PS_PAGE;
         PS_POINT(P1_put);
@@ -158,5 +159,5 @@ int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t
     rc = fd < 0 ? fd : put_pages(region, fd, offset / PS_PAGE, from, length);
     ps_fault_block_again(&blocked);
     ps_lease_leave(region);
-    return rc;
+    return ps_waited(rc);
 }

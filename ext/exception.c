@@ -34,9 +34,11 @@
 #if PY_VERSION_HEX >= 0x030E0000
 #include <internal/pycore_ceval.h>
 #include <internal/pycore_interpframe_structs.h>
+#include <internal/pycore_runtime.h>
 #elif PY_VERSION_HEX >= 0x030D0000
 #include <internal/pycore_ceval.h>
 #include <internal/pycore_frame.h>
+#include <internal/pycore_runtime.h>
 #else
 #include <internal/pycore_ceval.h>
 #include <internal/pycore_frame.h>
@@ -182,8 +184,20 @@ struct ps_asked {
 };
 static struct ps_asked asked[64];
 
+/* Who is in tell_now.  Python calls one pending call at a time, and does not forget at a fork that one is under way: in
+ * a child that another thread forks just then it never calls any. */
+static struct {
+    uint64_t thread; /* 0: nobody */
+    pid_t process;
+} teller;
+
+static bool are_pending_calls_stuck(PyThreadState *mine) {
+    return teller.thread && teller.thread != PyThreadState_GetID(mine) && teller.process != getpid();
+}
+
 static bool is_asked(PyThreadState *mine) {
-    return ps_due.asked && ps_due.asked->thread == PyThreadState_GetID(mine) && ps_due.asked->due;
+    return ps_due.asked && ps_due.asked->thread == PyThreadState_GetID(mine) && ps_due.asked->due &&
+           !are_pending_calls_stuck(mine);
 }
 
 static void ask_no_more(PyThreadState *mine) {
@@ -295,9 +309,20 @@ static enum where where_from_access(const PyThreadState *mine) {
 
 static int tell_now(void *place);
 
+/* The calling thread is the one that Py_AddPendingCall tells of what is pending.  Python 3.13 goes on to tell the one
+ * that was the parent's, in a child that another thread has forked: its memory is freed. */
+static bool is_main(const PyThreadState *mine) {
+#if PY_VERSION_HEX >= 0x030D0000
+    return mine == _PyRuntime.main_tstate;
+#else
+    (void)mine;
+    return gettid() == getpid();
+#endif
+}
+
 /* In Python 3.11 only the main thread has pending calls. */
 static int add_pending_call(PyThreadState *mine, struct ps_asked *place) {
-    if (gettid() == getpid())
+    if (is_main(mine))
         return Py_AddPendingCall(tell_now, place);
 #if PY_VERSION_HEX >= 0x030C0000
     return (int)_PyEval_AddPendingCall(mine->interp, tell_now, place, 0);
@@ -311,7 +336,7 @@ static bool queue(PyThreadState *mine) {
     struct ps_asked *place = asked, *end = asked + sizeof asked / sizeof *asked;
     while (place < end && place->thread)
         place++;
-    if (place == end)
+    if (place == end || are_pending_calls_stuck(mine))
         return false;
     *place = (struct ps_asked){PyThreadState_GetID(mine), true};
     ps_due.asked = place;
@@ -356,15 +381,8 @@ static bool queue_after_tracer(PyThreadState *mine) {
 #define queue_after_tracer(mine) false
 #endif
 
-/* A pending call. */
-static int tell_now(void *place) {
-    PyThreadState *mine = PyThreadState_Get();
-    struct ps_asked who = *(struct ps_asked *)place;
-    ((struct ps_asked *)place)->thread = 0;
-    if (who.due && who.thread != PyThreadState_GetID(mine))
-        ask_other(who.thread);
-    if (!who.due || who.thread != PyThreadState_GetID(mine) || mine->async_exc == violation_class)
-        return 0;
+/* Whatever came of an access of the calling thread's; -1: its exception is raised. */
+static int tell_here(PyThreadState *mine) {
     enum where where = where_from_access(mine);
     /* In Python code that has nothing to do with the access the exception would end that, or get lost there; and so
      * would one that a tracer is being told of. */
@@ -387,6 +405,22 @@ static int tell_now(void *place) {
     if (!is_new && !ps_frame_of(mine))
         PyErr_WriteUnraisable(NULL); /* nobody would get it */
     return PyErr_Occurred() ? -1 : 0;
+}
+
+/* A pending call. */
+static int tell_now(void *place) {
+    PyThreadState *mine = PyThreadState_Get();
+    struct ps_asked who = *(struct ps_asked *)place;
+    ((struct ps_asked *)place)->thread = 0;
+    if (who.due && who.thread != PyThreadState_GetID(mine))
+        ask_other(who.thread);
+    if (!who.due || who.thread != PyThreadState_GetID(mine) || mine->async_exc == violation_class)
+        return 0;
+    teller.process = getpid();
+    teller.thread = who.thread;
+    int rc = tell_here(mine); /* in Python code of its own the interpreter may be another thread's meanwhile */
+    teller.thread = 0;
+    return rc;
 }
 
 static void ask_interpreter(PyThreadState *mine) {

@@ -261,7 +261,7 @@ static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t
     ps_fault_unblock(expects_fault(region) || ps_snapshots(region), &blocked);
     int rc = copy_range(region, offset, other, length, store, refusal);
     ps_fault_block_again(&blocked);
-    return rc;
+    return ps_waited(rc);
 }
 
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal) {
@@ -493,8 +493,12 @@ static bool only_follows(struct ps_region *region) {
 /* A sleep until our page tables follow another generation; a change may be over without that, so not a long one. */
 static void nap(struct ps_region *region) {
     _Atomic uint32_t *ack = &ps_slot(region, region->slot)->ack;
-    ps_sys_wait((struct ps_watch){ack, atomic_load_explicit(ack, memory_order_relaxed)}, FUTEX_BITSET_MATCH_ANY,
-                ps_sys_now() + PS_MS);
+    struct ps_watch watch = {ack, atomic_load_explicit(ack, memory_order_relaxed)};
+    uint32_t owner = ps_lock_owner(region);
+    if (owner && ps_owner_known(region, owner)) /* whose thread may have been ended alone */
+        ps_owner_nap(region, watch, owner, ps_sys_now() + PS_MS);
+    else
+        ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS);
 }
 
 /* Does the map forbid what each of these rights allows, and not just a change that may be undone?  A look at the page
@@ -823,8 +827,11 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     bool mark = data && signal == SIGBUS && region->uffd && store;
     enum verdict verdict = mark && !allows(ps_protection(region, at / PS_PAGE), store) ? FORBIDDEN : STUCK;
     if (data && by_kernel && (mark || signal == SIGSEGV)) {
+        struct ps_patience before = *ps_process_patience(); /* of a call that we may be in the midst of */
         verdict = outlive_change(region, at / PS_PAGE, registers, fault);
-        if (verdict == AGAIN || ps_freeze_notice(region, PATIENCE)) {
+        bool again = verdict == AGAIN || ps_freeze_notice(region, PATIENCE);
+        *ps_process_patience() = before;
+        if (again) {
             errno = saved;
             return;
         }

@@ -125,7 +125,8 @@ enum ps_snapshot_state {
     PS_SNAPSHOT_EMPTY = 4,     /* nobody has it, and its area and its states are holes */
     PS_SNAPSHOT_AGAIN = 5,     /* PREPARING once more, what became dirty meanwhile; + 1 for each further round */
 };
-#define PS_SNAPSHOT_ROUNDS 4u /* of them */
+#define PS_SNAPSHOT_ROUNDS 4u   /* of them */
+#define PS_NO_MOMENT UINT64_MAX /* a snapshot's generation: it was given up before its moment */
 #define PS_SNAPSHOT_BITS 4
 #define PS_SNAPSHOT_MASK ((1u << PS_SNAPSHOT_BITS) - 1)
 
@@ -147,8 +148,9 @@ struct ps_shm_snapshot {
      * after the word that ends the round: 0: no page tables were opened in it.  Crash: too high: some follow for
      * nothing. */
     _Atomic uint32_t dirty;
-    /* W: snapshotter: 0 at S1; at S4, when all page tables follow, that of its moment, release.  R: anybody, acquire:
-     * 0: the moment has not come, nobody stores yet.  Crash: as the word. */
+    /* W: snapshotter: 0 at S1; at S4, when all page tables follow, that of its moment, by CAS from 0, release; who
+     * gives it up, since it waits to store and that moment does not come, by CAS from 0 to PS_NO_MOMENT: so one word
+     * says which it was.  R: anybody, acquire: 0: the moment has not come, nobody stores yet.  Crash: as the word. */
     _Atomic uint64_t generation;
 };
 

@@ -214,9 +214,7 @@ int ps_lease_window(struct ps_region *region, int64_t deadline) {
 /* -- A lease ----------------------------------------------------------------------------------------------------- */
 
 static int keep_for_snapshots(struct ps_wait *wait, const struct ps_lease *lease) {
-    int rc = ps_snapshot_keep(wait->region, lease->first, lease->count, wait->until.at);
-    if (rc == -ETIMEDOUT)
-        wait->blocker = ps_lock_owner(wait->region);
+    int rc = ps_snapshot_keep(wait->region, lease->first, lease->count, wait->until.at, &wait->blocker);
     return rc == -ETIMEDOUT && wait->until.at == PS_TRY ? -EAGAIN : rc;
 }
 

@@ -194,6 +194,17 @@ int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owne
     return rc == -EINTR ? PS_ESIGNAL : 0;
 }
 
+/* As ps_owner_wait, but short, and no other call of the waiter (waiter.c) comes in between: with the page lock, or in
+ * the handler. */
+void ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
+    ps_waits_for(region, owner);
+    uint64_t before = doubts();
+    ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, deadline);
+    ps_waits_no_more(region);
+    if (doubts() != before)
+        doubt(region, owner);
+}
+
 static int take_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
     _Atomic uint32_t *word = &ps_header(region)->lock;
     uint32_t mine = ps_owner_word(region), slept = 0;
@@ -246,8 +257,8 @@ void ps_unlock(struct ps_region *region) {
 
 /* -- The claim on a participant's page tables ------------------------------------------------------------------ */
 
-/* Ours; a remote caller has it for the time of an ioctl, or died with it. */
-int ps_claim_own(struct ps_region *region, int64_t deadline) {
+/* Ours; a remote caller has it for the time of an ioctl, or died with it.  -ETIMEDOUT: for longer. */
+int ps_claim_own(struct ps_region *region) {
     _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
     uint32_t mine = ps_owner_word(region), seen = 0;
     for (int looks = 0;; looks++) {
@@ -259,10 +270,7 @@ int ps_claim_own(struct ps_region *region, int64_t deadline) {
                 return ps_corrupt(region, "claim");
             if (seen == mine || ps_owner_gone(region, seen))
                 continue; /* with `seen`: take it over */
-            int64_t now = ps_sys_now();
-            if (now >= deadline)
-                return -ETIMEDOUT;
-            ps_sys_wait((struct ps_watch){word, seen}, FUTEX_BITSET_MATCH_ANY, now + PS_MS / 10);
+            return -ETIMEDOUT;
         }
         __builtin_ia32_pause();
         seen = 0;
@@ -342,15 +350,15 @@ int ps_pages_take(struct ps_region *region, int64_t deadline) {
     _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
     for (;;) {
         int rc = ps_page_lock(region, deadline);
-        if (rc || !(rc = ps_claim_own(region, 0)))
+        if (rc || !(rc = ps_claim_own(region)))
             return rc;
         ps_page_unlock(region);
         int64_t now = ps_sys_now();
         if (rc != -ETIMEDOUT || now >= deadline)
             return rc;
         uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
-        if (seen)
-            ps_sleep((struct ps_watch){word, seen}, now + PS_MS / 10);
+        if (seen && ps_owner_known(region, seen))
+            ps_owner_wait(region, (struct ps_watch){word, seen}, seen, now + PS_MS / 10);
     }
 }
 

@@ -268,6 +268,8 @@ uint32_t ps_observe_snapshot(const struct ps_region *seen, uint32_t area, uint64
     const struct ps_shm_snapshot *snapshot = &ps_header(seen)->snapshot[area];
     uint32_t word = atomic_load_explicit(&snapshot->word, memory_order_acquire);
     *generation = atomic_load_explicit(&snapshot->generation, memory_order_relaxed);
+    if (*generation == PS_NO_MOMENT)
+        *generation = 0;
     return word;
 }
 

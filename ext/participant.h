@@ -307,10 +307,11 @@ bool ps_owner_known(const struct ps_region *region, uint32_t owner);
 bool ps_owner_gone(struct ps_region *region, uint32_t owner);
 void ps_owner_pass_on(struct ps_region *region); /* what threads of ours had that were ended alone */
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
+void ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
 void ps_waits_for(struct ps_region *region, uint32_t owner);
 void ps_waits_no_more(struct ps_region *region);
 int ps_waited(int rc);
-int ps_claim_own(struct ps_region *region, int64_t deadline);
+int ps_claim_own(struct ps_region *region);
 bool ps_claim_other(struct ps_region *region, uint32_t slot, uint32_t epoch);
 void ps_claim_void(struct ps_region *region);
 void ps_claim_release(struct ps_region *region, uint32_t slot);
@@ -367,7 +368,7 @@ void ps_user_lock_hand_over(struct ps_region *region, uint32_t index, int tid);
 int ps_lease_window(struct ps_region *region, int64_t deadline); /* there is one */
 
 /* snapshot.c: saving pages before they are stored to */
-int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline);
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline, uint32_t *blocker);
 int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count);
 void ps_snapshot_forsake(struct ps_region *region);
 int ps_snapshot_open(struct ps_region *region, uint64_t page);

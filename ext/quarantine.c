@@ -118,7 +118,7 @@ static bool take(struct ps_region *region) {
     for (;;) {
         ps_page_lock(region, PS_NEVER);
         uint32_t runs = region->quarantines;
-        int rc = runs ? ps_claim_own(region, 0) : 0;
+        int rc = runs ? ps_claim_own(region) : 0;
         if (runs && !rc)
             return true;
         ps_page_unlock(region);

@@ -38,7 +38,8 @@
 #include "image.h"
 #include "point.h"
 
-#define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler, and for a moment */
+#define PATIENCE (1000 * PS_MS) /* for the page lock, in the handler */
+#define MOMENT (500 * PS_MS)    /* one waits so long for a moment; less than PS_PATIENCE, with which calls begin anew */
 #define LOOK (100 * PS_MS)      /* between two looks of this process at what the killed left */
 #define GLANCE (20 * PS_MS)     /* a call waits so long for the lock that it then needs */
 #define WORD 8u                 /* states in a 64-bit word */
@@ -308,27 +309,39 @@ static int save_pages(struct ps_region *region, uint32_t index, uint64_t first, 
 }
 
 /* The snapshotter has the writer lock from before the word is ACTIVE until its generation is told: where nobody has the
- * lock, we have it, or one who is gone, its moment will not come.  The lock is looked at first (acquire). */
+ * lock, we have it, or one who is gone, that will not happen any more. */
 static bool brings_moment(struct ps_region *region, uint32_t owner) {
     return owner && !ps_lock_ours(region, owner) && !ps_owner_gone(region, owner);
 }
 
+/* Unless its moment has come meanwhile, it will not: the snapshotter finds that out by the same word.  Where the area
+ * has become another snapshot's meanwhile that one is taken once more. */
+static void give_up(struct ps_region *region, uint32_t index, uint32_t word) {
+    uint64_t none = 0;
+    if (atomic_compare_exchange_strong_explicit(&shared_of(region, index)->generation, &none, PS_NO_MOMENT,
+                                                memory_order_seq_cst, memory_order_relaxed) ||
+        none == PS_NO_MOMENT)
+        drop(region, index, word);
+}
+
 /* Until the snapshot's moment has come for all, or it is given up, as it is by those whom it keeps from storing for
- * PATIENCE: its maker may be stopped.  -ETIMEDOUT, PS_ESIGNAL: the caller's deadline, a signal. */
-static int await_moment(struct ps_region *region, uint32_t index, uint32_t word, int64_t deadline) {
+ * long: its maker may be stopped.  -ETIMEDOUT, PS_ESIGNAL: the caller's deadline, a signal. */
+static int await_moment(struct ps_region *region, uint32_t index, uint32_t word, int64_t deadline, uint32_t *blocker) {
     struct ps_shm_snapshot *shared = shared_of(region, index);
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&shared->generation;
-    int64_t end = ps_sys_now() + PATIENCE;
+    int64_t end = ps_sys_now() + MOMENT;
     while (word_of(region, index) == word) {
         uint32_t owner = ps_lock_owner(region);
-        if (atomic_load_explicit(&shared->generation, memory_order_acquire))
+        uint64_t generation = atomic_load_explicit(&shared->generation, memory_order_acquire);
+        if (generation && generation != PS_NO_MOMENT)
             return 0;
         if (owner && !ps_owner_known(region, owner))
             return ps_corrupt(region, "lock");
-        if (!brings_moment(region, owner) || unwanted(region, index) || ps_sys_now() >= end) {
-            drop(region, index, word);
-            return 0;
+        if (generation || !brings_moment(region, owner) || unwanted(region, index) || ps_sys_now() >= end) {
+            give_up(region, index, word);
+            continue;
         }
+        *blocker = owner;
         int rc = ps_owner_wait(region, (struct ps_watch){low, 0}, owner, deadline < end ? deadline : end);
         if (deadline != PS_NEVER && (rc == PS_ESIGNAL || (rc && ps_sys_now() >= deadline)))
             return rc;
@@ -353,14 +366,16 @@ static int keep_counted(struct ps_region *region, uint32_t index, uint32_t word,
 }
 
 /* Every ACTIVE snapshot has these pages, and whoever looks at them may store.  The deadline is that of the wait for
- * moments; PS_NEVER, as in the handler: it takes PATIENCE at most, and no signal ends it. */
-int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline) {
+ * moments; PS_NEVER, as in the handler: it is not long, and no signal ends it.  After -ETIMEDOUT *blocker is who was
+ * waited for. */
+int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, int64_t deadline, uint32_t *blocker) {
     int rc = 0;
+    *blocker = ps_owner_word(region);
     for (uint64_t mask = live(region); mask && !rc; mask &= mask - 1) {
         uint32_t index = (uint32_t)__builtin_ctzll(mask), word = word_of(region, index);
         if (state_of(word) != PS_SNAPSHOT_ACTIVE || all_saved(region, index, first, count))
             continue;
-        rc = await_moment(region, index, word, deadline);
+        rc = await_moment(region, index, word, deadline, blocker);
         if (unwanted(region, index))
             drop(region, index, word);
         if (!rc)
@@ -396,7 +411,8 @@ int ps_snapshot_let(struct ps_region *region, uint64_t first, uint64_t count) {
         if (is_preparing(word))
             dirty(region, index, word, first, count);
     }
-    return ps_snapshot_keep(region, first, count, PS_NEVER);
+    uint32_t nobody;
+    return ps_snapshot_keep(region, first, count, PS_NEVER, &nobody);
 }
 
 static int open_pages(struct ps_region *region, uint64_t first, uint64_t count) {
@@ -661,10 +677,12 @@ static int activate(struct taking *taking) {
     rc = next_round(taking, PS_SNAPSHOT_ACTIVE);
     if (rc)
         return rc;
-    atomic_store_explicit(&at->generation, snapshot->generation, memory_order_release);
+    uint64_t none = 0;
+    bool told = atomic_compare_exchange_strong_explicit(&at->generation, &none, snapshot->generation,
+                                                        memory_order_seq_cst, memory_order_relaxed);
     ps_sys_wake((_Atomic uint32_t *)(void *)&at->generation, INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     PS_POINT(S5_open);
-    return word_of(region, snapshot->index) == (snapshot->word | PS_SNAPSHOT_ACTIVE) ? 0 : -EAGAIN;
+    return told ? 0 : -EAGAIN;
 }
 
 static int take_once(struct taking *taking, bool *shared) {

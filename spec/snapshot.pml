@@ -40,7 +40,10 @@
 /* -- The control segment, the data and the area ---------------------------------------------------------------- */
 
 byte word, serial; /* two halves of one word, always loaded and stored together */
-bool told;         /* its generation is not 0 */
+byte told;         /* its generation: */
+#define NOT_YET 0
+#define COME 1
+#define NEVER 2 /* PS_NO_MOMENT */
 byte dirty;
 byte state[2], data[2], area[2];
 byte generation, acknowledged[2];
@@ -65,7 +68,7 @@ byte inside[2];  /* leases, or restoring, from the first store on to the last */
 #define LOST (!snapshotter) /* its byte is free */
 #define ALLOWED (word == FREE || word == COMPLETE || state[0] == SAVED || (word == PREPARING && state[0] == DIRTY))
 #define QUIET(p) (leases[p] == 0 || !alive[p])
-#define IMAGE_LIVES (snapshotter && (word == ACTIVE || word == COMPLETE) && told)
+#define IMAGE_LIVES (snapshotter && (word == ACTIVE || word == COMPLETE) && told == COME)
 #define IMAGE(page) (word == COMPLETE || state[page] == SAVED -> area[page] : data[page])
 #define TRUE(page) (!IMAGE_LIVES || IMAGE(page) == moment[page])
 
@@ -89,6 +92,25 @@ S6_save:
     copied = 0
 }
 
+/* One word says whether the moment came; it may be that of another snapshot by now, which is taken again then. */
+inline give_up() {
+#ifdef MOMENT_BY_LOOK
+    right = true;
+#else
+    d_step {
+        right = told != COME;
+        if :: told == NOT_YET -> told = NEVER :: else fi
+    };
+#endif
+    d_step {
+        if
+        :: right && word == found && serial == mine -> assert(told != COME); word = FREE
+        :: else
+        fi;
+        right = false
+    }
+}
+
 inline save(p, page) {
     atomic { found = word; mine = serial };
     if
@@ -96,8 +118,8 @@ inline save(p, page) {
     :: else ->
 #ifndef MOMENT_NOWAIT
         if
-        :: told || word != found || serial != mine
-        :: atomic { (PATIENCE || LOST) && word == found && serial == mine && !told -> word = FREE }
+        :: told == COME || word != found || serial != mine
+        :: (PATIENCE || LOST) && word == found && serial == mine && told != COME -> give_up()
         fi;
 #endif
         atomic { saving++; counted[p]++ };
@@ -294,7 +316,7 @@ proctype takes() {
             left--;
             atomic { !lock -> lock = true };
             (saving == counted[0] * (1 - alive[0]) + counted[1] * (1 - alive[1])); /* of the dead does not count */
-            d_step { state[0] = UNSAVED; state[1] = UNSAVED; area[0] = 0; area[1] = 0; told = false; dirty = 0 };
+            d_step { state[0] = UNSAVED; state[1] = UNSAVED; area[0] = 0; area[1] = 0; told = NOT_YET; dirty = 0 };
 S1_prepare: atomic { word = PREPARING; serial++ };
             generation++;
 S2_protect: (ARRIVED);
@@ -315,20 +337,24 @@ S4_active:  if
             :: else
             fi;
             atomic {
-                told = true; moment[0] = data[0]; moment[1] = data[1];
-                assert((inside[0] == 0 || !alive[0]) && (inside[1] == 0 || !alive[1])) };
+                if
+#ifdef GIVEN_UP_UNSEEN
+                :: true ->
+#else
+                :: told == NOT_YET ->
+#endif
+                    told = COME; moment[0] = data[0]; moment[1] = data[1];
+                    assert((inside[0] == 0 || !alive[0]) && (inside[1] == 0 || !alive[1]))
+                :: else /* it was given up */
+                fi };
 S5_open:    closer = false;
             lock = false;
             if
-#ifdef GIVEN_UP_UNSEEN
-            :: keep(0); keep(1);
-#else
-            :: word == ACTIVE -> keep(0); keep(1);
-#endif
+            :: told == COME -> keep(0); keep(1);
 S7_complete:    atomic { word = COMPLETE; assert(TRUE(0) && TRUE(1)) }
-            :: skip /* its holder drops it, or it was given up */
+            :: skip
             fi;
-            atomic { word = FREE; told = false }; /* closed: its byte goes, and whoever looks frees the word */
+            atomic { word = FREE; told = NOT_YET }; /* closed: its byte goes, and whoever looks frees the word */
             generation++ /* page tables follow, nobody waits */
         :: else -> break
         od

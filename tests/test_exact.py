@@ -7,6 +7,7 @@ import functools
 import gc
 import mmap
 import operator
+import os
 import struct
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_in_thread
+from conftest import Child, run_in_thread
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
@@ -372,3 +373,45 @@ def test_forms_that_are_not_exact(region: Region, form: str) -> None:
 
 def test_what_newer_interpreters_cannot_do_is_written_down() -> None:
     assert "3.14" in PROMISES
+
+
+# -- In a child that a thread forks ------------------------------------------------------------------------------------
+
+
+def told_in_the_end(region: Region) -> bool:
+    """A call and a loop after it."""
+    try:
+        struct.pack_into("<Q", region.buf, PAGE, 7)
+        for _ in range(1000):
+            pass
+    except ProtectionError:
+        return True
+    return False
+
+
+def fork_often(region: Region, times: int, codes: list[int]) -> None:
+    for _ in range(times):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if told_in_the_end(region) and told_in_the_end(region) else 1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["", "while another is told"])
+def test_in_the_child_of_a_thread(fork: Callable[..., Child], meanwhile: bool) -> None:
+    """Python 3.13 goes on to tell its parent's main thread of what is pending there, which is no thread of its own; and
+    a pending call that another thread was in is under way for ever: no Python calls any other."""
+
+    def body(_: Child) -> None:
+        codes: list[int] = []
+        with pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as region:
+            sys.setswitchinterval(1e-5)
+            thread = threading.Thread(target=fork_often, args=[region, 20, codes])
+            thread.start()
+            while meanwhile and thread.is_alive():
+                told_in_the_end(region)
+            thread.join()
+            assert codes == [0] * 20
+            assert region.read(PAGE, 8) == bytes(8)
+
+    assert fork(body).wait() == 0

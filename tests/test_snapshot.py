@@ -8,7 +8,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import select
 import signal
 import struct
 import threading
@@ -679,65 +678,6 @@ def test_who_has_a_lease_may_take_more(region: Region) -> None:
     thread.join()
     assert snaps[0].read(PAGE, 1) == b"\1"
     snaps[0].close()
-
-
-def test_nobody_stores_before_the_moment_has_come(engine: str, joined: Callable[..., Child]) -> None:
-    """Others may still store to pages that are not protected yet: what is stored now would come before that."""
-    with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
-
-        def snapshot(child: Child) -> None:
-            child.say()
-            child.hear()
-            with region.snapshot(timeout=30) as snap:
-                child.say(str(snap.read(5 * PAGE, 1)[0]))
-                child.hear()
-
-        def write(child: Child) -> None:
-            child.say()
-            child.hear()
-            region.buf[5 * PAGE] = 1
-            child.say("stored")
-
-        snapshotter, writer = joined(snapshot, point="S4_active=stop"), joined(write)
-        snapshotter.say()
-        snapshotter.wait_stopped()
-        writer.say()
-        assert not select.select([writer._receive], [], [], 0.2)[0]
-        snapshotter.resume()
-        assert writer.hear() == "stored"
-        assert snapshotter.hear() == "0"
-        snapshotter.say()
-
-
-def test_who_waits_for_a_moment_gives_the_snapshot_up_after_a_second(engine: str, joined: Callable[..., Child]) -> None:
-    """Its maker is stopped in the microseconds in which nobody may store: it takes the snapshot again afterwards."""
-    with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
-
-        def snapshot(child: Child) -> None:
-            child.say()
-            child.hear()
-            with region.snapshot(timeout=60) as snap:
-                child.say(str(snap.read(5 * PAGE, 1)[0]))
-                child.hear()
-
-        def write(child: Child) -> None:
-            child.say()
-            child.hear()
-            with pytest.raises(pyshare.PropagationTimeout) as caught:
-                region.mprotect(0, PAGE, READ_WRITE, timeout=0.05)
-            assert caught.value.pids == [snapshotter.pid]
-            region.buf[5 * PAGE] = 1
-            child.say("stored")
-
-        snapshotter = joined(snapshot, point="S4_active=stop")
-        writer = joined(write)
-        snapshotter.say()
-        snapshotter.wait_stopped()
-        writer.say()
-        assert writer.hear() == "stored"
-        snapshotter.resume()
-        assert snapshotter.hear() == "1"
-        snapshotter.say()
 
 
 def test_a_stopped_saver_is_named_where_no_area_is_left(engine: str, joined: Callable[..., Child]) -> None:

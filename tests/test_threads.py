@@ -147,3 +147,29 @@ def test_what_an_ended_thread_had_is_taken_over_though_its_process_lives(
         assert fork(lambda _: change(region)).wait() == 0
         alive = sorted(one.pid for one in region.participants() if one.alive)
         assert alive == sorted([os.getpid(), other.pid, victim.pid])
+
+
+@pytest.mark.parametrize("step", ["R1_claim", "R2_remote"])
+def test_an_ended_thread_keeps_nobody_from_its_own_page_tables(joined: Joined, step: str) -> None:
+    """It had the claim on those of a process that just stores, in the midst of a change that allows that."""
+    with pyshare.create(size=16 * PAGE, engine="uffd") as region:
+
+        def change_pages(child: Child) -> None:
+            idle(child)
+            thread = threading.Thread(target=region.mprotect, args=[0, PAGE, READ_WRITE], daemon=True)
+            thread.start()
+            until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+            idle(child)
+            os._exit(0)
+
+        def store(child: Child) -> None:
+            idle(child)
+            region.write(0, b"x")
+            region.buf[1] = ord("y")
+            idle(child)
+
+        region.mprotect(0, region.size, READ)
+        writer, victim = joined(store), joined(change_pages, point=f"{step}=exit@2")
+        tell(victim, "end")
+        tell(writer, "store")
+        assert region.read(0, 2) == b"xy"
