@@ -27,6 +27,7 @@ class Write(NamedTuple):
     value: int
     certain: bool
     op: Op | None
+    passing: bool = False  # it is another value by the end of the operation
 
 
 class Window(NamedTuple):
@@ -62,7 +63,8 @@ class Place:
             self._windows = defaultdict(list)
             first = Write(LONG_AGO, LONG_AGO, 0, True, None)
             for write in (first, *self.writes):
-                self._windows[write.value].append(Window(write.begin, self._gone(write.end), write))
+                end = write.end if write.passing else self._gone(write.end)
+                self._windows[write.value].append(Window(write.begin, end, write))
         return self._windows.get(value, [])
 
     def spans(self, value: int) -> list[tuple[int, int]]:
@@ -109,6 +111,8 @@ class Registers:
             if taken_place or (op.outcome == words.REFUSED and self._rights.may_be_granted(op)):
                 certain = op.outcome == words.OK and not facts.is_private(op)
                 yield op.args[0], op.args[3], Write(op.begin, op.end, op.args[2], certain, op)
+                if op.args[1] == "pack":  # struct.pack_into makes it zero before
+                    yield op.args[0], op.args[3], Write(op.begin, op.end, 0, False, op, passing=True)
         for op in facts.by_kind[words.TRANSACT]:
             _, first, count, place, value, _ = op.args
             for page in range(first, first + count):
