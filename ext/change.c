@@ -284,7 +284,7 @@ struct waiting {
     uint32_t slowest; /* pid of the last one that had not acknowledged when it was first looked at; 0: none */
     int spins;  /* looks before sleeping: where every agent has a CPU of its own it answers sooner than we sleep */
     int socket; /* of ours, for answers from agents that were asked for their userfaultfd; -1: none was */
-    struct ps_outcome *outcome;
+    struct ps_outcome *outcome; /* NULL: nobody wants to know; it is large, and there is little room in the handler */
 };
 
 /* relaxed: the acknowledgement, read before (acquire), orders it. */
@@ -295,6 +295,15 @@ static bool failed_at(struct ps_shm_slot *slot, uint64_t generation) {
 
 static struct waiting wait_until(struct ps_until until, struct ps_outcome *outcome) {
     return (struct waiting){.until = until, .socket = -1, .outcome = outcome};
+}
+
+static void tell(struct waiting *waiting, uint64_t generation, uint32_t failed_pid, int error) {
+    struct ps_outcome *outcome = waiting->outcome;
+    if (!outcome)
+        return;
+    outcome->generation = generation;
+    outcome->failed_pid = failed_pid;
+    outcome->error = (uint32_t)error;
 }
 
 /* One sleep on {acknowledgement, liveness}; both are looked at again afterwards. */
@@ -359,13 +368,18 @@ static bool await_slot(struct ps_region *region, uint32_t index, struct waiting 
 
 static int await_all(struct ps_region *region, struct waiting *waiting) {
     struct ps_outcome *outcome = waiting->outcome;
-    uint32_t used = ps_slots_used(region);
-    outcome->silent = waiting->slowest = 0;
+    uint32_t used = ps_slots_used(region), silent = 0;
+    waiting->slowest = 0;
     waiting->spins = used <= region->cpus ? SPIN : 0;
     for (uint32_t index = 0; index < used; index++)
-        if (!await_slot(region, index, waiting))
-            outcome->pids[outcome->silent++] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
-    return outcome->silent ? ps_timed_out(waiting->until) : 0;
+        if (!await_slot(region, index, waiting)) {
+            if (outcome)
+                outcome->pids[silent] = atomic_load_explicit(&ps_slot(region, index)->pid, memory_order_relaxed);
+            silent++;
+        }
+    if (outcome)
+        outcome->silent = silent;
+    return silent ? ps_timed_out(waiting->until) : 0;
 }
 
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome) {
@@ -462,6 +476,7 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
     uint64_t count = atomic_load_explicit(&record->count, memory_order_relaxed);
     uint32_t prot = atomic_load_explicit(&record->prot, memory_order_relaxed);
     enum ps_kind kind = (enum ps_kind)atomic_load_explicit(&record->kind, memory_order_relaxed);
+    uint32_t failed_pid = 0;
     int error = 0, rc;
     if (!count || first >= region->shape.pages || count > region->shape.pages - first)
         return ps_corrupt(region, "record");
@@ -473,22 +488,22 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
         }
         publish(region, attempt, kind, &waiting->socket);
         PS_POINT(C6_await);
-        waiting->generation = waiting->outcome->generation = attempt;
+        waiting->generation = attempt;
         bool late = prot == PS_FOLLOW_NOTHING || prot == PS_FOLLOW_OPEN; /* nobody has to be in time */
         rc = late ? 0 : await_all(region, waiting);
         if (!rc && !late && kind != PS_THAW)
-            error = find_error(region, attempt, &waiting->outcome->failed_pid);
+            error = find_error(region, attempt, &failed_pid);
         if (!error) {
             PS_POINT(C7_complete);
             close_record(region, attempt, waiting->slowest);
+            tell(waiting, attempt, 0, 0);
             return rc;
         }
         PS_POINT(U1_kind);
         atomic_store_explicit(&record->kind, PS_UNDO, memory_order_release);
     }
-    waiting->outcome->generation = attempt + 1;
     rc = undo(region, attempt, first, count, waiting);
-    waiting->outcome->error = (uint32_t)error;
+    tell(waiting, attempt + 1, failed_pid, error);
     return rc == PS_ESIGNAL || !error ? rc : -error; /* undone, whoever is late for that */
 }
 
@@ -519,7 +534,6 @@ static void begin(struct ps_region *region, const struct change *change) {
 }
 
 static int carry_out(struct ps_region *region, const struct change *change, struct waiting *waiting) {
-    waiting->outcome->failed_pid = waiting->outcome->error = 0; /* of another's change */
     begin(region, change);
     int rc = settle(region, waiting);
     ps_agent_settle(region, PS_NEVER);
@@ -533,11 +547,10 @@ static void leave(struct ps_region *region, struct waiting *waiting) {
 
 /* Of a caller that died in it, with all that it had changed; whoever is silent then follows late. */
 int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
-    struct ps_outcome outcome;
     int rc = ps_lock(region, deadline, blocker);
     if (rc)
         return rc;
-    struct waiting waiting = wait_until(ps_until(deadline), &outcome);
+    struct waiting waiting = wait_until(ps_until(deadline), NULL);
     if (ps_change_open(region))
         rc = settle(region, &waiting);
     ps_agent_settle(region, PS_NEVER);
@@ -686,8 +699,7 @@ int ps_change_freeze(struct ps_region *region, int64_t deadline, struct ps_outco
     keep(region);
     rc = carry_out(region, &(struct change){PS_SET, PROT_READ, 0, region->shape.pages, 0}, &waiting);
     if (rc == PS_ETIMEOUT) {
-        struct ps_outcome after;
-        waiting.outcome = &after;
+        waiting.outcome = NULL;
         waiting.until = (struct ps_until){ps_sys_now() + GRACE, false};
         thaw(region, &waiting);
         outcome->generation = 0;
@@ -701,11 +713,10 @@ int ps_change_freeze(struct ps_region *region, int64_t deadline, struct ps_outco
 
 /* Whoever froze it, and wherever that one came to.  Fails only where the writer lock could not be had. */
 int ps_change_thaw(struct ps_region *region, int64_t deadline, uint32_t *blocker) {
-    struct ps_outcome outcome;
     int rc = ps_lock(region, deadline, blocker);
     if (rc)
         return rc;
-    struct waiting waiting = wait_until(ps_until(PS_NEVER), &outcome);
+    struct waiting waiting = wait_until(ps_until(PS_NEVER), NULL);
     if (ps_change_open(region))
         settle(region, &waiting);
     waiting.until = ps_until(PS_NEVER);

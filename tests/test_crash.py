@@ -12,6 +12,7 @@ import random
 import resource
 import select
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -472,3 +473,45 @@ def test_a_core_dump_is_detected_and_holds_no_data(fork: Fork, tmp_path: Path) -
         assert private in dumped
         assert secret not in dumped
         assert len(dumped) < region.size
+
+
+def take_small_stack(room: int) -> None:
+    """For handlers of signals: what the kernel wants of it, and so many bytes; below it is a page that kills."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = libc.getauxval(51) + room  # AT_MINSIGSTKSZ
+    libc.mmap.restype = ctypes.c_void_p
+    at = libc.mmap(None, ctypes.c_size_t(PAGE + size), 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_long(0))
+    assert libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), 0) == 0
+    stack = struct.pack("@PiP", at + PAGE, 0, size)
+    assert libc.sigaltstack(stack, None) == 0
+
+
+def test_the_handler_needs_little_stack(region: Region, joined: Joined) -> None:
+    """faulthandler's has 16 KiB, from the heap, with nothing below it that would tell: here it thaws for a dead freezer,
+    and saves for a snapshot."""
+
+    def freeze(child: Child) -> None:
+        idle(child)
+        with region.frozen():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def store(child: Child) -> None:
+        idle(child)
+        take_small_stack(8 * 1024)
+        view = region.buf  # each look at it is a call, which would thaw
+        child.say()
+        child.hear()
+        for value in (1, 2):
+            view[0] = value
+            idle(child)
+
+    region.mprotect(0, region.size, READ_WRITE)
+    victim, writer = joined(freeze), joined(store)
+    tell(writer, "stack")
+    victim.say()
+    assert killed(victim)
+    tell(writer, "store")
+    with region.snapshot() as snap:
+        tell(writer, "store once more")
+        assert snap.read(0, 1) == b"\1"
+    assert region.read(0, 1) == b"\2"
