@@ -487,8 +487,8 @@ def take_small_stack(room: int) -> None:
 
 
 def test_the_handler_needs_little_stack(region: Region, joined: Joined) -> None:
-    """faulthandler's has 16 KiB, from the heap, with nothing below it that would tell: here it thaws for a dead freezer,
-    and saves for a snapshot."""
+    """faulthandler's has 16 KiB, from the heap, with nothing below it that would tell: here it thaws for a dead
+    freezer, and saves for a snapshot."""
 
     def freeze(child: Child) -> None:
         idle(child)
