@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -93,12 +94,14 @@ class Waits:
         return str(self._facts.plan["actors"][int(index)]["ended"])
 
     def _is_deaf(self, op: Op) -> bool:
-        """A handle's agent may have ended, and nobody called by it."""
-        half = op.begin + (op.end - op.begin) // 2
-        return any(
-            not any(call.begin > op.begin and call.end < half for call in calls.meeting(op.begin, half))
-            for calls in self._callers.meeting(op.begin, op.end)
-        )
+        """A handle's agent may have ended at any time, and nobody began a call by it for half of the operation's."""
+        end = min(op.end, self._history.ops[-1].end)
+        for calls in self._callers.meeting(op.begin, end):
+            begins = sorted(call.begin for call in calls.meeting(op.begin, end) if op.begin < call.begin < end)
+            gaps = itertools.pairwise([op.begin, *begins, end])
+            if max(after - before for before, after in gaps) >= (end - op.begin) // 2:
+                return True
+        return False
 
     def _may_be_in_vain(self, op: Op) -> bool:
         """For somebody who is stopped, or for what one had who was ended alone."""
