@@ -497,8 +497,8 @@ def test_an_ended_agent_is_missed_by_the_next_call(calls: bool) -> None:
         {**actor, "ended": f"{step}=exit@1"} for actor, step in zip(actors, ["A1_wait", "C1_lock"], strict=True)
     ]
     told.op(0, words.CHANGE, 0, 1, words.READ, 3.0, at=(1, 2), value=1)
-    if calls:
-        told.op(0, words.GENERATION, at=(1100, 1101), value=1)
+    for at in (1100, 2200, 3300) if calls else (1100,):  # after which it may have ended as well
+        told.op(0, words.GENERATION, at=(at, at + 1), value=1)
     told.op(1, words.CHANGE, 1, 1, words.READ, 3.0, at=(1000, 4001), out=words.TIMEOUT, value=[2, [100]])
     told.op(1, words.GENERATION, at=(4002, 4003), value=2)
     assert ["it waited in vain" in finding for finding in told.findings()] == [True] * calls
