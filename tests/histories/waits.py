@@ -11,6 +11,7 @@ import errno
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from histories import words
 from histories.facts import ACCESSES, Facts, Hold, Intervals, finding, pages_of, without
@@ -333,13 +334,20 @@ class Waits:
                 came = f"after {(handled[number] - sent) / 1e9:.2f} s" if number in handled else "never"
                 yield finding(f"signal {signal} to pid {pid} at {sent / 1e6:.3f} ms was handled {came}")
 
+    def _lost_main(self, hangs: tuple[Any, ...]) -> bool:
+        """The process's main thread was ended alone, as it attached: nobody is there who would end the process."""
+        pid, where = hangs
+        return bool(self._facts.plan.get("ends")) and any(
+            thread.startswith(f"{pid}:") and thread.endswith(" Z ") for thread in where
+        )
+
     # -- Deaths --------------------------------------------------------------------------------------------------------
 
     def _death(self, life: Life) -> Iterator[str]:
         killed = {values[0] for _, values in self._history.noted("kill")}  # by the conductor, or who stems
         for at, values in self._history.noted("hangs"):
             waits = any(thread.startswith(f"{life.name}=") for thread in self._facts.ended)  # until others are through
-            if values[0] == life.pid and at > life.born and not waits:
+            if values[0] == life.pid and at > life.born and not waits and not self._lost_main(values):
                 yield finding(f"process {life.name} hangs, in: {values[1:]}", *self._under_way(life))
         match life.status:
             case 0 | None:
