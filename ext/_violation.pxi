@@ -71,10 +71,12 @@ cdef expect_violations():
     """From now on forbidden accesses may raise in this process."""
     global raising
     if not raising:
-        raising = True
-        ps_wrap_builtins()
         # No function of this module, where the interpreter looks for nothing.
-        ps_expect_violations(Violation, eval("lambda: None", {}))
+        function = eval("lambda: None", {})
+        if not raising:  # else another thread has come in between; from here on none does
+            ps_wrap_builtins()
+            ps_expect_violations(Violation, function)
+            raising = True
     wrap_numpy()
 
 

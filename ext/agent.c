@@ -440,6 +440,7 @@ static void follow_for_ever(struct ps_region *region) {
         if (ps_agent_follow(region, generation, ps_sys_now() + SLICE))
             continue; /* another process is stopped with our claim: a stopper of ours does not wait for that */
         ps_agent_settle(region, ps_sys_now() + SLICE);
+        ps_waited(0);
         PS_POINT(A1_wait);
         ps_sys_wait((struct ps_watch){low, (uint32_t)generation}, bit,
                     region->failed ? ps_sys_now() + LOOK_AGAIN : PS_NEVER);

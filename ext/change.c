@@ -478,6 +478,7 @@ static int settle(struct ps_region *region, struct waiting *waiting) {
     enum ps_kind kind = (enum ps_kind)atomic_load_explicit(&record->kind, memory_order_relaxed);
     uint32_t failed_pid = 0;
     int error = 0, rc;
+    tell(waiting, 0, 0, 0);
     if (!count || first >= region->shape.pages || count > region->shape.pages - first)
         return ps_corrupt(region, "record");
     if (kind != PS_UNDO) {
@@ -561,7 +562,7 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
 int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     struct waiting waiting = wait_until(ps_until(deadline), outcome);
     int rc = ps_change_open(region) ? settle(region, &waiting) : 0;
-    outcome->generation = outcome->failed_pid = outcome->error = 0; /* of another's change */
+    tell(&waiting, 0, 0, 0); /* that was another's */
     ps_borrow_collect(region, waiting.socket);
     return rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT ? rc : 0;
 }
@@ -589,9 +590,9 @@ static int enter(struct ps_region *region, int64_t deadline, struct waiting *wai
     *waiting = wait_until(ps_until(deadline), outcome);
     PS_POINT(C1_lock);
     rc = ps_change_open(region) ? settle(region, waiting) : 0;
+    tell(waiting, 0, 0, 0); /* that was another's */
     if (rc != PS_ETIMEOUT && rc != PS_ESIGNAL && rc != PS_ECORRUPT)
         return 0;
-    outcome->generation = 0; /* ours was not begun */
     leave(region, waiting);
     return rc;
 }

@@ -184,24 +184,28 @@ struct ps_asked {
 };
 static struct ps_asked asked[64];
 
-/* Who is in tell_now.  Python calls one pending call at a time, and does not forget at a fork that one is under way: in
- * a child that another thread forks just then it never calls any. */
+/* Who is being told by tell_now, in which other threads may have the interpreter, and handlers of signals run.  Python
+ * calls one pending call at a time, so none comes there; and it does not forget at a fork that one is under way, so in a
+ * child that another thread forks just then none ever comes. */
 static struct {
     uint64_t thread; /* 0: nobody */
     pid_t process;
 } teller;
 
-static bool are_pending_calls_stuck(PyThreadState *mine) {
+static bool never_comes(PyThreadState *mine) {
     return teller.thread && teller.thread != PyThreadState_GetID(mine) && teller.process != getpid();
 }
 
+static bool has_asked(PyThreadState *mine) {
+    return ps_due.asked && ps_due.asked->thread == PyThreadState_GetID(mine) && ps_due.asked->due;
+}
+
 static bool is_asked(PyThreadState *mine) {
-    return ps_due.asked && ps_due.asked->thread == PyThreadState_GetID(mine) && ps_due.asked->due &&
-           !are_pending_calls_stuck(mine);
+    return has_asked(mine) && !never_comes(mine);
 }
 
 static void ask_no_more(PyThreadState *mine) {
-    if (is_asked(mine))
+    if (has_asked(mine))
         ps_due.asked->due = false;
     ps_due.asked = NULL;
 }
@@ -336,7 +340,7 @@ static bool queue(PyThreadState *mine) {
     struct ps_asked *place = asked, *end = asked + sizeof asked / sizeof *asked;
     while (place < end && place->thread)
         place++;
-    if (place == end || are_pending_calls_stuck(mine))
+    if (place == end || teller.thread)
         return false;
     *place = (struct ps_asked){PyThreadState_GetID(mine), true};
     ps_due.asked = place;
@@ -381,18 +385,8 @@ static bool queue_after_tracer(PyThreadState *mine) {
 #define queue_after_tracer(mine) false
 #endif
 
-/* Whatever came of an access of the calling thread's; -1: its exception is raised. */
-static int tell_here(PyThreadState *mine) {
-    enum where where = where_from_access(mine);
-    /* In Python code that has nothing to do with the access the exception would end that, or get lost there; and so
-     * would one that a tracer is being told of. */
-    if ((where == INSIDE || mine->tracing) && ps_sys_now() < ps_due.patience &&
-        (queue_after_tracer(mine) || queue(mine)))
-        return 0;
-    if (where != THERE && ps_violation()->interrupted) { /* the signal's handler has raised in its place */
-        ps_forget();
-        return 0;
-    }
+/* The exception of an access of the calling thread's is raised: -1; or nobody would get it. */
+static int raise_here(PyThreadState *mine, enum where where) {
     PyObject *handled = where == PAST ? PyErr_GetHandledException() : NULL;
     bool is_new = handled && handled != ps_due.handled; /* since the access: Ctrl-C, say, which is not to be hidden */
     PyObject *told = ps_told();
@@ -416,9 +410,19 @@ static int tell_now(void *place) {
         ask_other(who.thread);
     if (!who.due || who.thread != PyThreadState_GetID(mine) || mine->async_exc == violation_class)
         return 0;
+    enum where where = where_from_access(mine);
+    /* In Python code that has nothing to do with the access the exception would end that, or get lost there; and so
+     * would one that a tracer is being told of. */
+    if ((where == INSIDE || mine->tracing) && ps_sys_now() < ps_due.patience &&
+        (queue_after_tracer(mine) || queue(mine)))
+        return 0;
+    int rc = 0;
     teller.process = getpid();
     teller.thread = who.thread;
-    int rc = tell_here(mine); /* in Python code of its own the interpreter may be another thread's meanwhile */
+    if (where == PAST && ps_violation()->interrupted) /* the signal's handler has raised in its place */
+        ps_forget();
+    else
+        rc = raise_here(mine, where);
     teller.thread = 0;
     return rc;
 }

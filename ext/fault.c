@@ -258,10 +258,12 @@ static int copy_range(struct ps_region *region, uint64_t offset, char *other, ui
 static int copy(struct ps_region *region, uint64_t offset, char *other, uint64_t length, bool store,
                 struct ps_refusal *refusal) {
     sigset_t blocked;
+    struct ps_patience before = *ps_process_patience(); /* of a call whose wait a signal's handler has interrupted */
     ps_fault_unblock(expects_fault(region) || ps_snapshots(region), &blocked);
     int rc = copy_range(region, offset, other, length, store, refusal);
     ps_fault_block_again(&blocked);
-    return ps_waited(rc);
+    *ps_process_patience() = before;
+    return rc;
 }
 
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal) {
@@ -826,8 +828,8 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
     bool data = region && ps_running(region) && at < region->shape.pages * PS_PAGE;
     bool mark = data && signal == SIGBUS && region->uffd && store;
     enum verdict verdict = mark && !allows(ps_protection(region, at / PS_PAGE), store) ? FORBIDDEN : STUCK;
+    struct ps_patience before = *ps_process_patience(); /* of a call that we may be in the midst of */
     if (data && by_kernel && (mark || signal == SIGSEGV)) {
-        struct ps_patience before = *ps_process_patience(); /* of a call that we may be in the midst of */
         verdict = outlive_change(region, at / PS_PAGE, registers, fault);
         bool again = verdict == AGAIN || ps_freeze_notice(region, PATIENCE);
         *ps_process_patience() = before;
@@ -837,7 +839,9 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
         }
     }
     bool forbidden = signal == SIGSEGV || verdict == FORBIDDEN;
-    if (data && by_kernel && forbidden && !executes(registers) && by_policy(region, at, store, context) == GO) {
+    bool goes_on = data && by_kernel && forbidden && !executes(registers) && by_policy(region, at, store, context) == GO;
+    *ps_process_patience() = before;
+    if (goes_on) {
         errno = saved;
         return;
     }

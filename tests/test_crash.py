@@ -32,6 +32,7 @@ from kernel import (
     in_background,
     mapped,
     tell,
+    until_waits,
     word,
 )
 from members import AT_ONCE, SOON, heard
@@ -515,3 +516,29 @@ def test_the_handler_needs_little_stack(region: Region, joined: Joined) -> None:
         tell(writer, "store once more")
         assert snap.read(0, 1) == b"\1"
     assert region.read(0, 1) == b"\2"
+
+
+@pytest.mark.parametrize("engine", ["mprotect", "uffd"])
+def test_a_change_that_another_left_is_nobodys_own(engine: str, fork: Fork, joined: Joined) -> None:
+    """Who waits for the end of a freeze finishes the record of a dead snapshotter, and gives up: nothing is made."""
+
+    def freeze(child: Child) -> None:
+        idle(child)
+        with region.frozen():
+            idle(child)
+
+    def change(child: Child) -> None:
+        idle(child)
+        with pytest.raises(PropagationTimeout, match="nothing was changed") as caught:
+            region.mprotect(0, PAGE, READ_WRITE, timeout=1.5)
+        assert caught.value.generation is None
+        idle(child)
+
+    with pyshare.create(size=16 * PAGE, prot=READ, engine=engine) as region:
+        freezer, caller = joined(freeze), joined(change)
+        tell(freezer, "freeze")
+        caller.say()
+        until_waits(caller)
+        assert killed(fork(lambda _: region.snapshot(), point="C6_await=kill"))
+        assert caller.hear() == "ok"
+        assert region.protection(0) == READ

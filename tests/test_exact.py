@@ -375,7 +375,69 @@ def test_what_newer_interpreters_cannot_do_is_written_down() -> None:
     assert "3.14" in PROMISES
 
 
-# -- In a child that a thread forks ------------------------------------------------------------------------------------
+# -- Several threads, and children of threads --------------------------------------------------------------------------
+
+
+def test_each_of_two_threads_is_told_in_its_own_statement(fork: Callable[..., Child]) -> None:
+    """Python calls one pending call at a time: none while the other thread is being told."""
+
+    def violate(region: Region, late: list[int]) -> None:
+        for _ in range(5000):
+            turns = -1
+            try:
+                struct.pack_into("<Q", region.buf, PAGE, 7)
+                for turns in range(100):  # noqa: B007
+                    pass
+                turns = 100
+            except ProtectionError:
+                pass
+            if turns >= 0:
+                late.append(turns)
+
+    def body(_: Child) -> None:
+        late: list[int] = []
+        sys.setswitchinterval(1e-5)
+        with (
+            pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as one,
+            pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as other,
+        ):
+            threads = [threading.Thread(target=violate, args=[region, late]) for region in (one, other)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert late == []
+
+    assert fork(body).wait() == 0
+
+
+def test_threads_that_make_the_first_such_regions_at_once(run_python: Callable[..., Any]) -> None:
+    """In a process where no region had that policy yet."""
+    ran = run_python(
+        """
+import os, struct, sys, threading
+import pyshare
+def run():
+    start.wait()
+    region = pyshare.create(size=1 << 16, prot=pyshare.READ, on_violation="raise")
+    for _ in range(20):
+        try:
+            struct.pack_into("<Q", region.buf, 4096, 7)
+        except pyshare.ProtectionError:
+            pass
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        sys.setswitchinterval(1e-6)
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def told_in_the_end(region: Region) -> bool:

@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -547,3 +548,23 @@ def test_safe_accessors_raise_at_once(region: Region) -> None:
     region.mprotect(0, PAGE, NONE)
     with pytest.raises(ProtectionError):
         region.read(0, 1)
+
+
+def test_a_handler_that_takes_more_than_a_second(fork: Callable[..., Child]) -> None:
+    """It ends the wait of a call that keeps the interpreter, which raises when it has returned, if not before."""
+
+    def body(_: Child) -> None:
+        def handle(*_: object) -> None:
+            end = time.monotonic() + 1.2
+            while time.monotonic() < end:
+                pass
+
+        signal.signal(signal.SIGALRM, handle)
+        with pyshare.create(size=16 * PAGE, prot=READ, on_violation="wait") as region:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(ProtectionError):  # noqa: PT012
+                struct.pack_into("<Q", region.buf, PAGE, 7)
+                for _ in range(1000):
+                    pass
+
+    assert fork(body).wait() == 0
