@@ -185,8 +185,8 @@ struct ps_asked {
 static struct ps_asked asked[64];
 
 /* Who is being told by tell_now, in which other threads may have the interpreter, and handlers of signals run.  Python
- * calls one pending call at a time, so none comes there; and it does not forget at a fork that one is under way, so in a
- * child that another thread forks just then none ever comes. */
+ * calls one pending call at a time, so none comes there; and it does not forget at a fork that one is under way, so in
+ * a child that another thread forks just then none ever comes. */
 static struct {
     uint64_t thread; /* 0: nobody */
     pid_t process;

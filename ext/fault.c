@@ -839,7 +839,8 @@ static void on_fault(int signal, siginfo_t *info, void *context) {
         }
     }
     bool forbidden = signal == SIGSEGV || verdict == FORBIDDEN;
-    bool goes_on = data && by_kernel && forbidden && !executes(registers) && by_policy(region, at, store, context) == GO;
+    bool goes_on =
+        data && by_kernel && forbidden && !executes(registers) && by_policy(region, at, store, context) == GO;
     *ps_process_patience() = before;
     if (goes_on) {
         errno = saved;
