@@ -17,6 +17,7 @@ import socket
 import struct
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyshare
@@ -160,14 +161,9 @@ class Conductor:
         self.log.note("over")
         self.stopped = dict.fromkeys(self.stopped, 0.0)  # they go on at the next look
         self._look()
-        end = self.now + END_SECONDS
-        opened = 0.0
-        while self.pids and self._look() < end:
+        for _ in self._open_while(lambda: bool(self.pids)):
             if all(map(self.stage.is_lost, self.pids)):
                 self.stage.tell_through()
-            if self.now - opened > 0.5:
-                self._open()
-                opened = self.now
         for pid in self.pids.values():
             self.log.note("hangs", pid, _where(pid))
             with contextlib.suppress(ProcessLookupError):
@@ -176,13 +172,21 @@ class Conductor:
             time.sleep(0.3)
         for pid in self.pids.values():
             os.kill(pid, signal.SIGKILL)
-        end = self.now + END_SECONDS
-        while self._has_children() and self._look() < end:
+        for _ in self._open_while(self._has_children):
             pass
         for pid in _children():  # that others have forked
             self.log.note("hangs", pid, _where(pid))
             os.kill(pid, signal.SIGKILL)
         self._look_at_what_is_left()
+
+    def _open_while(self, others: Callable[[], bool]) -> Iterator[None]:
+        """A look after the other, for some time, as long as there are others: who waits for a page gets it."""
+        end, opened = self.now + END_SECONDS, 0.0
+        while others() and self._look() < end:
+            if self.now - opened > 0.5:
+                self._open()
+                opened = self.now
+            yield
 
     def _has_children(self) -> bool:
         with contextlib.suppress(ChildProcessError):
