@@ -6,10 +6,10 @@ import select
 from collections.abc import Callable
 
 import pytest
-from conftest import Child
+from conftest import Child, idle
 
 import pyshare
-from pyshare import READ_WRITE
+from pyshare import READ_WRITE, Region
 
 PAGE, PAGES = 4096, 64
 
@@ -19,24 +19,28 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def look(region: Region) -> Callable[[Child], None]:
+    """The body of a child that takes a snapshot when it is told to, and says what that has at page 5."""
+
+    def body(child: Child) -> None:
+        idle(child)
+        with region.snapshot(timeout=60) as snap:
+            child.say(str(snap.read(5 * PAGE, 1)[0]))
+            child.hear()
+
+    return body
+
+
 def test_nobody_stores_before_the_moment_has_come(engine: str, joined: Callable[..., Child]) -> None:
     """Others may still store to pages that are not protected yet: what is stored now would come before that."""
     with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
 
-        def snapshot(child: Child) -> None:
-            child.say()
-            child.hear()
-            with region.snapshot(timeout=30) as snap:
-                child.say(str(snap.read(5 * PAGE, 1)[0]))
-                child.hear()
-
         def write(child: Child) -> None:
-            child.say()
-            child.hear()
+            idle(child)
             region.buf[5 * PAGE] = 1
             child.say("stored")
 
-        snapshotter, writer = joined(snapshot, point="S4_active=stop"), joined(write)
+        snapshotter, writer = joined(look(region), point="S4_active=stop"), joined(write)
         snapshotter.say()
         snapshotter.wait_stopped()
         writer.say()
@@ -51,23 +55,15 @@ def test_who_waits_for_a_moment_gives_the_snapshot_up(engine: str, joined: Calla
     """Its maker is stopped in the microseconds in which nobody may store: it takes the snapshot again afterwards."""
     with pyshare.create(size=PAGES * PAGE, prot=READ_WRITE, engine=engine) as region:
 
-        def snapshot(child: Child) -> None:
-            child.say()
-            child.hear()
-            with region.snapshot(timeout=60) as snap:
-                child.say(str(snap.read(5 * PAGE, 1)[0]))
-                child.hear()
-
         def write(child: Child) -> None:
-            child.say()
-            child.hear()
+            idle(child)
             with pytest.raises(pyshare.PropagationTimeout) as caught:
                 region.mprotect(0, PAGE, READ_WRITE, timeout=0.05)
             assert caught.value.pids == [snapshotter.pid]
             region.buf[5 * PAGE] = 1
             child.say("stored")
 
-        snapshotter = joined(snapshot, point="S4_active=stop")
+        snapshotter = joined(look(region), point="S4_active=stop")
         writer = joined(write)
         snapshotter.say()
         snapshotter.wait_stopped()
