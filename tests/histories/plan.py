@@ -57,6 +57,7 @@ ENDINGS = [  # where a thread may be ended alone, as by a seccomp filter: it doe
     "J1_claim", "J1_claim", "J2_lock", "J3_apply", "J4_live", "A1_wait", "A2_apply", "A4_ack",
     "C1_lock", "C2_save", "C3_attempt", "C4_map", "C5_publish", "C6_await", "C7_complete", "R1_claim", "R2_remote",
     "K1_close", "F1_own", "F2_keep", "F3_freeze", "F4_thaw",
+    "S1_prepare", "S2_protect", "S3_drain", "S4_active", "S5_open",
 ]  # fmt: skip
 
 
