@@ -103,6 +103,16 @@ def test_a_load_finds_what_was_stored_over() -> None:
     only(told.findings(), "which was not there at that time")
 
 
+@pytest.mark.parametrize(("outcome", "wrong"), [(words.OK, True), (words.REFUSED, False), (None, False)])
+def test_the_zero_before_a_packed_value_stays_where_the_value_is_refused(outcome: str | None, wrong: bool) -> None:
+    told = Told()
+    told.op(0, words.STORE, 0, "view", 7, 0, at=(1, 2))
+    told.op(1, words.CHANGE, 0, 1, words.READ, 3.0, at=(3, 5), value=1)
+    told.op(0, words.STORE, 0, "pack", 8, 0, at=(4, 6), out=outcome)
+    told.op(1, words.LOAD, 0, 1, "read", "", at=(7, 8), value=page().hex())
+    assert ["which was not there" in finding for finding in told.findings()] == [True] * wrong
+
+
 @pytest.mark.parametrize(("outcome", "what"), [(None, "nobody has stored"), (words.REFUSED, "has taken place")])
 def test_a_load_finds_what_nobody_has_stored(outcome: str | None, what: str) -> None:
     told = Told()

@@ -111,8 +111,8 @@ class Registers:
             if taken_place or (op.outcome == words.REFUSED and self._rights.may_be_granted(op)):
                 certain = op.outcome == words.OK and not facts.is_private(op)
                 yield op.args[0], op.args[3], Write(op.begin, op.end, op.args[2], certain, op)
-                if op.args[1] == "pack":  # struct.pack_into makes it zero before
-                    yield op.args[0], op.args[3], Write(op.begin, op.end, 0, False, op, passing=True)
+                if op.args[1] == "pack":  # struct.pack_into makes it zero before; so it stays if the value may not come
+                    yield op.args[0], op.args[3], Write(op.begin, op.end, 0, False, op, passing=certain)
         for op in facts.by_kind[words.TRANSACT]:
             _, first, count, place, value, _ = op.args
             for page in range(first, first + count):
