@@ -87,7 +87,8 @@ class Draft:
     def __exit__(self, *_: object) -> None:
         try:
             if self._spare:  # as long as we have its lock: then nobody else removes it
-                os.unlink(self._spare, dir_fd=self._folder)
+                with contextlib.suppress(FileNotFoundError):  # an exception came before it had it, or had its own name
+                    os.unlink(self._spare, dir_fd=self._folder)
         finally:
             os.close(self._fd)
             os.close(self._folder)
@@ -102,10 +103,9 @@ class Draft:
         """The path leads to it, also after a power cut."""
         os.fsync(self._fd)
         if not self._spare:
-            spare = _spare_name()
+            self._spare = _spare_name()
             # A directory's descriptor makes it linkat(2), which follows /proc's link to the file.
-            os.link(f"/proc/self/fd/{self._fd}", spare, dst_dir_fd=self._folder, follow_symlinks=True)
-            self._spare = spare
+            os.link(f"/proc/self/fd/{self._fd}", self._spare, dst_dir_fd=self._folder, follow_symlinks=True)
         os.rename(self._spare, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._spare = ""
         os.fsync(self._folder)

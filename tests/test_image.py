@@ -12,9 +12,11 @@ import random
 import resource
 import signal
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from conftest import Child
 
 import pyshare
 from pyshare import _image
+from pyshare._draft import Draft
 from pyshare._image import Image
 
 PAGE = 4096
@@ -356,6 +359,35 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     save(filled(2), tmp_path / "image")
     assert load(tmp_path / "image") == filled(2).data
     assert os.listdir(tmp_path) == ["image"]
+
+
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "a file system without"])
+def test_ctrl_c_while_the_file_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
+    if not unnamed:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    lines: list[int] = []
+
+    def tracer(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is Draft.publish.__code__ and event == "line" and frame.f_lineno not in lines:
+            lines.append(frame.f_lineno)
+            raise KeyboardInterrupt
+        return tracer
+
+    def save_traced() -> bool:
+        sys.settrace(tracer)
+        try:
+            save(filled(2), tmp_path / "image")
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.settrace(None)
+        return True
+
+    save(filled(1), tmp_path / "image")
+    while not save_traced():  # at each line in turn
+        assert load(tmp_path / "image") in (filled(1).data, filled(2).data)
+        assert os.listdir(tmp_path) == ["image"]
+    assert len(lines) >= 5
 
 
 def test_whoever_is_killed_leaves_what_was_there(tmp_path: Path, fork: Fork) -> None:
