@@ -559,12 +559,23 @@ int ps_change_finish(struct ps_region *region, int64_t deadline, uint32_t *block
     return rc == PS_ECORRUPT ? rc : 0;
 }
 
+/* The record of a dead caller, with the writer lock: what became of it is nothing of ours, nor who was late for it; but
+ * who is silent still is told where we come no further. */
+static int settle_another(struct ps_region *region, struct waiting *waiting) {
+    int rc = ps_change_open(region) ? settle(region, waiting) : 0;
+    tell(waiting, 0, 0, 0);
+    if (rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT)
+        return rc;
+    if (waiting->outcome)
+        waiting->outcome->silent = 0;
+    return 0;
+}
+
 int ps_change_settle(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     struct waiting waiting = wait_until(ps_until(deadline), outcome);
-    int rc = ps_change_open(region) ? settle(region, &waiting) : 0;
-    tell(&waiting, 0, 0, 0); /* that was another's */
+    int rc = settle_another(region, &waiting);
     ps_borrow_collect(region, waiting.socket);
-    return rc == PS_ETIMEOUT || rc == PS_ESIGNAL || rc == PS_ECORRUPT ? rc : 0;
+    return rc;
 }
 
 /* Page tables of a large region take their time. */
@@ -589,11 +600,9 @@ static int enter(struct ps_region *region, int64_t deadline, struct waiting *wai
         return rc;
     *waiting = wait_until(ps_until(deadline), outcome);
     PS_POINT(C1_lock);
-    rc = ps_change_open(region) ? settle(region, waiting) : 0;
-    tell(waiting, 0, 0, 0); /* that was another's */
-    if (rc != PS_ETIMEOUT && rc != PS_ESIGNAL && rc != PS_ECORRUPT)
-        return 0;
-    leave(region, waiting);
+    rc = settle_another(region, waiting);
+    if (rc)
+        leave(region, waiting);
     return rc;
 }
 

@@ -657,11 +657,13 @@ static int sleep_on_map(struct ps_region *region) {
     if (seen != flagged && !atomic_compare_exchange_strong_explicit(&slot->ack, &seen, flagged, memory_order_relaxed,
                                                                     memory_order_relaxed))
         return 0;
-    bool freezer = atomic_load_explicit(&ps_header(region)->freezer, memory_order_relaxed);
+    struct ps_watch watch = {&slot->ack, flagged};
+    uint32_t freezer = atomic_load_explicit(&ps_header(region)->freezer, memory_order_relaxed);
     if (freezer && ps_freeze_notice(region, PATIENCE))
         return 0;
-    return ps_sys_wait((struct ps_watch){&slot->ack, flagged}, FUTEX_BITSET_MATCH_ANY,
-                       ps_sys_now() + (freezer ? PS_BACKSTOP : SLICE));
+    int64_t end = ps_sys_now() + (freezer ? PS_BACKSTOP : SLICE);
+    return freezer && ps_owner_known(region, freezer) ? ps_owner_nap(region, watch, freezer, end)
+                                                      : ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, end);
 }
 
 /* void ps_call_on(uintptr_t stack, void (*function)(void *), void *argument) */
@@ -775,12 +777,12 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
         *refusal = (struct ps_refusal){.page = page, .required = PROT_WRITE};
         refusal->author = look(region, page, &refusal->actual);
         if (ps_policy(region) != PS_WAIT || ps_freeze_own(region) || ps_sys_now() >= deadline)
-            return PS_EREFUSED;
+            return ps_waited(PS_EREFUSED);
         if (ps_sys_now() >= until.at || sleep_on_map(region) == -EINTR)
             return PS_ESIGNAL;
         page = first;
     }
-    return 0;
+    return ps_waited(0);
 }
 
 /* The window: what is leased has been saved for snapshots, and they wait for leases before their moment. */

@@ -195,14 +195,15 @@ int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owne
 }
 
 /* As ps_owner_wait, but short, and no other call of the waiter (waiter.c) comes in between: with the page lock, or in
- * the handler. */
-void ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
+ * the handler.  Of ps_sys_wait. */
+int ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline) {
     ps_waits_for(region, owner);
     uint64_t before = doubts();
-    ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, deadline);
+    int rc = ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, deadline);
     ps_waits_no_more(region);
     if (doubts() != before)
         doubt(region, owner);
+    return rc;
 }
 
 static int take_lock(struct ps_region *region, int64_t deadline, uint32_t *blocker) {

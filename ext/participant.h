@@ -307,7 +307,7 @@ bool ps_owner_known(const struct ps_region *region, uint32_t owner);
 bool ps_owner_gone(struct ps_region *region, uint32_t owner);
 void ps_owner_pass_on(struct ps_region *region); /* what threads of ours had that were ended alone */
 int ps_owner_wait(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
-void ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
+int ps_owner_nap(struct ps_region *region, struct ps_watch watch, uint32_t owner, int64_t deadline);
 void ps_waits_for(struct ps_region *region, uint32_t owner);
 void ps_waits_no_more(struct ps_region *region);
 int ps_waited(int rc);

@@ -112,8 +112,16 @@ int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count
     return 0;
 }
 
-/* As ps_pages_take; false where the region is closed meanwhile: its claim may be unmapped as soon as nothing of it is
- * in quarantine. */
+/* Whoever has our claim, whose thread may have been ended, is waited for with the page lock: else it may be unmapped.
+ */
+static void await_claim(struct ps_region *region) {
+    _Atomic uint32_t *word = &ps_slot(region, region->slot)->claim;
+    uint32_t seen = atomic_load_explicit(word, memory_order_relaxed);
+    if (seen && ps_owner_known(region, seen))
+        ps_owner_nap(region, (struct ps_watch){word, seen}, seen, ps_sys_now() + PS_MS / 10);
+}
+
+/* As ps_pages_take; false where the region is closed meanwhile, since nothing of it is in quarantine then. */
 static bool take(struct ps_region *region) {
     for (;;) {
         ps_page_lock(region, PS_NEVER);
@@ -121,6 +129,8 @@ static bool take(struct ps_region *region) {
         int rc = runs ? ps_claim_own(region) : 0;
         if (runs && !rc)
             return true;
+        if (rc == -ETIMEDOUT)
+            await_claim(region);
         ps_page_unlock(region);
         if (rc != -ETIMEDOUT)
             return false;

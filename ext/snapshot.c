@@ -290,24 +290,6 @@ static bool all_saved(const struct ps_region *region, uint32_t index, uint64_t f
     return true;
 }
 
-/* Holes of the memfd are holes of the image. */
-static int save_pages(struct ps_region *region, uint32_t index, uint64_t first, uint64_t end) {
-    _Atomic uint8_t *states = states_of(region, index);
-    uint64_t data = region->shape.control_size, hole = first;
-    int rc = 0;
-    for (uint64_t page = first; page < end && !rc; page++) {
-        if (end - first > 1 && page >= hole) { /* hole: the first page that is not known to be none */
-            hole = (ps_region_skip_hole(region, data + page * PS_PAGE, data + end * PS_PAGE) - data) / PS_PAGE;
-            for (; page < hole; page++)
-                atomic_store_explicit(states + page, PS_SAVED, memory_order_release);
-            hole = page + 1;
-        }
-        if (page < end && state_at(states, page) != PS_SAVED)
-            rc = save_page(region, index, page);
-    }
-    return rc;
-}
-
 /* The snapshotter has the writer lock from before the word is ACTIVE until its generation is told: where nobody has the
  * lock, we have it, or one who is gone, that will not happen any more. */
 static bool brings_moment(struct ps_region *region, uint32_t owner) {
@@ -349,14 +331,45 @@ static int await_moment(struct ps_region *region, uint32_t index, uint32_t word,
     return 0;
 }
 
-/* Everything under `saving`: the area is this snapshot's as long as that is counted (invariant 5). */
-static int keep_counted(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
+/* Holes from `hole` on, and the page behind them, before `end`.  Everything under `saving`: the area is this snapshot's
+ * as long as that is counted (invariant 5).  No system call is made there: a thread may be ended alone in one, and
+ * would be counted as long as its process lives. */
+static int save_counted(struct ps_region *region, uint32_t index, uint32_t word, uint64_t hole, uint64_t page,
+                        uint64_t end) {
     _Atomic uint32_t *saving = &ps_slot(region, region->slot)->saving;
+    _Atomic uint8_t *states = states_of(region, index);
+    int rc = 0;
+    atomic_fetch_add_explicit(saving, 1, memory_order_seq_cst);
+    if (word_of(region, index) == word) {
+        for (; hole < page; hole++)
+            atomic_store_explicit(states + hole, PS_SAVED, memory_order_release);
+        if (page < end && state_at(states, page) != PS_SAVED)
+            rc = save_page(region, index, page);
+    }
+    atomic_fetch_sub_explicit(saving, 1, memory_order_release);
+    return rc;
+}
+
+/* Holes of the memfd are holes of the image: after its moment, what is a hole and not SAVED was zero at that. */
+static int save_pages(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
+    const _Atomic uint8_t *states = states_of(region, index);
+    uint64_t data = region->shape.control_size, end = first + count;
+    int rc = 0;
+    for (uint64_t page = first; page < end && !rc && word_of(region, index) == word; page++) {
+        uint64_t hole = page;
+        if (state_at(states, page) == PS_SAVED)
+            continue;
+        if (count > 1)
+            page = (ps_region_skip_hole(region, data + page * PS_PAGE, data + end * PS_PAGE) - data) / PS_PAGE;
+        rc = save_counted(region, index, word, hole, page, end);
+    }
+    return rc;
+}
+
+static int keep(struct ps_region *region, uint32_t index, uint32_t word, uint64_t first, uint64_t count) {
     sigset_t blocked;
     ps_fault_unblock(false, &blocked); /* there may be no memory for a page */
-    atomic_fetch_add_explicit(saving, 1, memory_order_seq_cst);
-    int rc = word_of(region, index) == word ? save_pages(region, index, first, first + count) : 0;
-    atomic_fetch_sub_explicit(saving, 1, memory_order_release);
+    int rc = save_pages(region, index, word, first, count);
     ps_fault_block_again(&blocked);
     if (rc == -ENOMEM) { /* rather the snapshot than the one who stores */
         drop(region, index, word);
@@ -381,7 +394,7 @@ int ps_snapshot_keep(struct ps_region *region, uint64_t first, uint64_t count, i
         if (!rc)
             rc = need_shadow(region);
         if (!rc)
-            rc = keep_counted(region, index, word, first, count);
+            rc = keep(region, index, word, first, count);
     }
     return rc;
 }

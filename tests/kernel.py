@@ -226,6 +226,7 @@ SYSTEM_CALLS = {
     "futex_waitv": 449,
     "io_uring_setup": 425,
     "ioctl": 16,
+    "lseek": 8,
     "madvise": 28,
     "mprotect": 10,
     "pidfd_getfd": 438,

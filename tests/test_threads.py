@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 import threading
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Child, idle, until
-from kernel import PAGE, slot_is_taken, tell
+from kernel import PAGE, end_thread_at, slot_is_taken, tell
 
 import pyshare
-from pyshare import READ, READ_WRITE, Region
+from pyshare import READ, READ_WRITE, ProtectionError, Region
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -173,3 +174,73 @@ def test_an_ended_thread_keeps_nobody_from_its_own_page_tables(joined: Joined, s
         tell(victim, "end")
         tell(writer, "store")
         assert region.read(0, 2) == b"xy"
+
+
+def end_thread(child: Child, call: Callable[[], object]) -> None:
+    """A thread of its own is ended in the midst of this call."""
+    idle(child)
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+    idle(child)
+    os._exit(0)  # the thread's Python frames are there still
+
+
+@pytest.mark.parametrize("step", ["R1_claim", "R2_remote"])
+def test_who_is_told_of_a_violation_does_not_wait_for_an_ended_thread(joined: Joined, step: str) -> None:
+    """It had the claim on the page tables of a process that is to leave its private pages."""
+    with pyshare.create(size=16 * PAGE, engine="uffd", on_violation="raise") as region:
+
+        def violate(child: Child) -> None:
+            class Late:
+                def __index__(self) -> int:
+                    idle(child)
+                    return 1
+
+            idle(child)
+            with pytest.raises(ProtectionError):
+                struct.pack_into("QQ", region.buf, 0, 1, Late())
+            idle(child)
+
+        region.mprotect(0, region.size, READ)
+        violator = joined(violate)
+        victim = joined(
+            lambda child: end_thread(child, lambda: region.mprotect(PAGE, PAGE, READ_WRITE)), point=f"{step}=exit@2"
+        )
+        tell(violator, "violate")
+        tell(victim, "end")
+        tell(violator, "return")
+
+
+@pytest.mark.parametrize("how", ["store", "readinto"])
+def test_the_wait_for_the_end_of_a_freeze_does_not_wait_for_an_ended_thread(joined: Joined, how: str) -> None:
+    with pyshare.create(size=16 * PAGE, engine="mprotect", on_violation="wait") as region:
+
+        def store(child: Child) -> None:
+            view = region.buf
+            idle(child)
+            if how == "store":
+                view[0] = 1
+            else:
+                with open("/dev/zero", "rb", buffering=0) as source:
+                    assert region.readinto(source, 0, 1) == 1
+            idle(child)
+
+        waiter = joined(store)
+        victim = joined(lambda child: end_thread(child, lambda: freeze(region)), point="F4_thaw=exit")
+        tell(victim, "end")
+        tell(waiter, "store")
+
+
+def test_a_thread_that_is_ended_while_it_saves_uses_up_no_snapshots(joined: Joined) -> None:
+    with pyshare.create(size=16 * PAGE, prot=READ, engine="mprotect") as region:
+
+        def grant() -> None:
+            end_thread_at("lseek")
+            region.mprotect(0, region.size, READ_WRITE)
+
+        victim = joined(lambda child: end_thread(child, grant))
+        with region.snapshot():
+            tell(victim, "end")
+        for _ in range(20):
+            region.snapshot(timeout=PATIENCE).close()
