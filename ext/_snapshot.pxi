@@ -41,9 +41,6 @@ cdef extern from "core.h" nogil:
     int ps_dirty(ps_region *region, const ps_snapshot *since, uint64_t generation, uint8_t *map)
     int ps_put(ps_region *region, uint64_t offset, const void *data, uint64_t length)
 
-cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident() noexcept
-
 cdef enum:
     SOME = 512  # pages that are saved between two looks at signals, or at whether somebody still wants it
 
@@ -63,9 +60,9 @@ cdef class Holding:
     cdef ps_snapshot at
     cdef object region  # weak, or None
     cdef bint unwanted        # its Snapshot is gone or closed: who saves it in the background stops
-    cdef bint busy            # somebody does, and has a reference, in the process of so many forks
+    cdef bint busy            # a thread does, and has a reference, in the process of so many forks
     cdef uint32_t forks
-    cdef unsigned long saver  # who
+    cdef int saver            # its native id; 0: it has not begun
 
     def __cinit__(self):
         self.at.fd = -1
@@ -76,7 +73,8 @@ cdef class Holding:
             sweep(self.region)
 
     cdef bint is_busy(self) noexcept:
-        if self.busy and self.forks != ps_forks():  # the thread did not come along in the fork, but its reference did
+        # A thread that did not come along in a fork, or was ended alone, has left its reference.
+        if self.busy and (self.forks != ps_forks() or not ps_sys_thread_exists(self.saver)):
             self.busy = False
             Py_DECREF(self)
         return self.busy
@@ -84,7 +82,7 @@ cdef class Holding:
     cdef void end(self) noexcept:
         """Nobody will ask for it any more; who saves it has stopped when this returns."""
         self.unwanted = True
-        while self.is_busy() and self.saver != PyThread_get_thread_ident():  # which may be collecting garbage
+        while self.is_busy() and self.saver != ps_sys_gettid():  # which may be collecting garbage
             with nogil:
                 ps_sys_pause()
 
@@ -131,7 +129,7 @@ def _save_all(list only):
     """In the background, so that stores cost nothing again; until its Snapshot is gone or closed."""
     cdef uint64_t page = 0
     cdef Holding holding = only.pop()  # the thread's arguments keep no other
-    holding.saver = PyThread_get_thread_ident()
+    holding.saver = ps_sys_gettid()
     try:
         while not holding.unwanted and holding.save(&page):
             pass

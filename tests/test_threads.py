@@ -15,7 +15,7 @@ from conftest import PATIENCE, Child, idle, until
 from kernel import PAGE, end_thread_at, slot_is_taken, tell
 
 import pyshare
-from pyshare import READ, READ_WRITE, ProtectionError, Region
+from pyshare import READ, READ_WRITE, ProtectionError, Region, Snapshot
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -100,6 +100,12 @@ def test_close_ends_where_its_thread_does(joined: Joined, step: str) -> None:
         assert [one.pid for one in region.participants()] == [os.getpid()]
 
 
+def until_it_is_ended(thread: threading.Thread) -> None:
+    """It runs until its point; it is a daemon, since its Python frames stay."""
+    thread.start()
+    until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+
+
 def change(region: Region) -> None:
     region.mprotect(0, PAGE, READ)
 
@@ -125,9 +131,7 @@ def test_what_an_ended_thread_had_is_taken_over_though_its_process_lives(
     """The writer lock, claims, a closer, the freezer's word: they name the process alone."""
 
     def body(child: Child) -> None:
-        thread = threading.Thread(target=call, args=[region], daemon=True)
-        thread.start()
-        until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+        until_it_is_ended(threading.Thread(target=call, args=[region], daemon=True))
         idle(child)
         region.mprotect(PAGE, PAGE, READ, timeout=PATIENCE)
         idle(child)
@@ -157,9 +161,7 @@ def test_an_ended_thread_keeps_nobody_from_its_own_page_tables(joined: Joined, s
 
         def change_pages(child: Child) -> None:
             idle(child)
-            thread = threading.Thread(target=region.mprotect, args=[0, PAGE, READ_WRITE], daemon=True)
-            thread.start()
-            until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+            until_it_is_ended(threading.Thread(target=region.mprotect, args=[0, PAGE, READ_WRITE], daemon=True))
             idle(child)
             os._exit(0)
 
@@ -244,3 +246,40 @@ def test_a_thread_that_is_ended_while_it_saves_uses_up_no_snapshots(joined: Join
             tell(victim, "end")
         for _ in range(20):
             region.snapshot(timeout=PATIENCE).close()
+
+
+def drop(_: Snapshot) -> None:
+    """With its last reference."""
+
+
+def finish(snap: Snapshot) -> None:
+    snap.finish()
+    assert snap.complete
+    snap.close()
+
+
+def view(snap: Snapshot) -> None:
+    assert bytes(snap) == b"x" * snap.size
+    snap.close()
+
+
+@pytest.mark.parametrize("step", ["S6_save", "S7_complete"])
+@pytest.mark.parametrize("end", [Snapshot.close, drop, finish, view])
+def test_nobody_waits_for_an_ended_thread_to_save_a_snapshot(
+    fork: Fork, step: str, end: Callable[[Snapshot], None]
+) -> None:
+    """Nor does it keep anything of the snapshot."""
+
+    def body(_: Child) -> None:
+        region.read(0, 1)  # a participant
+        before = os.listdir("/proc/self/task"), os.listdir("/proc/self/fd")
+        snaps = [region.snapshot()]
+        until(lambda: os.listdir("/proc/self/task") == before[0])
+        assert not snaps[0].complete
+        end(snaps.pop())
+        assert os.listdir("/proc/self/fd") == before[1]
+        region.snapshot().close()
+
+    with pyshare.create(size=16 * PAGE, engine="mprotect") as region:
+        region.write(0, b"x" * region.size)
+        assert fork(body, point=f"{step}=exit").wait() == 0
