@@ -79,6 +79,9 @@ cdef extern from "core.h" nogil:
         uint32_t error
         uint32_t silent
         uint32_t *pids
+    struct ps_patience:
+        uint32_t owner
+    ps_patience *ps_process_patience()
     struct ps_author:
         bint known
         uint64_t generation
@@ -890,9 +893,7 @@ cdef class Handle(Mapped):
         return self.region is not NULL and ps_ready_now(self.region) == 1
 
     cdef serve_signals(self, str doing):
-        PyErr_CheckSignals()
-        self.enter(doing)  # the handler may have forked: a participant once more
-        self.leave()
+        serve_amid_wait(self, doing)
 
     def lease(self, offset, length, *, timeout=DEFAULT, window=False):
         """This process alone may write whole pages, given by offset and length in bytes, until the lease is released.
@@ -1283,6 +1284,23 @@ cdef class Handle(Mapped):
             lease.release()
 
 
+cdef serve_amid_wait(Handle again, str doing):
+    """Handlers of signals run, which may wait themselves; the wait that they interrupt goes on as having begun when it did.
+
+    A handler may have forked: with the handle `again` a child becomes a participant once more.
+    """
+    cdef ps_patience before = ps_process_patience()[0]
+    try:
+        PyErr_CheckSignals()
+        if again is not None:
+            again.enter(doing)
+            again.leave()
+    except BaseException:
+        ps_process_patience().owner = 0  # the wait is over
+        raise
+    ps_process_patience()[0] = before
+
+
 cdef bint await_readable(int fd, int64_t deadline) except -1:
     """Or closed at the other end; False after the deadline.  A signal just before poll() is served within a second."""
     cdef pollfd watched
@@ -1513,7 +1531,7 @@ cdef class Frozen(Held):
         cdef int rc = PS_ESIGNAL
         while rc == PS_ESIGNAL and self.is_held():  # another process keeps the region's lock
             rc = self.thaw()
-            PyErr_CheckSignals()  # if the handler raises then, it is held still
+            serve_amid_wait(None, "release")  # if a handler raises then, it is held still
         if rc and rc != PS_ESIGNAL:
             raise_code(rc, "release", self.handle.corrupt_field())
 

@@ -53,6 +53,14 @@ struct ps_outcome {
     uint32_t pids[PS_SLOTS_MAX + 1];
 };
 
+/* Whom the calling thread waits for, across the calls that this takes (lock.c): whoever lets code of others run between
+ * them keeps this meanwhile, for that code may wait, too. */
+struct ps_patience {
+    uint32_t owner; /* 0: nobody */
+    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
+};
+struct ps_patience *ps_process_patience(void);
+
 /* Which change made a page what it is. */
 struct ps_author {
     bool known; /* false: older than the PS_RING latest changes */

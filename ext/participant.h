@@ -468,12 +468,6 @@ void ps_violation_keep(struct ps_region *region, uint64_t offset, const struct p
 int ps_sleep(struct ps_watch watch, int64_t deadline);
 int ps_sleep_two(struct ps_watch first, struct ps_watch second, int64_t deadline);
 
-/* Whom the calling thread waits for, across the calls that this takes (lock.c). */
-struct ps_patience {
-    uint32_t owner; /* 0: nobody */
-    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
-};
-
 /* In whose place the calling thread takes words, where it is not in its own. */
 struct ps_proxy {
     int holder;                  /* who has them in `here`; 0: the thread */
@@ -531,7 +525,6 @@ int ps_process_told_too(void);             /* ps_tell_also's */
 struct ps_proxy *ps_process_proxy(void);   /* NULL: it is itself */
 void ps_process_set_proxy(struct ps_proxy *proxy);
 struct ps_waiter *ps_process_waiter(void);
-struct ps_patience *ps_process_patience(void);
 int ps_process_spawn(void *(*body)(void *), void *argument, pthread_t *thread); /* with all signals blocked */
 bool ps_process_ended(
     pthread_t thread);           /* also where a seccomp filter did it; true once: then it is no thread any more */

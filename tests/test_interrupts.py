@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from conftest import PATIENCE, Child, idle, until
 from kernel import GENERATION, PAGE, is_asleep, sleeping, slot_is_taken, tell, until_waits, wake
 
 import pyshare
-from pyshare import READ, READ_WRITE, Region, RegionClosed
+from pyshare import READ, READ_WRITE, Region, RegionClosed, _core, _observer
 
 Fork = Callable[..., Child]
+CLOCK_MONOTONIC_COARSE = 6  # as linux/time.h has it
 NAME = f"interrupts-{os.getpid()}"
 FAR = range(0x1000_0000_0000, 0x5000_0000_0000)  # where regions are mapped (ext/region.c)
 
@@ -242,6 +244,31 @@ def test_a_child_that_a_handler_forks_may_close_what_its_parent_waits_for(call: 
         silent.resume()
         assert child.wait() == 0
         silent.say()
+
+
+def test_a_wait_begins_anew_after_one_that_ctrl_c_ended(joined: Callable[..., Child]) -> None:
+    def body(child: Child) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for _ in range(2):
+            interrupted(child, lambda: region.mprotect(0, PAGE, READ, timeout=None))
+
+    def wait_of(child: Child) -> int:
+        """Since when it waits, by the coarse clock; 0: it does not."""
+        slots = _observer.slots(observer)
+        return next(one.waits_since if one.waits_for else 0 for one in slots if one.pid == child.pid)
+
+    with made() as region, region.lease(0, PAGE):
+        observer = _core.Observer(region.fileno())
+        child = joined(body)
+        until_waits(child)
+        now = time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE)
+        until(lambda: time.clock_gettime_ns(CLOCK_MONOTONIC_COARSE) > now)
+        child.kill(signal.SIGINT)
+        assert child.hear() == "ok"
+        until_waits(child)
+        until(lambda: wait_of(child) > now)
+        child.kill(signal.SIGINT)
+        assert child.wait() == 0
 
 
 def begin_sweep(region: Region, fork: Fork) -> tuple[Child, threading.Thread]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,16 @@ def test_what_an_ended_thread_had_is_taken_over_though_its_process_lives(
         assert alive == sorted([os.getpid(), other.pid, victim.pid])
 
 
+def end_thread(child: Child, call: Callable[[], object]) -> None:
+    """A thread of its own is ended in the midst of this call."""
+    idle(child)
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
+    idle(child)
+    os._exit(0)  # the thread's Python frames are there still
+
+
 @pytest.mark.parametrize("step", ["R1_claim", "R2_remote"])
 def test_an_ended_thread_keeps_nobody_from_its_own_page_tables(joined: Joined, step: str) -> None:
     """It had the claim on those of a process that just stores, in the midst of a change that allows that."""
@@ -176,16 +188,6 @@ def test_an_ended_thread_keeps_nobody_from_its_own_page_tables(joined: Joined, s
         tell(victim, "end")
         tell(writer, "store")
         assert region.read(0, 2) == b"xy"
-
-
-def end_thread(child: Child, call: Callable[[], object]) -> None:
-    """A thread of its own is ended in the midst of this call."""
-    idle(child)
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())
-    idle(child)
-    os._exit(0)  # the thread's Python frames are there still
 
 
 @pytest.mark.parametrize("step", ["R1_claim", "R2_remote"])
@@ -246,6 +248,52 @@ def test_a_thread_that_is_ended_while_it_saves_uses_up_no_snapshots(joined: Join
             tell(victim, "end")
         for _ in range(20):
             region.snapshot(timeout=PATIENCE).close()
+
+
+@contextmanager
+def served(region: Region, most: int = 400) -> Iterator[None]:
+    """A signal each 5 ms, whose handler uses the region; after so many the call that they interrupt fails."""
+    left = iter(range(most))
+
+    def use(*_: object) -> None:
+        next(left)
+        region.lock(1).release()
+
+    signal.signal(signal.SIGALRM, use)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.mark.parametrize("call", ["mprotect", "release"])
+def test_an_ended_thread_is_found_out_also_by_a_waiter_whose_signals_are_served(joined: Joined, call: str) -> None:
+    """However soon the next signal comes, the wait has lasted since it began."""
+
+    def wait(child: Child) -> None:
+        frozen = region.frozen() if call == "release" else None
+        idle(child)
+        with served(region):
+            if frozen is None:
+                region.mprotect(PAGE, PAGE, READ, timeout=None)
+            else:
+                frozen.release()
+
+    def end(child: Child) -> None:
+        child.say()
+        until_it_is_ended(threading.Thread(target=region.mprotect, args=[0, PAGE, READ], daemon=True))
+        idle(child)
+        os._exit(0)
+
+    with pyshare.create(size=16 * PAGE, engine="mprotect") as region:
+        waiter = joined(wait)
+        victim = joined(end, point="C1_lock=exit")
+        assert victim.hear() == "ok"
+        waiter.say()
+        assert waiter.wait() == 0
+        victim.say()
+        assert victim.wait() == 0
 
 
 def drop(_: Snapshot) -> None:
