@@ -192,6 +192,26 @@ static struct {
     pid_t process;
 } teller;
 
+/* A thread's asynchronous exception can be told anywhere in its Python code.  Somebody else's, which is there already,
+ * stays. */
+static void ask_other(uint64_t thread) {
+    PyThreadState *other = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
+    while (other && PyThreadState_GetID(other) != thread)
+        other = PyThreadState_Next(other);
+    if (other && !other->async_exc)
+        PyThreadState_SetAsyncExc(other->thread_id, violation_class);
+}
+
+/* Before others have the interpreter in the midst of tell_now: the pending calls of those who have asked come too late
+ * for them.  They come nevertheless, should somebody else's asynchronous exception take the place of ours. */
+static void ask_others(PyThreadState *mine) {
+    if (teller.thread != PyThreadState_GetID(mine))
+        return;
+    for (struct ps_asked *place = asked; place < asked + sizeof asked / sizeof *asked; place++)
+        if (place->thread && place->thread != teller.thread && place->due)
+            ask_other(place->thread);
+}
+
 static bool never_comes(PyThreadState *mine) {
     return teller.thread && teller.thread != PyThreadState_GetID(mine) && teller.process != getpid();
 }
@@ -222,8 +242,10 @@ static void note_place(PyThreadState *mine) {
 void ps_forget(void) {
     struct ps_violation *violation = ps_violation();
     PyObject *other = ps_due.other;
-    ask_no_more(PyThreadState_Get());
-    PyThreadState *mine = PyEval_SaveThread();
+    PyThreadState *mine = PyThreadState_Get();
+    ask_no_more(mine);
+    ask_others(mine);
+    PyEval_SaveThread();
     ps_quarantine_leave();
     PyEval_RestoreThread(mine);
     violation->count = 0;
@@ -240,8 +262,10 @@ PyObject *ps_told(void) {
     PyObject *told = ps_due.raised;
     ask_no_more(PyThreadState_Get()); /* before other threads have the interpreter */
     ps_due.raised = NULL;
-    if (!told && ps_violation()->interrupted && PyErr_CheckSignals())
-        told = take_error();
+    if (!told && ps_violation()->interrupted) {
+        ask_others(PyThreadState_Get());
+        told = PyErr_CheckSignals() ? take_error() : NULL;
+    }
     if (ps_due.by != PS_LATER)
         note_place(PyThreadState_Get());
     if (!told)
@@ -340,7 +364,7 @@ static bool queue(PyThreadState *mine) {
     struct ps_asked *place = asked, *end = asked + sizeof asked / sizeof *asked;
     while (place < end && place->thread)
         place++;
-    if (place == end || teller.thread)
+    if (place == end || never_comes(mine))
         return false;
     *place = (struct ps_asked){PyThreadState_GetID(mine), true};
     ps_due.asked = place;
@@ -348,15 +372,6 @@ static bool queue(PyThreadState *mine) {
         return true;
     place->thread = 0;
     return false;
-}
-
-/* It has let others have the interpreter before it looked, in whose Python code it can only be told anywhere. */
-static void ask_other(uint64_t thread) {
-    PyThreadState *other = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
-    while (other && PyThreadState_GetID(other) != thread)
-        other = PyThreadState_Next(other);
-    if (other)
-        PyThreadState_SetAsyncExc(other->thread_id, violation_class);
 }
 
 #if PY_VERSION_HEX < 0x030C0000
@@ -396,8 +411,10 @@ static int raise_here(PyThreadState *mine, enum where where) {
         PyErr_SetObject((PyObject *)Py_TYPE(told), told);
     Py_DECREF(told);
     Py_XDECREF(handled);
-    if (!is_new && !ps_frame_of(mine))
-        PyErr_WriteUnraisable(NULL); /* nobody would get it */
+    if (!is_new && !ps_frame_of(mine)) { /* nobody would get it */
+        ask_others(mine);
+        PyErr_WriteUnraisable(NULL);
+    }
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -436,7 +453,7 @@ static void ask_interpreter(PyThreadState *mine) {
     ps_due.hides_signals = gettid() == getpid() && has_signals(mine) && !ps_violation()->interrupted;
     if (ps_due.hides_signals)
         set_signals(mine, false);
-    if (queue(mine))
+    if (queue(mine) && !teller.thread)
         return;
     show_signals(mine);
     if (mine->async_exc == violation_class)
