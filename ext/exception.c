@@ -48,6 +48,7 @@
 #endif
 
 #define PATIENCE (1000 * PS_MS) /* how long the interpreter waits for the frame of an access to go on */
+#define ABSENCE (100 * PS_MS)   /* ... and for a thread that has given it up to ask for it again */
 
 _Thread_local struct ps_due ps_due;
 
@@ -181,6 +182,8 @@ void ps_chain(PyObject *error, PyObject *context) {
 struct ps_asked {
     uint64_t thread; /* as the interpreter counts them; 0: a free place */
     bool due;
+    struct ps_due *of; /* the thread's */
+    int64_t absence;   /* other threads that come across it put it back up to this time; ps_sys_now */
 };
 static struct ps_asked asked[64];
 
@@ -192,14 +195,22 @@ static struct {
     pid_t process;
 } teller;
 
-/* A thread's asynchronous exception can be told anywhere in its Python code.  Somebody else's, which is there already,
- * stays. */
-static void ask_other(uint64_t thread) {
-    PyThreadState *other = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
-    while (other && PyThreadState_GetID(other) != thread)
-        other = PyThreadState_Next(other);
-    if (other && !other->async_exc)
-        PyThreadState_SetAsyncExc(other->thread_id, violation_class);
+static PyThreadState *state_of(uint64_t thread) {
+    PyThreadState *state = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
+    while (state && PyThreadState_GetID(state) != thread)
+        state = PyThreadState_Next(state);
+    return state;
+}
+
+/* A thread that cannot be left its pending call: its exception may come anywhere in its Python code, and somebody
+ * else's that is there already comes afterwards. */
+static void ask_other(const struct ps_asked *place) {
+    PyThreadState *other = state_of(place->thread);
+    if (!other || other->async_exc == violation_class)
+        return;
+    if (other->async_exc)
+        Py_XSETREF(place->of->other, Py_NewRef(other->async_exc));
+    PyThreadState_SetAsyncExc(other->thread_id, violation_class);
 }
 
 /* Before others have the interpreter in the midst of tell_now: the pending calls of those who have asked come too late
@@ -209,7 +220,7 @@ static void ask_others(PyThreadState *mine) {
         return;
     for (struct ps_asked *place = asked; place < asked + sizeof asked / sizeof *asked; place++)
         if (place->thread && place->thread != teller.thread && place->due)
-            ask_other(place->thread);
+            ask_other(place);
 }
 
 static bool never_comes(PyThreadState *mine) {
@@ -350,7 +361,7 @@ static bool is_main(const PyThreadState *mine) {
 
 /* In Python 3.11 only the main thread has pending calls. */
 static int add_pending_call(PyThreadState *mine, struct ps_asked *place) {
-    if (is_main(mine))
+    if (is_main(mine) && place->thread == PyThreadState_GetID(mine))
         return Py_AddPendingCall(tell_now, place);
 #if PY_VERSION_HEX >= 0x030C0000
     return (int)_PyEval_AddPendingCall(mine->interp, tell_now, place, 0);
@@ -366,7 +377,7 @@ static bool queue(PyThreadState *mine) {
         place++;
     if (place == end || never_comes(mine))
         return false;
-    *place = (struct ps_asked){PyThreadState_GetID(mine), true};
+    *place = (struct ps_asked){PyThreadState_GetID(mine), true, &ps_due, ps_sys_now() + ABSENCE};
     ps_due.asked = place;
     if (!add_pending_call(mine, place))
         return true;
@@ -418,13 +429,26 @@ static int raise_here(PyThreadState *mine, enum where where) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* A pending call that is not to tell, as it stands, is there again: one that another thread is to come across, which
+ * alone knows whether it is in the right place; or that of a thread whose asynchronous exception comes in a moment, in
+ * whose place somebody else's might have come.  It is not put back for ever: Python would do little else until a thread
+ * comes back that has given the interpreter up. */
+static bool put_back(PyThreadState *mine, struct ps_asked *place) {
+    if (place->thread == PyThreadState_GetID(mine))
+        return mine->async_exc == violation_class && !add_pending_call(mine, place);
+    if (state_of(place->thread) && ps_sys_now() < place->absence && !add_pending_call(mine, place))
+        return true;
+    ask_other(place);
+    return false;
+}
+
 /* A pending call. */
 static int tell_now(void *place) {
     PyThreadState *mine = PyThreadState_Get();
     struct ps_asked who = *(struct ps_asked *)place;
+    if (who.due && put_back(mine, place))
+        return 0;
     ((struct ps_asked *)place)->thread = 0;
-    if (who.due && who.thread != PyThreadState_GetID(mine))
-        ask_other(who.thread);
     if (!who.due || who.thread != PyThreadState_GetID(mine) || mine->async_exc == violation_class)
         return 0;
     enum where where = where_from_access(mine);

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 from conftest import Child
 
 import pyshare
 from pyshare import READ, ProtectionError, Region
 
 PAGE = 4096
+NEW = sys.version_info >= (3, 12)  # before, only the main thread has pending calls
 
 
 def goes_on() -> None:
@@ -43,6 +48,50 @@ def test_each_of_two_threads_that_have_given_the_interpreter_up(fork: Callable[.
             thread.start()
         for thread in threads:
             thread.join()
+        assert late == []
+
+    assert fork(body).wait() == 0
+
+
+class Cancelled(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not NEW, reason="promises.md says so of Python 3.11")
+def test_somebody_elses_asynchronous_exception_takes_nothing_away(fork: Callable[..., Child]) -> None:
+    """It may come in the place of the one that tells, in a thread that has given the interpreter up."""
+    turns, late, state = iter(range(1000)), [], {"adds": False, "over": False, "stopped": False}
+
+    def add_often(array: Any) -> None:
+        for turn in turns:
+            try:
+                state["adds"] = True
+                np.add(array, 1, out=array)
+                late.append(turn)
+            except ProtectionError:
+                goes_on()
+        state["over"] = True
+        while not state["stopped"]:
+            pass
+
+    def until_stopped(array: Any) -> None:
+        while True:
+            with contextlib.suppress(Cancelled):
+                add_often(array)
+                return
+
+    def body(_: Child) -> None:
+        sys.setswitchinterval(1e-5)
+        region = pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise")
+        thread = threading.Thread(target=until_stopped, args=[np.frombuffer(region, np.uint8)])
+        thread.start()
+        number, cancelled = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Cancelled)
+        while not state["over"]:
+            if state["adds"]:
+                state["adds"] = False
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(number, cancelled)
+        state["stopped"] = True
+        thread.join()
         assert late == []
 
     assert fork(body).wait() == 0
