@@ -136,7 +136,7 @@ cdef extern from "core.h" nogil:
         char *command
     int ps_violations(ps_region *region, ps_shm_violation *kept)
     bint ps_quarantined(const ps_region *region)
-    void ps_quarantine_leave()
+    int ps_quarantine_leave(int64_t deadline)
     int ps_own_lease(const ps_region *region, uint64_t first, uint64_t count)
     int ps_await_writable(ps_region *region, uint64_t first, uint64_t count, int64_t deadline, ps_refusal *refusal)
     int ps_way_in(ps_region *region, uint64_t page, int64_t deadline, void **at, ps_outcome *outcome,
@@ -672,7 +672,7 @@ cdef class Handle(Mapped):
         Mapped.enter(self, doing)
         if violation_of_thread().count or ps_quarantined(self.region):
             with nogil:
-                ps_quarantine_leave()
+                ps_quarantine_leave(PS_NEVER)
 
     cdef void count(self) noexcept:
         if self.forks != ps_forks():

@@ -185,7 +185,8 @@ void ps_set_policy(struct ps_region *region, enum ps_policy policy);
 void ps_set_hooks(const struct ps_hooks *hooks);     /* for good; without any, a policy other than PS_DIE is PS_DIE */
 bool ps_quarantined(const struct ps_region *region); /* some pages are private */
 struct ps_violation *ps_violation(void);             /* of the calling thread */
-void ps_quarantine_leave(void); /* what the calling thread stored where it may not is gone; it sees shared data again */
+/* What the calling thread stored where it may not is gone; it sees shared data again.  -errno: not by the deadline. */
+int ps_quarantine_leave(int64_t deadline);
 
 /* The latest forbidden accesses of all participants, the oldest first: how many.  Of an observer's handle too. */
 int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOLATIONS]);

@@ -255,10 +255,12 @@ void ps_forget(void) {
     PyObject *other = ps_due.other;
     PyThreadState *mine = PyThreadState_Get();
     ask_no_more(mine);
-    ask_others(mine);
-    PyEval_SaveThread();
-    ps_quarantine_leave();
-    PyEval_RestoreThread(mine);
+    if (ps_quarantine_leave(ps_sys_now() + PS_MS)) { /* as a rule nobody has the pages for longer */
+        ask_others(mine);
+        PyEval_SaveThread();
+        ps_quarantine_leave(PS_NEVER);
+        PyEval_RestoreThread(mine);
+    }
     violation->count = 0;
     violation->interrupted = false;
     ps_due.by = 0;
@@ -553,8 +555,10 @@ static bool hook_signalled(void) {
 static bool hook_serve(void) {
     hook_regain(PyGILState_GetThisThreadState());
     PyObject *before = take_error();
+    struct ps_patience patience = *ps_process_patience(); /* the handler may wait, too */
     if (PyErr_CheckSignals())
         ps_due.raised = take_error();
+    *ps_process_patience() = patience;
     put_error(before);
     PyEval_SaveThread();
     return !ps_due.raised;

@@ -121,42 +121,52 @@ static void await_claim(struct ps_region *region) {
         ps_owner_nap(region, (struct ps_watch){word, seen}, seen, ps_sys_now() + PS_MS / 10);
 }
 
-/* As ps_pages_take; false where the region is closed meanwhile, since nothing of it is in quarantine then. */
-static bool take(struct ps_region *region) {
+/* As ps_pages_take; -ENOENT where the region is closed meanwhile, since nothing of it is in quarantine then. */
+static int take(struct ps_region *region, int64_t deadline) {
     for (;;) {
-        ps_page_lock(region, PS_NEVER);
+        int rc = ps_page_lock(region, deadline);
+        if (rc)
+            return rc;
         uint32_t runs = region->quarantines;
-        int rc = runs ? ps_claim_own(region) : 0;
-        if (runs && !rc)
-            return true;
+        rc = runs ? ps_claim_own(region) : -ENOENT;
+        if (!rc)
+            return 0;
         if (rc == -ETIMEDOUT)
             await_claim(region);
         ps_page_unlock(region);
         if (rc != -ETIMEDOUT)
-            return false;
+            return -ENOENT;
+        if (ps_sys_now() >= deadline)
+            return rc;
         ps_sys_wait((struct ps_watch){&region->quarantines, runs}, FUTEX_BITSET_MATCH_ANY, ps_sys_now() + PS_MS / 10);
     }
 }
 
-static void leave(struct ps_region *region) {
-    if (!take(region))
-        return;
-    int rc = 0;
+static int leave(struct ps_region *region, int64_t deadline) {
+    int rc = take(region, deadline);
+    if (rc)
+        return rc == -ENOENT ? 0 : rc;
     for (uint32_t i = 0; i < region->quarantines && !rc;)
         if (region->quarantine[i].tid != ps_process_tid() && ps_sys_thread_exists(region->quarantine[i].tid))
             i++;
         else if (!(rc = end_run(region, i)))
             i = 0;
     ps_pages_give(region);
+    if (rc && deadline != PS_NEVER)
+        return rc;
     if (ps_agent_help(region, rc, PS_NEVER)) /* rather no access than to what is not shared */
         ps_agent_fence(region);
+    return 0;
 }
 
-/* The calling thread's runs, and those of threads that have ended without being told. */
-void ps_quarantine_leave(void) {
-    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
+/* The calling thread's runs, and those of threads that have ended without being told.  Before the deadline, or not all
+ * of them: -errno.  Without one it does whatever it takes. */
+int ps_quarantine_leave(int64_t deadline) {
+    int rc = 0;
+    for (struct ps_region *region = ps_process_next(NULL); region && !rc; region = ps_process_next(region))
         if (atomic_load_explicit(&region->quarantines, memory_order_relaxed))
-            leave(region);
+            rc = leave(region, deadline);
+    return rc;
 }
 
 bool ps_quarantined(const struct ps_region *region) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -93,5 +94,60 @@ def test_somebody_elses_asynchronous_exception_takes_nothing_away(fork: Callable
         state["stopped"] = True
         thread.join()
         assert late == []
+
+    assert fork(body).wait() == 0
+
+
+@pytest.mark.skipif(not NEW, reason="promises.md says so of Python 3.11")
+@pytest.mark.parametrize("beside", ["which runs", "which is told"])
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_callback_beside_another_thread(fork: Callable[..., Child], beside: str, where: str) -> None:
+    """What the call runs after its forbidden access is left alone, whoever has the interpreter meanwhile."""
+
+    class Number:
+        begun = ended = 0
+
+        def __index__(self) -> int:
+            Number.begun += 1
+            for _ in range(50):
+                pass
+            Number.ended += 1
+            return 5
+
+    def other(over: threading.Event) -> None:
+        with pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as region:
+            while not over.is_set():
+                if beside == "which is told":
+                    with pytest.raises(ProtectionError):  # noqa: PT012
+                        struct.pack_into("<Q", region.buf, PAGE, 7)
+                        goes_on()
+
+    def store_often(over: threading.Event) -> None:
+        with pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as region:
+            number = Number()
+            for _ in range(300):
+                with pytest.raises(ProtectionError) as caught:
+                    struct.pack_into("<QQ", region.buf, PAGE, 7, number)
+                assert caught.traceback[-1].name == "store_often"
+        assert (Number.begun, Number.ended) == (300, 300)
+        over.set()
+
+    def body(_: Child) -> None:
+        sys.setswitchinterval(1e-5)
+        over, wrong = threading.Event(), []
+
+        def guarded(function: Callable[[threading.Event], None]) -> None:
+            try:
+                function(over)
+            except BaseException as error:
+                wrong.append(error)
+                over.set()
+
+        here, there = (store_often, other) if where == "main" else (other, store_often)
+        thread = threading.Thread(target=guarded, args=[there])
+        thread.start()
+        guarded(here)
+        thread.join()
+        assert wrong == []
 
     assert fork(body).wait() == 0
