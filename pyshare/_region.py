@@ -307,9 +307,9 @@ class Region(Mapped, _core.Handle):
                 raise ValueError(f"the source has {source.size} bytes, the region {self._size}: they must be the same")
             if isinstance(source, Image):
                 source.check()
-            stack.enter_context(self.frozen(timeout=timeout))
-            for offset, length in _image.chunks(_image.merged([*source.runs(), *self._data()])):
-                self._restore_pages(source, offset, length)
+            with self.frozen(timeout=timeout):  # in the stack it would outlive a Ctrl-C at its end, in the traceback
+                for offset, length in _image.chunks(_image.merged([*source.runs(), *self._data()])):
+                    self._restore_pages(source, offset, length)
 
     def _restore_pages(self, source: Snapshot | Image, offset: int, length: int) -> None:
         """Those that are different; pages of zeros become holes."""

@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import Child
+from conftest import Child, until
+from kernel import LOCK, WAITING, is_asleep, word
 
 import pyshare
 from pyshare import _image
@@ -722,3 +724,33 @@ def test_who_restores_is_killed(tmp_path: Path, joined: Callable[..., Child]) ->
         assert {region.read(page * PAGE, 5) for page in range(0, 760, 10)} == {b"befor", b"later"}
         region.restore(tmp_path / "image")
         assert region.read(0, region.size) == before
+
+
+def test_nothing_is_frozen_after_a_restore_whose_end_ctrl_c_has_met(
+    tmp_path: Path, fork: Fork, joined: Callable[..., Child]
+) -> None:
+    with pyshare.create(size=8 * PAGE) as region:
+        with region.snapshot() as snapshot:
+            snapshot.save(tmp_path / "image")
+        store(region, 1, b"later")
+
+        def body(child: Child) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            warnings.simplefilter("ignore", ResourceWarning)  # that the freeze was dropped
+            child.say()
+            with pytest.raises(KeyboardInterrupt) as caught:
+                region.restore(Slow(tmp_path / "image").ask(child))
+            region.mprotect(0, PAGE, pyshare.READ)
+            assert caught.tb
+
+        child = joined(body)
+        assert child.hear() == "reads"
+        snapshotter = fork(lambda _: region.snapshot().close(), point="S1_prepare=stop")
+        snapshotter.wait_stopped()  # with the region's lock
+        child.say()
+        until(lambda: word(region, LOCK) & WAITING)
+        child.kill(signal.SIGINT)
+        until(lambda: not is_asleep(child.pid, child.pid))
+        snapshotter.resume()
+        assert (child.wait(), snapshotter.wait()) == (0, 0)
+        assert region.protection(0) == pyshare.READ
