@@ -546,9 +546,9 @@ static enum verdict outlive_change(struct ps_region *region, uint64_t page, cons
         nap(region);
     if (region->fenced)
         return STUCK;
-    /* A handler jumped out of an earlier violation here (ps_engine_refuse); or a snapshot that is over left it closed.
-     */
-    if (region->unsynced || (store && !copied))
+    /* A handler jumped out of an earlier violation here (ps_engine_refuse); a snapshot that is over left it closed; or
+     * our agent has ended, and nobody else follows the map. */
+    if (region->unsynced || late(region) || (store && !copied))
         mend(region, page);
     uint64_t retry = mix(fault, ps_generation(region), 0);
     if (retry != faults->retried)

@@ -444,13 +444,13 @@ def test_a_lock_that_who_waits_keeps_from_others(stopped: tuple[int, int], wrong
     assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
 
 
-@pytest.mark.parametrize(("stopped", "wrong"), [((50, 500), False), ((5, 500), True)])
+@pytest.mark.parametrize(("stopped", "wrong"), [((50, 700), False), ((5, 700), True)])
 def test_a_lock_that_who_waits_keeps_from_others_until_a_timeout(stopped: tuple[int, int], wrong: bool) -> None:
     told = Told()
     name = told.op(1, words.LOCK, 0, 3.0, at=(1, 2), value=[False])
     told.op(1, words.UNLOCK, name, "release", at=(19, 20))
-    told.op(0, words.LOCK, 0, 3.0, at=(3, 505), value=[False])
-    told.op(1, words.LOCK, 0, 0.2, at=(100, 301), out=words.TIMEOUT, value=[None, [100]])
+    told.op(0, words.LOCK, 0, 3.0, at=(3, 705), value=[False])
+    told.op(1, words.LOCK, 0, 0.5, at=(100, 601), out=words.TIMEOUT, value=[None, [100]])
     told.history.stops.append((100, stopped[0] * MS, stopped[1] * MS))
     assert ["was free for" in finding for finding in told.findings()] == [True] * wrong
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import struct
@@ -17,7 +18,7 @@ from conftest import PATIENCE, Child, idle, until
 from kernel import PAGE, end_thread_at, slot_is_taken, tell
 
 import pyshare
-from pyshare import READ, READ_WRITE, ProtectionError, Region, Snapshot
+from pyshare import NONE, READ, READ_WRITE, PropagationTimeout, ProtectionError, Region, Snapshot
 
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
@@ -154,6 +155,34 @@ def test_what_an_ended_thread_had_is_taken_over_though_its_process_lives(
         assert fork(lambda _: change(region)).wait() == 0
         alive = sorted(one.pid for one in region.participants() if one.alive)
         assert alive == sorted([os.getpid(), other.pid, victim.pid])
+
+
+def test_a_load_comes_to_its_end_in_a_process_without_agent_beside_many_changes(joined: Joined) -> None:
+    with pyshare.create(size=16 * PAGE, engine="mprotect") as region:
+
+        def load(child: Child) -> None:
+            view = region.buf
+            idle(child)
+            assert view[0] == 0
+            idle(child)
+            os._exit(0)
+
+        def change(page: int, prot: pyshare.Prot) -> None:
+            with pytest.raises(PropagationTimeout):
+                region.mprotect(page * PAGE, PAGE, prot, timeout=0)
+
+        victim = joined(load, point="A4_ack=exit")
+        with pytest.raises(PropagationTimeout):
+            region.mprotect(0, PAGE, NONE, timeout=0.1)  # page tables follow, and the agent ends
+        change(0, READ)
+        teller = threading.Thread(target=tell, args=[victim, "load"])
+        teller.start()
+        for prot in itertools.cycle([READ, READ_WRITE]):
+            teller.join(timeout=0.3)
+            if not teller.is_alive():
+                break
+            change(1, prot)
+        victim.say("end")
 
 
 def end_thread(child: Child, call: Callable[[], object]) -> None:

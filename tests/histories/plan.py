@@ -82,7 +82,7 @@ class _Deviser:
         return {"at": at, "count": min(rng.choice([1, 1, 1, 2, most, hot]), hot - at)}
 
     def _patience(self) -> Step:
-        return {"timeout": PATIENT if self._rng.random() < 0.9 else self._rng.choice([0.0, 0.001, 0.03, 0.2])}
+        return {"timeout": PATIENT if self._rng.random() < 0.9 else self._rng.choice([0.0, 0.001, 0.03, 0.2, 0.5])}
 
     def _page(self) -> Step:
         return {"at": self._rng.randrange(len(self._plan["hot"]))}

@@ -193,11 +193,11 @@ class Waits:
     # -- Locks that nobody holds ---------------------------------------------------------------------------------------
 
     def _in_vain(self, op: Op) -> Iterator[str]:
-        """A lock is waited for, though nobody has had it for 0.4 s, or half of the time until the timeout.
+        """A lock is waited for, though nobody has had it for 0.4 s; where it was in vain, for 0.2 s.
 
-        Who waits for it and is stopped does not have it, and may not keep it from others.
+        For so long one that waits, too, and is stopped may keep it from others.
         """
-        most = FREE if op.outcome == words.OK else (op.end - op.begin) // 2
+        most = FREE if op.outcome == words.OK else FREE // 2
         tried = op.kind == words.LOCK and (op.outcome == words.OK or self._is_long_timeout(op))
         if not tried or op.end - op.begin < most or self._is_stopped(op) or any(self._keeps_interpreter(op)):
             return
@@ -208,7 +208,7 @@ class Waits:
             yield finding(f"a lock was waited for, and was free for {free / 1e9:.2f} s meanwhile", op)
 
     def _is_long_timeout(self, op: Op) -> bool:
-        return op.outcome == words.TIMEOUT and self._timeout(op) >= 0.1
+        return op.outcome == words.TIMEOUT and self._timeout(op) > FREE / 1e9
 
     def _is_stopped(self, op: Op) -> bool:
         """It was itself."""
