@@ -7,9 +7,9 @@
  * Who tells is decided at the access.  Of an access of a wrapped slot it is the
  * slot, when it returns.  Of any other it is the interpreter, where it next
  * looks for what is due to the thread: as a rule after the call that made the
- * access.  In the main thread as a pending call, which can see whether it is in
- * the right place, and after the handlers of signals; in other threads, which
- * have none, as an asynchronous exception.
+ * access.  It does so by a pending call, which can see whether it is in the right
+ * place, and after the handlers of signals.  Where a thread has none (before Python 3.12 all
+ * but the main one), or its call may come too late, by an asynchronous exception.
  * Invariants
  *  1. The hooks run in a signal handler, at an instruction that may be anywhere
  *     in C code: no Python code runs there, no object is made; but in `serve`,

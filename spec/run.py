@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 AT_ONCE = 2  # each search may take MEGABYTES
-MEGABYTES = 3500
+MEGABYTES = 6000
 DEPTH = 1_000_000  # steps from the start; a search goes round about as far as it can
 
 

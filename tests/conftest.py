@@ -151,6 +151,19 @@ def run_in_thread(body: Callable[[], object]) -> None:
         raise error
 
 
+def late_in_two_threads(violate: Callable[[pyshare.Region, list[int]], object]) -> list[int]:
+    """What two threads note as late that violate side by side, each in a region of its own."""
+    late: list[int] = []
+    sys.setswitchinterval(1e-5)
+    regions = [pyshare.create(size=16 * 4096, prot=pyshare.READ, on_violation="raise") for _ in range(2)]
+    threads = [threading.Thread(target=violate, args=[region, late]) for region in regions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return late
+
+
 def idle(child: Child) -> None:
     child.say()
     child.hear()

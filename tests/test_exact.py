@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Child, run_in_thread
+from conftest import Child, late_in_two_threads, run_in_thread
 
 import pyshare
 from pyshare import NONE, READ, READ_WRITE, ProtectionError, Region
@@ -395,18 +395,7 @@ def test_each_of_two_threads_is_told_in_its_own_statement(fork: Callable[..., Ch
                 late.append(turns)
 
     def body(_: Child) -> None:
-        late: list[int] = []
-        sys.setswitchinterval(1e-5)
-        with (
-            pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as one,
-            pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") as other,
-        ):
-            threads = [threading.Thread(target=violate, args=[region, late]) for region in (one, other)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert late == []
+        assert late_in_two_threads(violate) == []
 
     assert fork(body).wait() == 0
 

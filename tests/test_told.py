@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Child
+from conftest import Child, late_in_two_threads
 
 import pyshare
 from pyshare import READ, ProtectionError, Region
@@ -41,15 +41,7 @@ def test_each_of_two_threads_that_have_given_the_interpreter_up(fork: Callable[.
                 pass
 
     def body(_: Child) -> None:
-        late: list[int] = []
-        sys.setswitchinterval(1e-5)
-        regions = [pyshare.create(size=16 * PAGE, prot=READ, on_violation="raise") for _ in range(2)]
-        threads = [threading.Thread(target=violate, args=[region, late]) for region in regions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert late == []
+        assert late_in_two_threads(violate) == []
 
     assert fork(body).wait() == 0
 
