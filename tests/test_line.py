@@ -146,11 +146,13 @@ def test_a_lease_is_had_beside_those_that_follow_one_another(region: Region, joi
             ENDLESS[what](region)
 
     others = [joined(body) for _ in range(4)]
-    found = sorted(had_after(region, 2) for _ in range(100))
+    found: list[list[int]] = []
+    while len(found) < 3 and not (found and found[-1][-10] <= 4 * len(others)):  # who gets no CPU loses its place
+        found.append(sorted(had_after(region, 2) for _ in range(100)))
     for other in others:
         other.kill()
         other.wait()
-    assert found[-10] <= 4 * len(others), found  # on a busy machine one may not come in time, and lose its place
+    assert found[-1][-10] <= 4 * len(others), found
 
 
 @contextlib.contextmanager
