@@ -21,8 +21,10 @@
 #define _GNU_SOURCE
 #include "exception.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "sys.h"
@@ -48,7 +50,7 @@
 #endif
 
 #define PATIENCE (1000 * PS_MS) /* how long the interpreter waits for the frame of an access to go on */
-#define ABSENCE (100 * PS_MS)   /* ... and for a thread that has given it up to ask for it again */
+#define ABSENCE (100 * PS_MS)   /* ... and how long a thread that has given it up may work without it */
 
 _Thread_local struct ps_due ps_due;
 
@@ -183,7 +185,9 @@ struct ps_asked {
     uint64_t thread; /* as the interpreter counts them; 0: a free place */
     bool due;
     struct ps_due *of; /* the thread's */
-    int64_t absence;   /* other threads that come across it put it back up to this time; ps_sys_now */
+    int64_t since;     /* ps_sys_now */
+    clockid_t clock;   /* of the thread's CPU time: */
+    int64_t worked;    /* ns, when it asked */
 };
 static struct ps_asked asked[64];
 
@@ -373,13 +377,21 @@ static int add_pending_call(PyThreadState *mine, struct ps_asked *place) {
 #endif
 }
 
+static int64_t cpu_time(clockid_t clock) {
+    struct timespec time = {0};
+    clock_gettime(clock, &time); /* it fails where the thread has ended */
+    return time.tv_sec * 1000 * PS_MS + time.tv_nsec;
+}
+
 static bool queue(PyThreadState *mine) {
     struct ps_asked *place = asked, *end = asked + sizeof asked / sizeof *asked;
     while (place < end && place->thread)
         place++;
     if (place == end || never_comes(mine))
         return false;
-    *place = (struct ps_asked){PyThreadState_GetID(mine), true, &ps_due, ps_sys_now() + ABSENCE};
+    *place = (struct ps_asked){.thread = PyThreadState_GetID(mine), .due = true, .of = &ps_due, .since = ps_sys_now()};
+    pthread_getcpuclockid(pthread_self(), &place->clock);
+    place->worked = cpu_time(place->clock);
     ps_due.asked = place;
     if (!add_pending_call(mine, place))
         return true;
@@ -431,14 +443,21 @@ static int raise_here(PyThreadState *mine, enum where where) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* A thread that works without the interpreter may do so for long.  One that does not was kept from the interpreter: it
+ * waits for it, or for a CPU; or it sleeps in a system call. */
+static bool is_away(const struct ps_asked *place) {
+    int64_t waited = ps_sys_now() - place->since;
+    return waited > PATIENCE || (waited > ABSENCE && cpu_time(place->clock) - place->worked > ABSENCE);
+}
+
 /* A pending call that is not to tell, as it stands, is there again: one that another thread is to come across, which
  * alone knows whether it is in the right place; or that of a thread whose asynchronous exception comes in a moment, in
- * whose place somebody else's might have come.  It is not put back for ever: Python would do little else until a thread
- * comes back that has given the interpreter up. */
+ * whose place somebody else's might have come.  It is not put back for a thread that is away: Python would do little
+ * else until that comes back. */
 static bool put_back(PyThreadState *mine, struct ps_asked *place) {
     if (place->thread == PyThreadState_GetID(mine))
         return mine->async_exc == violation_class && !add_pending_call(mine, place);
-    if (state_of(place->thread) && ps_sys_now() < place->absence && !add_pending_call(mine, place))
+    if (state_of(place->thread) && !is_away(place) && !add_pending_call(mine, place))
         return true;
     ask_other(place);
     return false;

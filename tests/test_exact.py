@@ -303,8 +303,9 @@ class Traced:
         elif self.how == "monitoring":
             monitoring: Any = sys.monitoring  # type: ignore[attr-defined]
             kinds = monitoring.events
+            self.kinds = (kinds.CALL, kinds.C_RETURN, kinds.C_RAISE, kinds.PY_START, kinds.LINE)
             monitoring.use_tool_id(monitoring.PROFILER_ID, "test")
-            for kind in (kinds.CALL, kinds.C_RETURN, kinds.C_RAISE, kinds.PY_START, kinds.LINE):
+            for kind in self.kinds:
                 monitoring.register_callback(monitoring.PROFILER_ID, kind, self.event)
             monitoring.set_events(monitoring.PROFILER_ID, kinds.CALL | kinds.PY_START | kinds.LINE)
 
@@ -321,7 +322,11 @@ class Traced:
             sys.setprofile(self.before)
         elif self.how == "monitoring":
             still = self.event
-            sys.monitoring.free_tool_id(sys.monitoring.PROFILER_ID)  # type: ignore[attr-defined]
+            monitoring: Any = sys.monitoring  # type: ignore[attr-defined]
+            monitoring.set_events(monitoring.PROFILER_ID, 0)  # before Python 3.14 they would stay
+            for kind in self.kinds:
+                monitoring.register_callback(monitoring.PROFILER_ID, kind, None)
+            monitoring.free_tool_id(monitoring.PROFILER_ID)
         if self.how:
             assert self.events
             old = sys.version_info < (3, 12) and threading.current_thread() is not threading.main_thread()

@@ -122,10 +122,10 @@ class Soak:
         if found:
             self.bad += 1
             path = os.path.join(self.keep, f"history-{plan['seed']}.json.gz")
-            histories.save(history, path)
             print(f"seed {plan['seed']}, after {self.seconds():.1f} s: {len(found)} findings; the history is {path}")
             for finding in found[:TOLD]:
                 print("   ", finding[:4000], flush=True)
+            histories.save(history, path)
         return found
 
     def summary(self) -> str:
@@ -162,6 +162,7 @@ def main() -> int:
     if arguments.plan:
         with open(arguments.plan) as file:
             given = json.load(file)
+    os.makedirs(arguments.keep, exist_ok=True)
     soak = Soak(arguments.keep, arguments.ignore)
     print(f"seed {seed}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
