@@ -128,11 +128,9 @@ def defines(configuration: Configuration) -> list[str]:
 
 CONFIGURATIONS: dict[str, Configuration] = {
     "crash": Protocol("one death anywhere, one failure", crashes=1, failures=1, quick=True),
-    "undo": Protocol("a second failure, in the undo; a grant", second="READ_WRITE", crashes=1, failures=2, quick=True),
-    "timeout": Protocol("a caller gives up, agents fail late", timeouts=1, failures=2, quick=True),
-    "join": Protocol(
-        "one joins, one leaves, one dies; slots get new owners", founders=1, joins=2, leaves=1, crashes=1, quick=True
-    ),
+    "undo": Protocol("a second failure, in the undo; a grant", second="READ_WRITE", crashes=1, failures=2),
+    "timeout": Protocol("a caller gives up, agents fail late", timeouts=1, failures=2),
+    "join": Protocol("one joins, one leaves, one dies; slots get new owners", founders=1, joins=2, leaves=1, crashes=1),
     "join-fail": Protocol("a joiner cannot apply the map", founders=1, joins=1, failures=1, quick=True),
     "mix": Protocol(
         "callers reach one of two; a death; a miss", second="READ_WRITE", crashes=1, remote=1, misses=1, quick=True
@@ -170,7 +168,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "wait-line": Lease("... where changes let go first", takers=1, changes=2, tickets=1, backstop=0, quick=True),
     "wait-holder": Lease("... who changes within a lease", wide=2, inner="CHANGE", tickets=1, backstop=0, quick=True),
     "lease": Lease("a death", wide=0, crashes=1, quick=True),
-    "closers": Lease("a death among changes", takers=1, wide=0, changes=2, crashes=1, quick=True),
+    "closers": Lease("a death among changes", takers=1, wide=0, changes=2, crashes=1),
     "threads": Lease(
         "... and a timeout, among threads of one process",
         takers=3,

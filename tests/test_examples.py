@@ -319,7 +319,7 @@ def ended(child: Child) -> bool:
     return code == 0
 
 
-@pytest.mark.parametrize(("protect", "step"), [("lease", 3), ("mprotect", 7)])
+@pytest.mark.parametrize(("protect", "step"), [("lease", 5), ("mprotect", 11)])
 def test_worker_dies_at_any_line(heap: str, fork: Fork, protect: str, step: int) -> None:
     """Wherever a worker dies in a transaction with evictions in it: what it left is put right, by the next one."""
     engine = engine_of(heap, name(), FRAMES, protect)
@@ -409,7 +409,7 @@ def test_repairer_dies_at_any_line(heap: str, fork: Fork) -> None:
             engine.bury(2, incarnation + 1)
         check_pool(engine, engine.log.file.base)
         engine.checkpoint()  # else each repair would have a longer log to read, and more lines
-        line += 7  # the lines of a transaction without repairs have their own test
+        line += 11  # the lines of a transaction without repairs have their own test
     engine.close()
     assert files.audit(heap, [])["wrong_rows"] == 0
 
