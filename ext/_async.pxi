@@ -122,10 +122,11 @@ cdef class Call:
     def begin(self, Mailbox box not None):
         """Goes to the waiter. The lease or lock that it gets belongs to the calling thread."""
         cdef int rc
+        cdef set queue = set()  # made before the look: the garbage collector may let another thread come in between
         if self.handle is not None:
             self.handle.come(self.doing)
             if self.handle.queue is None:
-                self.handle.queue = set()
+                self.handle.queue = queue
             self.handle.queue.add(self)
         self.box, self.call.box, self.call.owner = box, &box.box, <void *>self
         Py_INCREF(self)

@@ -873,18 +873,18 @@ cdef class Handle(Mapped):
         return Guard.__new__(Guard)
     cdef sweep(self):
         """After a snapshot: nothing waits for it, and close() waits for us."""
+        cdef int tid = ps_sys_gettid()
+        cdef list sweepers = []  # made before the looks: in the garbage collector others run, who may close the region
+        self.count()
         if not self.is_ready():
             return
-        self.count()
-        cdef int tid = ps_sys_gettid()
         if self.sweepers is None:
-            self.sweepers = []
-        self.sweepers.append(tid)
+            self.sweepers = sweepers
+        sweepers = self.sweepers
+        sweepers.append(tid)
         with nogil:
             ps_snapshot_sweep(self.region)
-        self.count()
-        if self.sweepers is not None:  # it is None in a child that has been forked meanwhile
-            self.sweepers.remove(tid)
+        sweepers.remove(tid)
 
     # -- Leases and locks --
 

@@ -481,6 +481,20 @@ def test_a_lease_inside_a_lease_that_waits(nested: bool) -> None:
         assert ["a lease inside a lease" in finding for finding in told.findings()] == [True] * wrong
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_lease_inside_a_lease_beside_one_that_nobody_was_told_of(wrong: bool) -> None:
+    """The waiter of a process may have one while another thread keeps the interpreter, as an access that waits does."""
+    told = Told(words.READ, policy="wait")
+    told.history.lives["a1.1"].policy = "wait"
+    lease(told, 0, (1, 2, 1500, 1501))
+    lease(told, 1, (3, 1000, 1001, 1002), first=1)
+    if not wrong:
+        told.op(1, words.LOAD, 0, 1, "view", "", at=(4, 999), out=words.REFUSED)
+        told.history.ops[-1].thread = "a1.1=5"
+    lease(told, 0, (10, 1005, 1100, 1101), first=1)
+    assert any("a lease inside a lease" in finding for finding in told.findings()) == wrong
+
+
 def ended(told: Told, who: int, at: float) -> None:
     """A thread alone; its process stays, and kills itself in the end."""
     told.history.notes.append((round(at * MS), "ended", [f"a{who}.1={who}"]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import os
 import signal
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,38 @@ with pyshare.create(size=1 << 20) as region:
         LD_PRELOAD=str(library),
     )
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_two_threads_finish_snapshots_of_a_region_amid_the_garbage_collector(fork: Fork) -> None:
+    """Which lets other threads run wherever something is made; that was where a thread noted that it clears away."""
+    failed: list[BaseException] = []
+
+    def finish(region: Region, together: threading.Barrier) -> None:
+        try:
+            snapshot = region.snapshot()
+            together.wait()
+            lists: list[list[int]] = [[] for _ in range(100)]  # more than Python keeps for those who make some
+            snapshot.finish()
+            snapshot.close()
+            lists.clear()
+        except BaseException as error:
+            failed.append(error)
+
+    def body(_: Child) -> None:
+        gc.callbacks.append(lambda *_: time.sleep(0))
+        gc.set_threshold(1)
+        for _turn in range(200):
+            with pyshare.create(size=PAGE) as region:
+                together = threading.Barrier(2)
+                threads = [threading.Thread(target=finish, args=[region, together]) for _ in range(2)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+        gc.set_threshold(700)
+        assert failed == []
+
+    assert fork(body).wait() == 0
 
 
 # -- Ended alone, as a seccomp filter does it --------------------------------------------------------------------------

@@ -258,8 +258,11 @@ class Waits:
         return found
 
     def _around(self, hold: Hold) -> tuple[int, int]:
-        """When it was held, or shortly before that."""
-        return max(hold.op.begin, hold.op.end - TAKING), hold.possible[1]
+        """When it was held, or shortly before that; or from when it was asked for, where the process's waiter may have
+        had it while another thread kept the interpreter, so that nobody was told.
+        """
+        kept = any(self._keeps_interpreter(hold.op))
+        return hold.op.begin if kept else max(hold.op.begin, hold.op.end - TAKING), hold.possible[1]
 
     # -- Time ----------------------------------------------------------------------------------------------------------
 
