@@ -409,10 +409,8 @@ static void tell(struct ps_region *region, uintptr_t address, int signal, const 
 
 /* -- The chain ------------------------------------------------------------------------------------------------- */
 
-static void on_fault(int signal, siginfo_t *info, void *context);
-
 static bool is_ours(const struct sigaction *action) {
-    return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_fault;
+    return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == ps_process_handler();
 }
 
 static void default_action(int signal, bool by_kernel) {
@@ -873,6 +871,12 @@ static bool same(const struct sigaction *a, const struct sigaction *b) {
     return (a->sa_flags & SA_SIGINFO) == (b->sa_flags & SA_SIGINFO) && a->sa_handler == b->sa_handler;
 }
 
+/* When the library is loaded, so before any region: what puts our handler on top lies below it, and does not know it.
+ */
+__attribute__((constructor)) static void start(void) {
+    ps_process_set_handler(on_fault);
+}
+
 /* The other copy of the chain without this handler, or with it on top, wherever it was before. */
 static void rewrite(struct ps_chain *chain, const struct sigaction *handler, bool on_top) {
     uint32_t version = atomic_load_explicit(&chain->version, memory_order_relaxed);
@@ -889,7 +893,8 @@ static void rewrite(struct ps_chain *chain, const struct sigaction *handler, boo
 
 static void install(int signal) {
     struct ps_chain *chain = ps_process_chain(signal);
-    struct sigaction found, ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    struct sigaction found,
+        ours = {.sa_sigaction = ps_process_handler(), .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
     sigaction(signal, NULL, &found);
     if (is_ours(&found))
         return;

@@ -44,7 +44,7 @@ int ps_observe(struct ps_region *seen, int fd, const char **field) {
     if (!rc)
         rc = ps_cached_identify(&seen->memory, PS_MEMORY, fd);
     if (!rc)
-        rc = ps_process_start(); /* forks are counted from now on */
+        rc = ps_participant_start(); /* forks are counted from now on */
     if (!rc)
         rc = ps_region_place(seen);
     if (rc)

@@ -193,6 +193,7 @@ int ps_region_map_shadow(struct ps_region *region);
 int ps_region_data(int fd, uint64_t begin, uint64_t pages, uint64_t *page, uint64_t *count);
 uint64_t ps_region_skip_hole(struct ps_region *region, uint64_t at, uint64_t end);
 uint64_t ps_region_skip_data(struct ps_region *region, uint64_t at, uint64_t end);
+int ps_participant_start(void); /* the first time: forks and faults are ours to see to */
 int ps_region_map_counts(struct ps_region *region);
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
@@ -248,6 +249,9 @@ static inline uint64_t ps_applied_by(const struct ps_shm_slot *slot) {
 }
 static inline uint64_t ps_applied(const struct ps_region *region) {
     return ps_applied_by(ps_slot(region, region->slot));
+}
+static inline uint32_t ps_use_of(const struct ps_region *region) {
+    return atomic_load_explicit(&region->use, memory_order_acquire);
 }
 static inline bool ps_running(const struct ps_region *region) {
     return atomic_load_explicit(&region->agent, memory_order_acquire) == PS_AGENT_RUNNING;
@@ -514,7 +518,15 @@ struct ps_faults { /* of a thread; only its own signal handler touches it, but f
     uint32_t retries; /* ... so often */
 };
 
-int ps_process_start(void);
+/* What fork does to each region of the process: called in the thread that forks. */
+struct ps_at_fork {
+    void (*before)(void);
+    void (*child)(void);
+};
+int ps_process_start(const struct ps_at_fork *callbacks);
+void ps_process_forget(struct ps_region *region);
+void ps_process_set_handler(void (*handler)(int, siginfo_t *, void *)); /* of SIGSEGV and SIGBUS, which goes on top */
+void (*ps_process_handler(void))(int, siginfo_t *, void *);
 const struct ps_hooks *ps_process_hooks(void); /* NULL: none */
 struct ps_region *
 ps_process_next(struct ps_region *region); /* of those that were ever open; NULL: the first, the end */

@@ -33,6 +33,7 @@ static _Atomic uint32_t regions_used; /* places ever used; scans end there */
 static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
 static _Thread_local struct ps_faults faults;
 static _Thread_local struct ps_violation violation;
+static void (*handler)(int, siginfo_t *, void *); /* of both, ours */
 static _Atomic(const struct ps_hooks *) hooks;
 static _Thread_local int thread_id; /* 0: not asked yet */
 static _Thread_local struct ps_patience patience;
@@ -44,6 +45,7 @@ static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a proc
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static size_t (*least_stack)(const pthread_attr_t *); /* NULL: libc has no such function */
 static int start_result;
+static const struct ps_at_fork *at_fork;
 static uint32_t forks;
 static int forker;     /* our parent, as it forked us; 0: we were not */
 static uint64_t pidns; /* as /proc said once; 0: unknown */
@@ -52,6 +54,14 @@ static _Atomic int told_too = -1;
 
 struct ps_chain *ps_process_chain(int signal) {
     return &chains[signal == SIGBUS];
+}
+
+void ps_process_set_handler(void (*given)(int, siginfo_t *, void *)) {
+    handler = given;
+}
+
+void (*ps_process_handler(void))(int, siginfo_t *, void *) {
+    return handler;
 }
 
 struct ps_faults *ps_process_faults(void) {
@@ -150,14 +160,10 @@ _Atomic uint32_t *ps_process_borrow_lock(void) {
     return &borrow_lock;
 }
 
-static uint32_t use_of(const struct ps_region *region) {
-    return atomic_load_explicit(&region->use, memory_order_acquire);
-}
-
 struct ps_region *ps_process_find(uintptr_t address) {
     for (uint32_t i = 0, used = atomic_load_explicit(&regions_used, memory_order_acquire); i < used; i++) {
         uintptr_t base = atomic_load_explicit(&regions[i].base, memory_order_acquire);
-        if (base && use_of(&regions[i]) != PS_UNUSED && address - base < regions[i].span)
+        if (base && ps_use_of(&regions[i]) != PS_UNUSED && address - base < regions[i].span)
             return &regions[i];
     }
     return NULL;
@@ -177,7 +183,7 @@ void ps_process_took(int fd) {
 }
 
 /* As in a process that has just been forked: no agent, no slot, no lock held. */
-static void forget_participation(struct ps_region *region) {
+void ps_process_forget(struct ps_region *region) {
     region->agent = PS_AGENT_NONE;
     region->threaded = false;
     region->page_lock = region->descriptor_lock = 0;
@@ -203,7 +209,7 @@ struct ps_region *ps_process_claim(void) {
         if (!atomic_compare_exchange_strong_explicit(&regions[i].use, &unused, PS_OPENING, memory_order_acq_rel,
                                                      memory_order_relaxed))
             continue;
-        forget_participation(&regions[i]);
+        ps_process_forget(&regions[i]);
         regions[i].memory.fd = regions[i].entry.fd = regions[i].userfault.fd = -1;
         regions[i].corrupt = NULL;
         regions[i].here = NULL;
@@ -233,29 +239,13 @@ uint32_t ps_forks(void) {
     return forks;
 }
 
-/* The child inherits the program's table, so what the program lost is fetched while the agent still has it. */
 static void before_fork(void) {
     forker = getpid();
-    for (uint32_t i = 0; i < regions_used; i++)
-        if (use_of(&regions[i]) == PS_OPEN && ps_process_known()) {
-            ps_cached_get(&regions[i], &regions[i].memory);
-            ps_cached_get(&regions[i], &regions[i].entry);
-        }
-}
-
-static void reserve_all(void) {
-    for (uint32_t i = 0; i < regions_used; i++) {
-        struct ps_region *region = &regions[i];
-        if (use_of(region) == PS_UNUSED || !region->base)
-            continue;
-        if (ps_region_reserve(region)) /* then nothing is mapped there, and it must not become a participant */
-            atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
-    }
+    at_fork->before();
 }
 
 static void in_child(void) {
     bool parent_known = atomic_load_explicit(&known, memory_order_acquire) != NULL;
-    struct ps_outcome outcome;
     forks++;
     if (getppid() != forker) /* it is not of our pid namespace, or gone */
         pidns = 0;
@@ -267,28 +257,11 @@ static void in_child(void) {
     waiter.running = false; /* the thread is not here, nor are its stacks; whose calls it had is another's loop */
     waiter.lock = 0;
     waiter.inbox = NULL;
-    reserve_all();
-    if (!parent_known)
-        return;
-    atomic_store_explicit(known, 1, memory_order_release);
-    PS_POINT_RELOAD();
-    int64_t deadline = ps_sys_now() + PS_JOIN_TIMEOUT;
-    for (uint32_t i = 0; i < regions_used; i++) {
-        uint32_t use = use_of(&regions[i]);
-        if (use != PS_UNUSED) {
-            forget_participation(&regions[i]);
-            ps_cached_forget(&regions[i], &regions[i].userfault); /* it changes our parent's page tables */
-        }
-        int rc = use == PS_OPEN ? PS_ESIGNAL : PS_ECLOSED;
-        while (rc == PS_ESIGNAL) /* handlers run when fork is over: until then nobody may use the memory */
-            rc = ps_agent_start(&regions[i], deadline, &outcome);
-        if (!rc) /* or detached: ps_ready tries again */
-            ps_cached_get(&regions[i], &regions[i].userfault);
-        if (use == PS_OPENING) /* by a thread that is not here */
-            ps_region_discard(&regions[i]);
-        else if (use == PS_CLOSING) /* likewise; its owner gives the reservation back */
-            ps_region_shut(&regions[i]);
+    if (parent_known) {
+        atomic_store_explicit(known, 1, memory_order_release);
+        PS_POINT_RELOAD();
     }
+    at_fork->child();
 }
 
 static void start(void) {
@@ -306,7 +279,8 @@ static void start(void) {
     atomic_store_explicit(&known, page, memory_order_release);
 }
 
-int ps_process_start(void) {
+int ps_process_start(const struct ps_at_fork *callbacks) {
+    at_fork = callbacks; /* the same for all who call */
     pthread_once(&once, start);
     return start_result ? start_result : ps_process_known() ? 0 : PS_ECLOSED;
 }

@@ -668,6 +668,58 @@ void ps_region_discard(struct ps_region *region) {
     ps_release(region);
 }
 
+/* The child inherits the program's table, so what the program lost is fetched while the agent still has it. */
+static void before_fork(void) {
+    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
+        if (ps_use_of(region) == PS_OPEN && ps_process_known()) {
+            ps_cached_get(region, &region->memory);
+            ps_cached_get(region, &region->entry);
+        }
+}
+
+static void reserve_all(void) {
+    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region)) {
+        if (ps_use_of(region) == PS_UNUSED || !region->base)
+            continue;
+        if (ps_region_reserve(region)) /* then nothing is mapped there, and it must not become a participant */
+            atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
+    }
+}
+
+/* In a forked child: it takes part where its parent did. */
+static void join_again(struct ps_region *region, int64_t deadline) {
+    struct ps_outcome outcome;
+    uint32_t use = ps_use_of(region);
+    if (use != PS_UNUSED) {
+        ps_process_forget(region);
+        ps_cached_forget(region, &region->userfault); /* it changes our parent's page tables */
+    }
+    int rc = use == PS_OPEN ? PS_ESIGNAL : PS_ECLOSED;
+    while (rc == PS_ESIGNAL) /* handlers run when fork is over: until then nobody may use the memory */
+        rc = ps_agent_start(region, deadline, &outcome);
+    if (!rc) /* or detached: ps_ready tries again */
+        ps_cached_get(region, &region->userfault);
+    if (use == PS_OPENING) /* by a thread that is not here */
+        ps_region_discard(region);
+    else if (use == PS_CLOSING) /* likewise; its owner gives the reservation back */
+        ps_region_shut(region);
+}
+
+static void in_child(void) {
+    reserve_all();
+    if (!ps_process_known())
+        return;
+    int64_t deadline = ps_sys_now() + PS_JOIN_TIMEOUT;
+    for (struct ps_region *region = ps_process_next(NULL); region; region = ps_process_next(region))
+        join_again(region, deadline);
+}
+
+static const struct ps_at_fork at_fork = {.before = before_fork, .child = in_child};
+
+int ps_participant_start(void) {
+    return ps_process_start(&at_fork);
+}
+
 /* What a participant needs before its agent begins. */
 static int fill(struct ps_region *region, int fd, int name_fd) {
     int rc = cache(&region->memory, PS_MEMORY, fd);
@@ -682,7 +734,7 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, struct ps_region **out
     struct ps_shape shape;
     int rc = ps_region_validate(fd, &shape, field);
     if (!rc)
-        rc = ps_process_start();
+        rc = ps_participant_start();
     if (rc)
         return rc;
     struct ps_region *region = ps_process_claim();
