@@ -1,11 +1,11 @@
 # Commands of the project; `make help` lists them. Needs python3 (3.11 or later, with venv and headers), a C compiler
-# and make; everything else goes into $(VENV). The build here has the crash points of ext/point.h, for the tests.
+# and make; everything else goes into $(VENV). The build here has the crash points of ext/os/point.h, for the tests.
 PYTHON ?= python3
 VENV   ?= .venv
 SECONDS = 60
 BIN    := $(VENV)/bin
-BUILD  := pyproject.toml setup.cfg $(wildcard ext/*.pyx ext/*.pxi ext/*.[ch])
-C      := $(filter-out ext/_%,$(wildcard ext/*.c)) $(wildcard ext/*.h tests/*.c)
+BUILD  := pyproject.toml setup.cfg $(shell find ext -type f)
+C      := $(shell find ext -name '*.[ch]') $(wildcard tests/*.c)
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """What changed in a region, as its ring of changes has it.
 
 Lives here: Change, and reading the ring in order without missing one unnoticed.
-Not here: waiting for the next one (_async.py), what an observer reads (ext/observe.c).
+Not here: waiting for the next one (_async.py), what an observer reads (ext/operations/observe.c).
 """
 
 from __future__ import annotations

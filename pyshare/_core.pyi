@@ -1,4 +1,4 @@
-"""The binding (ext/_core.pyx), for type checkers.
+"""The binding (ext/binding/_core.pyx), for type checkers.
 
 Private: what _region.py, _names.py and the tests stand on.
 """

@@ -1,8 +1,8 @@
 """Memory, as create() makes it: there from the beginning, of huge pages, on a NUMA node, locked.
 
 Lives here: the checks of these arguments, how much memory may still be asked
-for, and the refusals in words.  Not here: making it (ext/create.c), what each
-mapping of it is (ext/region.c).
+for, and the refusals in words.  Not here: making it (ext/segment/create.c), what each
+mapping of it is (ext/process/mapping.c).
 Invariant: memory that cannot be had is refused before it is taken, as far as
 the kernel lets one know: its own answer is not ENOMEM but a process that it
 kills.

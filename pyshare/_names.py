@@ -2,7 +2,7 @@
 
 Lives here: the directory of entries, which are small POSIX shared memory
 objects (shm_overview(7)), who may use them, and the removal of stale ones.
-Not here: what is in an entry (ext/names.c), the protocol.
+Not here: what is in an entry (ext/participant/names.c), the protocol.
 
 Invariants:
  1. An entry is published complete (link), so a reader never finds half of one.

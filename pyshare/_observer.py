@@ -2,7 +2,7 @@
 
 Lives here: the way from a name to an observer, who its participants are, and
 the words, colours and tables in which these commands speak.
-Not here: what is in a control segment (ext/observe.c), page tables (map.py), how everybody is (_status.py).
+Not here: what is in a control segment (ext/operations/observe.c), page tables (map.py), how everybody is (_status.py).
 Invariant: a look changes nothing, and nobody waits for who looks.
 """
 

@@ -2,7 +2,7 @@
 
 Lives here: Observer, and the one sentence with which it refuses everything that
 changes something.  Not here: what it has in common with a Region (_mapped.py),
-the mapping (ext/observe.c).
+the mapping (ext/operations/observe.c).
 Invariant: an observer changes nothing, and nobody waits for it.
 """
 

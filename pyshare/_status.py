@@ -2,7 +2,7 @@
 
 Lives here: finding the regions that there are; reading one: who takes part and how they are, who holds what, who waits
 for whom.
-Not here: how it is told (those commands), what is in a control segment (ext/observe.c).
+Not here: how it is told (those commands), what is in a control segment (ext/operations/observe.c).
 Invariants:
  1. A look changes nothing: a stale name stays, and nobody waits for who looks.
  2. What cannot be known is None, and never a guess: a pid of another pid namespace is nobody's here.

@@ -2,7 +2,7 @@
 
 Lives here: one question for everything that a region rests on, each put to
 the kernel by trying the thing; what a refusal means; the two forms of the answer.
-Not here: the calls that Python lacks (ext/probe.c), what a region does with it all.
+Not here: the calls that Python lacks (ext/probe/probe.c), what a region does with it all.
 
 The exit status is 0 where pyshare works, be it with the co-operative engine alone, and 1 where it cannot.
 ``--json`` prints one object:

@@ -2,7 +2,7 @@
 
 Lives here: reading page tables of other processes, telling a difference from what only looks like one, and the three
 forms of the answer.
-Not here: what an observer reads of the control segment (ext/observe.c).
+Not here: what an observer reads of the control segment (ext/operations/observe.c).
 
 The first row is the map.  Rows for leases, snapshots and a freeze follow, where there are any; then a row for each
 participant: what its page tables really allow, from /proc/PID/maps and the marks of userfaultfd(2) in

@@ -2,7 +2,7 @@
 
 Lives here: following the ring of changes without taking part in the region,
 and its two forms, lines for people and JSON lines for programs.
-Not here: how a change is made (ext/change.c), what an observer reads (ext/observe.c).
+Not here: how a change is made (ext/change/change.c), what an observer reads (ext/operations/observe.c).
 
 A change is told when it is over: everybody has it, or the caller has given up on who is silent.  "slowest" is the
 participant that the caller waited for last; "-" if it had to wait for nobody.  A region keeps its latest 1,024 changes;

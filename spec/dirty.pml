@@ -1,6 +1,6 @@
 /* dirty.pml - which pages may have been written since a moment, asked while their traces move.
  *
- * Lives here: the look of ext/dirty.c at one page, and who writes that page meanwhile: the holder
+ * Lives here: the look of ext/operations/dirty.c at one page, and who writes that page meanwhile: the holder
  * of a lease, everybody until a change makes it READ, or one who restores it to zero.  Changes as
  * such are in protocol.pml, leases in lease.pml.
  * Assertion: what was written before the look began is found.

@@ -1,6 +1,6 @@
 /* freeze.pml - who has everything READ, who puts it back, and who waits for that.
  *
- * Lives here: the freezer's word, `frozen` and the kept map of ext/freeze.c and ext/layout.h;
+ * Lives here: the freezer's word, `frozen` and the kept map of ext/change/freezer.c and ext/segment/layout.h;
  * freezers, changes and takers of leases that come across them, and a fate that kills.
  * What a change does to page tables is in protocol.pml; how a taker and a closer see each
  * other, and who sleeps until when, in lease.pml: here waiting is a guard, taking one step.

@@ -1,6 +1,6 @@
 /* lease.pml - who holds a lease, what keeps leases from pages, who goes first, and who sleeps until when.
  *
- * Lives here: the held words, closers, counts and tickets of ext/held.c, closer.c, lease.c and layout.h: takers of
+ * Lives here: the held words, closers, counts and tickets of ext/hold/held.c, closer.c, lease.c and layout.h: takers of
  * leases, also within a lease; changes, and drains (a freeze or a snapshot), that wait for them; a fate that kills and
  * stops.  What a change does to page tables is in protocol.pml; here it is one step, and the record that a death leaves
  * open.  Assertions name what they check; who waits for ever is an invalid end state.

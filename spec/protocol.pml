@@ -1,7 +1,7 @@
 /* protocol.pml - how a change of protection reaches everybody, whoever fails or dies on the way.
  *
- * Lives here: the change of ext/change.c, with a caller that changes the page tables
- * of others where it can, the agent of ext/agent.c, joining and leaving, and a fate
+ * Lives here: the change of ext/change/change.c, with a caller that changes the page tables
+ * of others where it can, the agent of ext/participant/agent.c, joining and leaving, and a fate
  * that kills.  The labels of steps are those of ARCHITECTURE.md.
  * Assertions name the promise that they check; an invalid end state, which Spin
  * finds by itself (somebody waits for ever), breaks promise 5.

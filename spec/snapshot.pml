@@ -1,7 +1,7 @@
 /* snapshot.pml - one moment of all participants: who protects, who saves, who stores, and who dies.
  *
- * Lives here: a snapshot of ext/snapshot.c, from its preparation to its end, and who keeps off its
- * moment (ext/lease.c, ext/dirty.c): a snapshotter, two participants that store, each with its
+ * Lives here: a snapshot of ext/operations/snapshot.c, from its preparation to its end, and who keeps off its
+ * moment (ext/hold/lease.c, ext/operations/dirty.c): a snapshotter, two participants that store, each with its
  * agent, and one who reads the image.  Pages that all may write are stored to through page tables;
  * others by leases of a thread of participant 1, or by participant 0, which has the region frozen
  * and restores them.

@@ -90,7 +90,7 @@ def stress(request: pytest.FixtureRequest) -> bool:
 
 
 class Child(testing.Child):
-    """One that may be told to do something at a point of the core (ext/point.h)."""
+    """One that may be told to do something at a point of the core (ext/os/point.h)."""
 
     def __init__(self, body: Callable[[Child], object], *, point: str | None = None) -> None:
         if point is not None:

@@ -25,7 +25,7 @@ import pyshare
 from pyshare import READ, Prot, Region, _core, _observer
 
 PAGE = 4096
-SECTIONS, LOCK, GENERATION = 288, 704, 768  # offsets in ext/layout.h: in line 4, lines 11 and 12
+SECTIONS, LOCK, GENERATION = 288, 704, 768  # offsets in ext/segment/layout.h: in line 4, lines 11 and 12
 ATTEMPT, COMPLETE, CLOSERS = 896, 904, 960  # lines 14 and 15
 TICKETS = 984  # line 15: a bit for each lease that gave way
 TICKET = 2816  # line 44: what they wait for, 24 bytes apart; the second word counts those of a place

@@ -20,7 +20,7 @@ import pyshare
 from pyshare import READ, READ_WRITE, Region
 
 PAGE = 4096
-SNAPSHOTS = 1 << 62  # the first byte of them (ext/layout.h)
+SNAPSHOTS = 1 << 62  # the first byte of them (ext/segment/layout.h)
 Fork = Callable[..., Child]
 
 

@@ -56,7 +56,7 @@ from members import (
 import pyshare
 from pyshare import EXEC, NONE, READ, READ_WRITE, PropagationTimeout, Prot, Region
 
-SLOT_SIZE, TID = 256, 132  # in ext/layout.h
+SLOT_SIZE, TID = 256, 132  # in ext/segment/layout.h
 
 
 @pytest.fixture

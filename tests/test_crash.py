@@ -1,6 +1,7 @@
 """Promise 5: whoever is killed, wherever it is killed, blocks nobody, leaves nothing half done, and leaks nothing.
 
-The points at which processes kill themselves bear the labels of the protocol (ext/change.c, ext/agent.c).
+The points at which processes kill themselves bear the labels of the protocol (change/change.c and
+participant/agent.c in ext).
 """
 
 from __future__ import annotations

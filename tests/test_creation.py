@@ -561,7 +561,7 @@ def test_huge_pages_cannot_be_changed_entry_by_entry(region: Region) -> None:
         assert caught.value.errno == errno.EOPNOTSUPP
 
 
-PAGE_SIZE, FLAGS = 12, SECTIONS + 16 * 24 + 4  # in ext/layout.h
+PAGE_SIZE, FLAGS = 12, SECTIONS + 16 * 24 + 4  # in ext/segment/layout.h
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ from pyshare import (
 Fork = Callable[..., Child]
 Joined = Callable[..., Child]
 PAGES = 16
-FREEZER, FROZEN = 2560, 2568  # in ext/layout.h: line 40
+FREEZER, FROZEN = 2560, 2568  # in ext/segment/layout.h: line 40
 AT_ONCE = 0.05  # a timeout that is meant to run out
 MIXED = [(0, 4, READ_WRITE), (4, 2, NONE), (6, 3, READ), (9, 1, READ | EXEC), (10, 1, NONE), (11, 5, READ_WRITE)]
 

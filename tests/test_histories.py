@@ -713,7 +713,7 @@ def test_a_mended_fault_can_be_brought_back(patch: Path, tmp_path: Path) -> None
     """The patches fit the sources (tests/faults/run.py says how long the soak takes to see each)."""
     root = Path(__file__).parent.parent
     for name in re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.M):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
     told = subprocess.run(
         ["patch", "-p1", "--fuzz=0", "-d", tmp_path, "-i", patch], capture_output=True, text=True, check=False

@@ -30,7 +30,7 @@ PAGES, SLOTS = 40, 4
 SHORT = 0.03  # seconds: how long a fuzzed call may wait for those whom the mutation invented
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
-# ext/layout.h: where things are (test_offsets holds them to the truth).
+# ext/segment/layout.h: where things are (test_offsets holds them to the truth).
 SECTIONS, LOCK, GENERATION, SLOTS_USED = 288, 704, 768, 832
 ATTEMPT, COMPLETE, KIND, FIRST, COUNT = (896 + field for field in (0, 8, 16, 24, 32))
 CLOSERS, CLOSER = 960, 1024

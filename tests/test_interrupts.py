@@ -19,7 +19,7 @@ from pyshare import READ, READ_WRITE, Region, RegionClosed, _core, _observer
 Fork = Callable[..., Child]
 CLOCK_MONOTONIC_COARSE = 6  # as linux/time.h has it
 NAME = f"interrupts-{os.getpid()}"
-FAR = range(0x1000_0000_0000, 0x5000_0000_0000)  # where regions are mapped (ext/region.c)
+FAR = range(0x1000_0000_0000, 0x5000_0000_0000)  # where regions are mapped (ext/process/mapping.c)
 
 
 def left() -> tuple[list[str], list[str], list[str]]:

@@ -213,7 +213,7 @@ class Calls:
         os.closerange(self.link.fileno() + 1, 1 << 16)
 
     def fork(self, point: str = "") -> Calls:
-        """The child serves too; `point` is where it dies (ext/point.h)."""
+        """The child serves too; `point` is where it dies (ext/os/point.h)."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         os.environ["PYSHARE_POINT"] = point
         pid = os.fork()

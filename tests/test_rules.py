@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 EXT = ROOT / "ext"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CC = os.environ.get("CC") or "cc"
+INCLUDES = [f"-I{path}" for path in [EXT, *sorted(path for path in EXT.iterdir() if path.is_dir())]]
 
 
 def sources_of(module: str) -> list[Path]:
@@ -32,14 +33,15 @@ def sources_of(module: str) -> list[Path]:
     return [ROOT / path for one in modules if one["name"] == module for path in one["sources"] if path.endswith(".c")]
 
 
-BINDING = [EXT / "exception.c", EXT / "wrappers.c"]  # the C that is Python's
+BINDING = sorted((EXT / "binding").glob("*.c"))  # the C that is Python's
 CORE = [path for path in sources_of("pyshare._core") if path not in BINDING]
 PROBE = [path for path in sources_of("pyshare._probe") if path not in CORE]
-C_FILES = sorted({*EXT.glob("*.c")} - {*BINDING})
+C_FILES = sorted({*EXT.rglob("*.c")} - {*BINDING})
 
 
 def names(paths: list[Path]) -> list[str]:
-    return [path.name for path in paths]
+    """Folder and file."""
+    return [str(path.relative_to(EXT)) for path in paths]
 
 
 def without_comments(path: Path) -> str:
@@ -54,10 +56,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("objects")
     made = {}
     for source in C_FILES:
-        made[source.name] = directory / f"{source.stem}.o"
+        (name,) = names([source])
+        made[name] = directory / f"{source.parent.name}-{source.stem}.o"
         flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-ftls-model=initial-exec"]
         hardening = ["-U_FORTIFY_SOURCE", "-fno-stack-protector"]  # which some compilers add on their own
-        command = [CC, *flags, *hardening, "-I", EXT, "-c", source, "-o", made[source.name]]
+        command = [CC, *flags, *hardening, *INCLUDES, "-c", source, "-o", made[name]]
         subprocess.run(command, check=True)
     return made
 
@@ -77,7 +80,7 @@ def symbols(path: Path) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("source", C_FILES, ids=names(C_FILES))
 def test_compiles_without_python_and_without_a_warning(source: Path, points: list[str], tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
-    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, "-I", EXT, "-c", source]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, *INCLUDES, "-c", source]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
 
 
@@ -85,7 +88,7 @@ def test_compiles_without_python_and_without_a_warning(source: Path, points: lis
 def test_binding_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
     python = ["-isystem", sysconfig.get_path("include")]
-    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *python, "-I", EXT, "-c", source]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *python, *INCLUDES, "-c", source]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
 
 
@@ -95,32 +98,32 @@ DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek
 # What each room may call beside the core itself.  Nowhere malloc or stdio: the agent, a signal handler and a
 # forked child before it has joined may not, and nearly everything can run in one of them.
 MAY_CALL = {
-    "agent.c": {"close", "flock", "getpid"},
-    "borrow.c": {"close", "fstat", "mmap"},
-    "change.c": {"getpid", "lseek"},
-    "closer.c": set(),
-    "create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
-    "dirty.c": set(),
-    "engine.c": {"mprotect"},
-    "fault.c": {"fstat", "getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
+    "participant/agent.c": {"close", "flock", "getpid"},
+    "change/borrow.c": {"close", "fstat", "mmap"},
+    "change/change.c": {"getpid", "lseek"},
+    "hold/closer.c": set(),
+    "segment/create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
+    "operations/dirty.c": set(),
+    "pages/engine.c": {"mprotect"},
+    "fault/handler.c": {"fstat", "getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
     | {"sigaddset", "sigandset", "sigemptyset", "sigfillset", "sigisemptyset"},
-    "freeze.c": set(),
-    "held.c": set(),
-    "image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
-    "lease.c": set(),
-    "lock.c": set(),
-    "names.c": DESCRIPTORS,
-    "observe.c": {"madvise", "mmap", "munmap", "pread"},
-    "probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
-    "process.c": {"dlsym", "getpid", "getppid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
+    "change/freezer.c": set(),
+    "hold/held.c": set(),
+    "operations/image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
+    "hold/lease.c": set(),
+    "shared/lock.c": set(),
+    "participant/names.c": DESCRIPTORS,
+    "operations/observe.c": {"madvise", "mmap", "munmap", "pread"},
+    "probe/probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
+    "process/process.c": {"dlsym", "getpid", "getppid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
     | {"sigfillset", "pthread_create", "pthread_sigmask", "pthread_tryjoin_np"}
     | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize")},
-    "quarantine.c": set(),
-    "region.c": DESCRIPTORS | {"fstatfs", "getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
-    "remote.c": set(),
-    "slot.c": {"getpid"},
-    "snapshot.c": set(),
-    "sys.c": DESCRIPTORS
+    "pages/quarantine.c": set(),
+    "process/mapping.c": DESCRIPTORS | {"fstatfs", "getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
+    "change/remote.c": set(),
+    "shared/slot.c": {"getpid"},
+    "operations/snapshot.c": set(),
+    "os/sys.c": DESCRIPTORS
     | {"fallocate", "madvise", "mmap", "munmap"}
     | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
     | {
@@ -135,15 +138,15 @@ MAY_CALL = {
         "write",
     }
     | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
-    "violations.c": {"pread"},
-    "waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap", "swapcontext"},
+    "shared/violations.c": {"pread"},
+    "operations/waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap", "swapcontext"},
 }
 
 
 @pytest.mark.parametrize("source", names([*CORE, *PROBE]))
 def test_rooms_call_what_they_may(source: str, objects: dict[str, Path]) -> None:
     undefined = {name for name, kind, _ in symbols(objects[source]) if kind == "U"}
-    core = {name for path in CORE for name, kind, _ in symbols(objects[path.name]) if kind == "T"}
+    core = {name for path in names(CORE) for name, kind, _ in symbols(objects[path]) if kind == "T"}
     assert undefined - core - PURE - {"_GLOBAL_OFFSET_TABLE_"} <= MAY_CALL[source]
 
 
@@ -151,16 +154,16 @@ def test_rooms_call_what_they_may(source: str, objects: dict[str, Path]) -> None
 def test_state_at_file_scope_is_in_process_c(source: str, objects: dict[str, Path]) -> None:
     writable = re.compile(r"\.t?(data|bss)(?!\.rel\.ro)|\*COM\*")
     state = [name for name, _, section in symbols(objects[source]) if writable.match(section)]
-    assert bool(state) == (source == "process.c"), state
+    assert bool(state) == (source == "process/process.c"), state
 
 
 def test_syscall_is_called_in_sys_c_alone() -> None:
-    callers = [path.name for path in EXT.iterdir() if re.search(r"\bsyscall\s*\(", without_comments(path))]
+    callers = [path.name for path in EXT.rglob("*.[ch]") if re.search(r"\bsyscall\s*\(", without_comments(path))]
     assert callers == ["sys.c"]
 
 
 def test_core_knows_no_python() -> None:
-    for path in [*CORE, *PROBE, *({*EXT.glob("*.h")} - {EXT / "exception.h"})]:
+    for path in [*CORE, *PROBE, *({*EXT.rglob("*.h")} - {EXT / "binding" / "exception.h"})]:
         assert not re.search(r"Python\.h|\bPy[A-Z_]\w+", without_comments(path)), path
 
 
@@ -181,7 +184,7 @@ def fields(body: str) -> Iterator[tuple[str, str]]:
 
 
 def test_every_shared_field_has_its_contract() -> None:
-    structs = re.findall(r"^struct (ps_shm_\w+) \{\n(.*?)^\};", (EXT / "layout.h").read_text(), re.S | re.M)
+    structs = re.findall(r"^struct (ps_shm_\w+) \{\n(.*?)^\};", (EXT / "segment" / "layout.h").read_text(), re.S | re.M)
     assert [name for name, _ in structs] == [
         f"ps_shm_{end}"
         for end in ("snapshot", "lock", "violation", "closer", "ticket", "section", "record", "ring", "slot", "header")

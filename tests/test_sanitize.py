@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+INCLUDES = [f"-I{path}" for path in [ROOT / "ext", *sorted(path for path in (ROOT / "ext").iterdir() if path.is_dir())]]
 COMPILERS = ["gcc", "clang"]
 
 # Where a sanitizer lets a program have memory: its own shadow lies where the core likes to be.
@@ -46,7 +47,7 @@ def core_sources() -> list[Path]:
 
 def compile_to(target: Path, compiler: str, sanitizer: str, sources: list[Path]) -> subprocess.CompletedProcess[str]:
     warnings = ["-Wall", "-Wextra", "-Werror", *(["-Wno-tsan"] if compiler == "gcc" else [])]
-    command = [compiler, "-std=gnu11", "-g", "-pthread", f"-I{ROOT / 'ext'}", *warnings, *FLAGS[sanitizer]]
+    command = [compiler, "-std=gnu11", "-g", "-pthread", *INCLUDES, *warnings, *FLAGS[sanitizer]]
     return subprocess.run(
         [*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True, check=False
     )

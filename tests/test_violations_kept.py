@@ -27,7 +27,7 @@ from pyshare.__main__ import main
 
 PAGE = 4096
 KEPT = 16
-VIOLATION, ENTRY = 10, 128  # ext/layout.h: the kind of the section, the size of an entry
+VIOLATION, ENTRY = 10, 128  # ext/segment/layout.h: the kind of the section, the size of an entry
 COUNTER = 2752  # in the header, line 43
 FORM = struct.Struct("<QQQQIBBBx80s")  # what follows the check
 
@@ -224,7 +224,7 @@ def entry_at(region: Region, number: int) -> int:
 
 
 def check_of(rest: bytes) -> int:
-    """As ext/violations.c has it."""
+    """As ext/shared/violations.c has it."""
     check, mask = 0x243F6A8885A308D3, (1 << 64) - 1
     for (value,) in struct.iter_unpack("<Q", rest):
         check = (check ^ value) * 0x9E3779B97F4A7C15 & mask

@@ -1,7 +1,7 @@
 """Sections `sparse` and `memory`: joining a large region, and what is paid in bytes.
 
 Lives here: how each is set up and measured.  Not here: the floors that are C
-(ext/peers.c).
+(ext/bench/peers.c).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Lives here: the contenders and their cases.  A turn is BATCH cycles after one
 that is not counted (so that nobody pays for the caches of who went before);
 its time is that of one of them, on average.
-Not here: the cycles that are C (ext/peers.c).
+Not here: the cycles that are C (ext/bench/peers.c).
 Invariants
  1. All regions are open at once and take turns, each with as many participants
     as its case says, which sleep: N = 1 and N = 256 saw the same machine.

@@ -2,7 +2,7 @@
 
 A team is N processes (of the contender fork: threads of one process) that store to pages at random, each a little
 after its last store, and one who takes an image of all of it while they do so. A turn is one image.
-Lives here: the teams, their cases.  Not here: the writers, and the ways to copy that are C (ext/pauses.c).
+Lives here: the teams, their cases.  Not here: the writers, and the ways to copy that are C (ext/bench/pauses.c).
 Invariants
  1. A writer's pause is from when it wants to store until it has stored, whatever keeps it; a turn's is the longest of
     any writer's. That of `nothing` is the machine's own.

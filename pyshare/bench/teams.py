@@ -1,7 +1,7 @@
 """The contenders of section `change`: ways to get an mprotect into N other processes.
 
 Every case starts a team of processes for each contender.
-Lives here: the teams.  Not here: the contenders that are C (ext/peers.c), the
+Lives here: the teams.  Not here: the contenders that are C (ext/bench/peers.c), the
 cases, the rounds.
 Invariants
  1. pyshare is reached by its public interface, and timed as a user pays it.

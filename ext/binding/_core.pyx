@@ -248,7 +248,7 @@ cdef extern from *:
     }
     static const struct ps_calls calls = {ps_address, ps_window, ps_lease_take, ps_lease_give,
                                           ps_user_lock_take, ps_user_lock_give};
-    /* For ext/_peers.pyx alone: the handle, and how to call the core with it. */
+    /* For ext/bench/_peers.pyx alone: the handle, and how to call the core with it. */
     static PyObject *capsule_of(struct ps_region *region) {
         PyObject *capsule = PyCapsule_New(region, "pyshare.region", NULL);
         if (capsule && PyCapsule_SetContext(capsule, (void *)&calls))

@@ -1,7 +1,7 @@
 # _violation.pxi - the exception of a forbidden access, and Guard.
 #
-# Not here: when an access is forbidden, and what becomes of it (ext/fault.c); how the thread that made it is told
-# (ext/exception.c, ext/wrappers.c).
+# Not here: when an access is forbidden, and what becomes of it (ext/fault/handler.c); how the thread that made it is told
+# (ext/binding/exception.c, ext/binding/wrappers.c).
 
 cdef extern from "exception.h":
     struct due_t "ps_due":

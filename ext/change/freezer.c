@@ -1,4 +1,4 @@
-/* freeze.c - everything is READ for everybody, until it is again what it was.
+/* freezer.c - everything is READ for everybody, until it is again what it was.
  *
  *   F1_own     the freezer's word is ours; then the whole region is closed to leases (closer.c)
  *   F2_keep    kept := cur, with the writer lock (change.c)

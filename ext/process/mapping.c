@@ -1,4 +1,4 @@
-/* region.c - a memfd that is a region, and the address range.
+/* mapping.c - a memfd that is a region, and the address range.
  *
  * Lives here: where in the memfd what lies, checking one that somebody hands
  * us, reserving and filling the address range.  The only place where foreign

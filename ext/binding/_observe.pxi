@@ -1,4 +1,4 @@
-"""_observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/observe.c).
+"""_observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/operations/observe.c).
 
 Lives here: Observed, the base of those who attach read-only; and Observer, which `pyshare trace` and `pyshare map`
 stand on.  That gives what is in the control segment as plain tuples, at the moment of each look; what it means is theirs.

@@ -127,7 +127,7 @@ void ps_sys_command(char *to, size_t size);
  * that was given its pid since, which has memory. */
 bool ps_sys_process_gone(int pid);
 
-/* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe.h). */
+/* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe/probe.h). */
 
 int ps_sys_probe_userfaultfd(int flags); /* a descriptor */
 int ps_sys_probe_pidfd_open(int pid, unsigned flags);

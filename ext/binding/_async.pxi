@@ -1,4 +1,4 @@
-"""_async.pxi: part of _core.pyx: calls that wait in the place of an event loop (ext/waiter.c).
+"""_async.pxi: part of _core.pyx: calls that wait in the place of an event loop (ext/operations/waiter.c).
 
 Lives here: Call, which is a lease, a lock, a change, or the wait for somebody's change, and Mailbox, in which a loop
 finds those that are over.  What a loop does with them is _async.py's.

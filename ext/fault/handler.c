@@ -1,4 +1,4 @@
-/* fault.c - what happens at a forbidden access.
+/* handler.c - what happens at a forbidden access.
  *
  * Lives here: the copy that survives faults, and on it the safe accessors; the
  * handler of SIGSEGV and SIGBUS, the policies (die, raise, wait), the line on
