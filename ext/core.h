@@ -1,130 +1,23 @@
 /* core.h - the one interface that the binding uses.
  *
- * Lives here: the opaque participant handle and what can be done with it.
+ * Lives here: what can be done with a region, by its opaque handle; each function is
+ * defined on the floor that its section says, most of them in operations/.
  * Results are 0 or more, -errno, or one of PS_E*.  Deadlines are absolute
  * CLOCK_MONOTONIC nanoseconds, PS_NEVER for none.  Offsets and lengths are
  * bytes; whoever calls has checked them against ps_size.
- * Not here: struct ps_region (participant.h), the shared structs (layout.h).
+ * Not here: struct ps_region (process/process.h), the structs that are handed over
+ * (types.h), what lies in shared memory (segment/layout.h).
  */
 #ifndef PS_CORE_H
 #define PS_CORE_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "segment/segment.h"
+#include "types.h"
 
-#include "layout.h"
+/* -- Making a region, joining and leaving it
+ * --------------------------------------------------------------------------- */
 
-struct ps_region;
-
-/* Results that are no errno. */
-enum {
-    PS_ECORRUPT =
-        -5001, /* the control segment is not, or no longer, one of ours: ps_corrupt_field, or `field` of ps_attach */
-    PS_EFULL = -5002,    /* every slot is taken */
-    PS_ECLOSED = -5003,  /* closed, or a child made by a raw clone() */
-    PS_EREFUSED = -5004, /* the protection forbids it: struct ps_refusal */
-    PS_ETIMEOUT = -5005, /* struct ps_outcome tells who is silent */
-    PS_ESIGNAL = -5006,  /* a signal came, or may have come unseen; as after a timeout, but the caller may go on
-                            with ps_await, or (nothing published) with ps_change */
-    PS_EREGIONS = -5007, /* this process has PS_REGIONS_MAX regions open */
-    PS_ENESTED = -5008,  /* the calling thread holds it itself */
-    PS_EFROZEN = -5009,  /* the calling thread has the region frozen itself */
-    PS_EAREAS = -5010,   /* as many snapshots are alive as the region has areas for */
-    PS_EMEMLOCK = -5011, /* memory that the region wants locked cannot be: RLIMIT_MEMLOCK */
-};
-
-#define PS_REGIONS_MAX 1024
-#define PS_TRY INT64_MIN                          /* a deadline, of leases and locks: -EAGAIN instead of any wait */
-#define PS_JOIN_TIMEOUT (INT64_C(5000) * 1000000) /* ns; of a forked child or a restarted agent */
-
-enum ps_engine {
-    PS_ENGINE_AUTO = 0,     /* uffd where the kernel allows it */
-    PS_ENGINE_MPROTECT = 1, /* by VMA: each participant changes its own */
-    PS_ENGINE_UFFD = 2,     /* by page-table entry: callers change those of others too */
-};
-
-/* What became of a change. */
-struct ps_outcome {
-    uint64_t generation; /* 0: nothing was published */
-    uint32_t failed_pid; /* the participant that could not apply it, so that it was undone; 0: none */
-    uint32_t error;      /* its errno; with PS_ESIGNAL it is the undo that ps_await waits for */
-    uint32_t silent;     /* how many of pids are set */
-    uint32_t pids[PS_SLOTS_MAX + 1];
-};
-
-/* Whom the calling thread waits for, across the calls that this takes (lock.c): whoever lets code of others run between
- * them keeps this meanwhile, for that code may wait, too. */
-struct ps_patience {
-    uint32_t owner; /* 0: nobody */
-    uint64_t since; /* CLOCK_MONOTONIC_COARSE, ns */
-};
-struct ps_patience *ps_process_patience(void);
-
-/* Which change made a page what it is. */
-struct ps_author {
-    bool known; /* false: older than the PS_RING latest changes */
-    uint64_t generation;
-    uint32_t pid;
-    uint64_t time; /* CLOCK_BOOTTIME ns */
-};
-
-struct ps_refusal {
-    uint64_t page;
-    uint32_t actual, required; /* protections */
-    struct ps_author author;
-};
-
-/* A forbidden access that a thread has yet to learn of: a copy of everything, since the region may be closed by then.
- */
-struct ps_violation {
-    uint32_t count;   /* accesses, of which the first one is described; 0: none */
-    bool interrupted; /* it waited, and a signal's handler is due: the access did not take place */
-    uint64_t offset;  /* byte */
-    uint64_t page_size;
-    uint32_t actual, required;
-    struct ps_author author;
-    char region[PS_NAME_MAX + 8];
-};
-
-/* What the handler of violations asks of the binding.  Called in the faulting thread, without any lock of ours. */
-struct ps_hooks {
-    bool (*can_raise)(void);     /* the thread can be told of an exception */
-    bool (*is_due)(void);        /* what it was to be told is still to come */
-    void (*tell)(void);          /* it is told of its first violation, now or soon */
-    void *(*release)(void);      /* other threads of the interpreter may run; NULL: it did not keep them from it */
-    void (*regain)(void *token); /* the end of that; does not come back where the process is about to end */
-    bool (*keeps)(void);         /* it has the interpreter, and may not release it: in code that relies on having it */
-    bool (*is_wanted)(void);     /* ... which others wait for */
-    bool (*is_signalled)(void);  /* a signal's handler is due in this thread */
-    bool (*serve)(void); /* calls it, while the interpreter is released; false: it has raised an exception, which is
-                            what the thread is told next */
-};
-
-struct ps_participant {
-    uint32_t pid, tid, capabilities, flags;
-    uint64_t applied;
-    bool alive;
-};
-
-/* What is to be made. */
-struct ps_creation {
-    uint64_t size;
-    uint32_t prot, slots, mode;
-    uint32_t page_size; /* PS_PAGE, or that of huge pages */
-    uint32_t flags;     /* PS_REGION_* */
-    enum ps_policy policy;
-    const char *name;
-};
-
-/* From which NUMA nodes memory comes: a mode of set_mempolicy(2), and a bit a node. */
-#define PS_NODES 1024u
-struct ps_numa {
-    int mode;
-    unsigned long nodes[PS_NODES / (8 * sizeof(unsigned long))];
-};
-
-/* Making and leaving.  `fd` stays the caller's; `name_fd` is the entry of _names.py or -1.
+/* `fd` stays the caller's; `name_fd` is the entry of _names.py or -1.
  * ps_create: nothing is allocated, nobody participates; of huge pages all are promised, or -ENOMEM.
  * ps_prefer: of what is allocated in the data from now on, by whomever; of huge pages ps_allocate's alone.
  * ps_allocate: so that nobody ever lacks the memory; a small piece from *at on, which is moved on.  1: there is more;
@@ -147,12 +40,12 @@ void ps_release(struct ps_region *region);    /* ... until here; the handle is v
 int ps_ready(struct ps_region *region, struct ps_outcome *outcome);
 int ps_ready_now(const struct ps_region *region); /* 1; 0: it takes the former; PS_ECLOSED */
 uint32_t ps_forks(void); /* how many forks lie between the first region's process and this one */
-const char *ps_corrupt_field(const struct ps_region *region);
+/* Of memory that is to be locked: some pages from *page on, which is moved on, are.  1: there is more; 0; -errno. */
+int ps_bring_in(struct ps_region *region, uint64_t *page);
 
-/* Bytes of address space that each participant takes for the region, and the most that one may have. */
-int ps_room(int fd, uint64_t *needed, uint64_t *most);
+/* -- What it is
+ * -------------------------------------------------------------------------------------------------------- */
 
-/* What it is. */
 void *ps_address(const struct ps_region *region);
 uint64_t ps_size(const struct ps_region *region);
 uint32_t ps_areas(const struct ps_region *region);     /* how many snapshots may be alive */
@@ -162,10 +55,13 @@ uint64_t ps_generation_told(struct ps_region *region); /* ... to who may ask wha
 const char *ps_name(const struct ps_region *region);
 enum ps_engine ps_engine(const struct ps_region *region); /* in use: PS_ENGINE_MPROTECT or PS_ENGINE_UFFD */
 int ps_fd(struct ps_region *region); /* a descriptor in the program's table, fetched again if it was lost */
-/* Of memory that is to be locked: some pages from *page on, which is moved on, are.  1: there is more; 0; -errno. */
-int ps_bring_in(struct ps_region *region, uint64_t *page);
+const char *ps_corrupt_field(const struct ps_region *region);
+/* Bytes of address space that each participant takes for the region, and the most that one may have. */
+int ps_room(int fd, uint64_t *needed, uint64_t *most);
 
-/* Protection. */
+/* -- Protection
+ * -------------------------------------------------------------------------------------------------------- */
+
 int ps_change(struct ps_region *region, uint64_t offset, uint64_t length, uint32_t prot, int64_t deadline,
               struct ps_outcome *outcome);
 int ps_await(struct ps_region *region, uint64_t generation, int64_t deadline, struct ps_outcome *outcome);
@@ -173,24 +69,16 @@ uint32_t ps_protection(const struct ps_region *region, uint64_t page);
 /* How many pages from `page` on, before `end`, have the protection that it has. */
 uint64_t ps_run(struct ps_region *region, uint64_t page, uint64_t end, uint32_t *prot);
 int ps_participant(struct ps_region *region, uint32_t slot, struct ps_participant *participant); /* 0: none there */
+/* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
+int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
+int ps_thaw(struct ps_region *region); /* PS_ESIGNAL: not yet, it is held still */
 
-/* Data, by accessors that cannot crash. */
+/* -- Data, by accessors that cannot crash
+ * ------------------------------------------------------------------------------ */
+
 int ps_read(struct ps_region *region, uint64_t offset, void *to, uint64_t length, struct ps_refusal *refusal);
 int ps_data(struct ps_region *region, uint64_t *page, uint64_t *count); /* the next run of pages that are no holes */
 int ps_write(struct ps_region *region, uint64_t offset, const void *from, uint64_t length, struct ps_refusal *refusal);
-
-/* Violations. */
-enum ps_policy ps_policy(const struct ps_region *region); /* this process's own */
-void ps_set_policy(struct ps_region *region, enum ps_policy policy);
-void ps_set_hooks(const struct ps_hooks *hooks);     /* for good; without any, a policy other than PS_DIE is PS_DIE */
-bool ps_quarantined(const struct ps_region *region); /* some pages are private */
-struct ps_violation *ps_violation(void);             /* of the calling thread */
-/* What the calling thread stored where it may not is gone; it sees shared data again.  -errno: not by the deadline. */
-int ps_quarantine_leave(int64_t deadline);
-
-/* The latest forbidden accesses of all participants, the oldest first: how many.  Of an observer's handle too. */
-int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOLATIONS]);
-
 /* For a system call that is to store into pages, which are the calling thread's by a lease meanwhile.
  * ps_own_lease: it has one over all of them: 1; over none: 0; PS_ENESTED.
  * ps_await_writable: until the map allows it, where the policy is to wait; else, or after the deadline, PS_EREFUSED.
@@ -203,20 +91,25 @@ int ps_await_writable(struct ps_region *region, uint64_t first, uint64_t count, 
 int ps_way_in(struct ps_region *region, uint64_t page, int64_t deadline, void **at, struct ps_outcome *outcome,
               struct ps_refusal *refusal);
 
+/* -- Violations
+ * -------------------------------------------------------------------------------------------------------- */
+
+enum ps_policy ps_policy(const struct ps_region *region); /* this process's own */
+void ps_set_policy(struct ps_region *region, enum ps_policy policy);
+void ps_set_hooks(const struct ps_hooks *hooks);     /* for good; without any, a policy other than PS_DIE is PS_DIE */
+bool ps_quarantined(const struct ps_region *region); /* some pages are private */
+struct ps_violation *ps_violation(void);             /* of the calling thread */
+/* What the calling thread stored where it may not is gone; it sees shared data again.  -errno: not by the deadline. */
+int ps_quarantine_leave(int64_t deadline);
+/* The latest forbidden accesses of all participants, the oldest first: how many.  Of an observer's handle too. */
+int ps_violations(struct ps_region *region, struct ps_shm_violation kept[PS_VIOLATIONS]);
 void ps_fault_install(void);        /* our handlers of SIGSEGV and SIGBUS are on top again */
 void ps_fault_tracer(bool enabled); /* the handler on top is faulthandler's, just enabled; or that one is no more */
 void ps_tell_also(int fd); /* the line that explains a death goes there too, where that is not stderr's file; -1: no */
 
-/* Leases and locks.  Both know the thread: it may not wait for itself.  PS_ETIMEOUT: the outcome names the holders;
- * PS_ESIGNAL: as that, and the caller may try again; nothing is held after any result but 0. */
-struct ps_lease {
-    uint64_t first, count; /* pages */
-    bool window;           /* asked for: stores go by ps_window, the page tables at the public address stay; */
-    bool untold;           /* ... nobody learns of `abandoned`: at the end the next to have the pages does */
-    bool in_place;         /* results: the page tables had to be opened; */
-    bool abandoned;        /* somebody died with one of the pages; */
-    int taker;             /* the thread that has it, whoever gives it back (or, until it is handed over, a call) */
-};
+/* -- Leases, locks, calls that wait for event loops
+ * -------------------------------------------------------------------- */
+
 int ps_lease_take(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
                   struct ps_refusal *refusal);
 int ps_lease_give(struct ps_region *region, const struct ps_lease *lease, int64_t deadline); /* 0, or PS_TRY's */
@@ -224,63 +117,31 @@ void *ps_window(const struct ps_region *region); /* of the data's second mapping
 int ps_user_lock_take(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
                       struct ps_outcome *outcome);
 void ps_user_lock_give(struct ps_region *region, uint32_t index, bool untold); /* as of a lease */
-
-/* Everything is READ for everybody; PS_ESIGNAL with a generation: so too, the freeze is held, and ps_await goes on. */
-int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome);
-int ps_thaw(struct ps_region *region); /* PS_ESIGNAL: not yet, it is held still */
-
-/* Calls that wait in the process's one waiter thread, for event loops (waiter.c).  From ps_call_begin on, until it is
- * found in its mailbox, a call is the waiter's, who tells by the mailbox's eventfd. */
-enum ps_call_kind {
-    PS_CALL_LEASE,  /* ps_lease_take; of pages */
-    PS_CALL_LOCK,   /* ps_user_lock_take; of one lock, by index */
-    PS_CALL_CHANGE, /* ps_change; of bytes */
-    PS_CALL_WATCH,  /* until the change after `generation` is over; `region` is an observer's */
-};
-struct ps_mailbox {
-    int fd;                             /* an eventfd, or -1: nobody need be told */
-    _Atomic uint32_t calls;             /* that are under way */
-    _Atomic(struct ps_call *) finished; /* the latest first */
-};
-struct ps_call {
-    enum ps_call_kind kind;
-    struct ps_region *region;
-    struct ps_mailbox *box;
-    uint64_t first, count; /* what it wants, as its kind says */
-    int64_t deadline;
-    uint64_t generation; /* WATCH */
-    uint32_t prot;       /* CHANGE */
-    bool passes;         /* LEASE: for somebody who has one, so it passes a snapshot that waits for leases */
-    struct ps_lease lease;
-    void *owner; /* the binding's */
-    int rc;      /* the results; PS_ESIGNAL: cancelled */
-    bool abandoned;
-    struct ps_outcome outcome;
-    struct ps_refusal refusal;
-    _Atomic bool cancelled; /* the rest is the waiter's; `next` the mailbox's, in the end */
-    int tid;
-    struct fiber *fiber;
-    struct ps_call *next;
-};
+/* As ps_lease_take with PS_TRY, for a task among the others of its thread: whether it has a lease is for it to say. */
+int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
+                 struct ps_refusal *refusal);
 int ps_call_begin(struct ps_call *call); /* the lease or lock will be the calling thread's */
 void ps_call_cancel(struct ps_call *call);
 bool ps_call_conflict(const struct ps_call *one, const struct ps_call *other); /* only one can have what both want */
 struct ps_call *ps_mailbox_take(struct ps_mailbox *box); /* what is finished, by `next`, the latest first */
 void ps_mailbox_settle(struct ps_mailbox *box);          /* nobody uses it any more; all of it is finished */
-/* As ps_lease_take with PS_TRY, for a task among the others of its thread: whether it has a lease is for it to say. */
-int ps_lease_try(struct ps_region *region, struct ps_lease *lease, bool passes, struct ps_outcome *outcome,
-                 struct ps_refusal *refusal);
+struct ps_patience *ps_process_patience(void);
 
-/* Snapshots: a copy-on-write image of the whole data at one moment, as one of its holders has it.  Independent of the
- * region's handle: it reads through a description of its own, whose lock on the snapshot's byte says that somebody
- * wants it; descriptors of the same description, in whatever process, are holders too. */
-struct ps_snapshot {
-    int fd;
-    uint32_t index, word; /* which area; its word without the state */
-    uint64_t generation;
-    struct ps_shm_header *control;              /* the control segment, mapped once more */
-    uint64_t control_size, size, pages, states; /* as the header said; offset of its states */
+/* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */
+struct ps_calls {
+    void *(*address)(const struct ps_region *region);
+    void *(*window)(const struct ps_region *region);
+    int (*lease_take)(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
+                      struct ps_refusal *refusal);
+    int (*lease_give)(struct ps_region *region, const struct ps_lease *lease, int64_t deadline);
+    int (*lock_take)(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
+                     struct ps_outcome *outcome);
+    void (*lock_give)(struct ps_region *region, uint32_t index, bool untold);
 };
+
+/* -- Snapshots
+ * --------------------------------------------------------------------------------------------------------- */
+
 /* Everything stored by anybody before a moment during the call, and nothing after it.  PS_ETIMEOUT, PS_ESIGNAL: the
  * outcome names who holds a lease, or was silent; there is no snapshot, and the caller may try again.  *shared: pages
  * are writable for all, so the sooner it is saved the sooner stores cost nothing again. */
@@ -301,6 +162,7 @@ bool ps_snapshot_complete(const struct ps_snapshot *snapshot);
 int ps_snapshot_data(const struct ps_snapshot *snapshot, bool area, uint64_t *page, uint64_t *count);
 uint64_t ps_snapshot_saved(const struct ps_snapshot *snapshot); /* pages that need not be saved any more */
 void ps_snapshot_close(struct ps_snapshot *snapshot);
+void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */
 bool ps_snapshot_of(const struct ps_region *region, const struct ps_snapshot *snapshot); /* the same region's? */
 /* Of each page a byte: 1 where it may have been written since the generation and before the call: under a lease that
  * ended at it or later, or is held; by ps_put; or, where it may have been writable for all since, at all.  With a
@@ -308,19 +170,9 @@ bool ps_snapshot_of(const struct ps_region *region, const struct ps_snapshot *sn
 int ps_dirty(struct ps_region *region, const struct ps_snapshot *since, uint64_t generation, uint8_t *map);
 /* Pages are these bytes, whatever their protection: the caller has the region frozen.  PS_ESIGNAL: again. */
 int ps_put(struct ps_region *region, uint64_t offset, const void *from, uint64_t length);
-void ps_snapshot_sweep(struct ps_region *region); /* page tables open again where one is complete or given up */
 
-/* The same by pointers, for measurement code, which is another extension: it gets them with the handle in a capsule. */
-struct ps_calls {
-    void *(*address)(const struct ps_region *region);
-    void *(*window)(const struct ps_region *region);
-    int (*lease_take)(struct ps_region *region, struct ps_lease *lease, int64_t deadline, struct ps_outcome *outcome,
-                      struct ps_refusal *refusal);
-    int (*lease_give)(struct ps_region *region, const struct ps_lease *lease, int64_t deadline);
-    int (*lock_take)(struct ps_region *region, uint32_t index, int64_t deadline, bool *abandoned,
-                     struct ps_outcome *outcome);
-    void (*lock_give)(struct ps_region *region, uint32_t index, bool untold);
-};
+/* -- Looking without taking part
+ * --------------------------------------------------------------------------------------- */
 
 /* Looking without taking part (observe.c).  The handle is the caller's memory, zero at first, and no participant's:
  * beside what follows only ps_generation, ps_size, ps_name, ps_address and ps_fd may be called with it. */
@@ -329,6 +181,7 @@ struct ps_seen_change {
     uint64_t time, done;   /* CLOCK_BOOTTIME ns; done 0: not over, or undone */
     uint32_t kind, prot, author, slowest;
 };
+
 struct ps_seen_slot {
     uint32_t owner; /* as held words and the freezer's have it */
     uint32_t pid, tid, capabilities, flags;
@@ -342,15 +195,18 @@ struct ps_seen_slot {
     uint64_t leased_since, waits_since; /* CLOCK_MONOTONIC_COARSE ns, where the former are not 0 */
     uint32_t takes;                     /* leases taken, by whoever had the slot */
 };
+
 struct ps_seen_lock { /* a user lock that somebody has */
     uint32_t index, owner;
     uint64_t since; /* CLOCK_MONOTONIC_COARSE ns; 0 unknown */
 };
+
 struct ps_seen_closer { /* a change, a freeze or a snapshot that keeps leases from its pages */
     uint32_t owner;
     bool drain; /* of a snapshot */
     uint64_t first, count;
 };
+
 int ps_observe(struct ps_region *seen, int fd, const char **field);
 void ps_observe_shut(struct ps_region *seen); /* the address range stays reserved ... */
 void ps_observe_end(struct ps_region *seen);  /* ... until here */
@@ -372,7 +228,10 @@ bool ps_observe_lock(struct ps_region *seen, uint32_t from, struct ps_seen_lock 
 bool ps_observe_closer(const struct ps_region *seen, uint32_t index, struct ps_seen_closer *out); /* of PS_CLOSERS */
 int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, bool *marked);
 
-/* Names: the entry's format is names.c's; the directory is _names.py's. */
+/* -- Names
+ * ------------------------------------------------------------------------------------------------------------- */
+
+/* The entry's format is names.c's, the directory of entries _names.py's. */
 int ps_name_format(int name_fd, int region_fd);
 int ps_name_find(int name_fd, int *region_fd);
 int ps_name_leads_to(int name_fd, int region_fd); /* 1, 0 or an error */

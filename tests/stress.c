@@ -28,7 +28,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "operations/operations.h"
+#include "participant/participant.h"
+#include "shared/shared.h"
 
 /* Options of the sanitizers, which look for these functions: every finding ends the program.  Descriptors have
  * numbers of their own in each agent's table, which ThreadSanitizer takes for one: open() and close() race with

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import inspect
 import os
 import re
@@ -25,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 EXT = ROOT / "ext"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CC = os.environ.get("CC") or "cc"
-INCLUDES = [f"-I{path}" for path in [EXT, *sorted(path for path in EXT.iterdir() if path.is_dir())]]
 
 
 def sources_of(module: str) -> list[Path]:
@@ -33,6 +33,7 @@ def sources_of(module: str) -> list[Path]:
     return [ROOT / path for one in modules if one["name"] == module for path in one["sources"] if path.endswith(".c")]
 
 
+FLOORS = ["operations", "fault", "participant", "hold", "change", "pages", "shared", "process", "segment", "os"]
 BINDING = sorted((EXT / "binding").glob("*.c"))  # the C that is Python's
 CORE = [path for path in sources_of("pyshare._core") if path not in BINDING]
 PROBE = [path for path in sources_of("pyshare._probe") if path not in CORE]
@@ -60,7 +61,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = directory / f"{source.parent.name}-{source.stem}.o"
         flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-ftls-model=initial-exec"]
         hardening = ["-U_FORTIFY_SOURCE", "-fno-stack-protector"]  # which some compilers add on their own
-        command = [CC, *flags, *hardening, *INCLUDES, "-c", source, "-o", made[name]]
+        command = [CC, *flags, *hardening, "-I", EXT, "-c", source, "-o", made[name]]
         subprocess.run(command, check=True)
     return made
 
@@ -70,7 +71,7 @@ def symbols(path: Path) -> list[tuple[str, str, str]]:
     """(name, class, section) of an object file."""
     listed = subprocess.run(["nm", "--format=sysv", path], check=True, capture_output=True, text=True).stdout
     rows = [[cell.strip() for cell in line.split("|")] for line in listed.splitlines() if line.count("|") == 6]
-    return [(row[0], row[2], row[6]) for row in rows[1:]]
+    return [(row[0], row[2], row[6]) for row in rows if row[0] != "Name"]
 
 
 # -- C -------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def symbols(path: Path) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("source", C_FILES, ids=names(C_FILES))
 def test_compiles_without_python_and_without_a_warning(source: Path, points: list[str], tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
-    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, *INCLUDES, "-c", source]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *points, "-I", EXT, "-c", source]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
 
 
@@ -88,65 +89,120 @@ def test_compiles_without_python_and_without_a_warning(source: Path, points: lis
 def test_binding_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wstrict-prototypes", "-Wshadow", "-Wvla"]
     python = ["-isystem", sysconfig.get_path("include")]
-    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *python, *INCLUDES, "-c", source]
+    command = [CC, "-std=gnu11", "-O2", "-pthread", "-fPIC", *warnings, *python, "-I", EXT, "-c", source]
     subprocess.run([*command, "-o", tmp_path / "object.o"], check=True)
 
 
 PURE = {"__errno_location"} | {f"mem{end}" for end in ("cmp", "cpy", "move", "set")} | {"bcmp"}
 PURE |= {f"str{end}" for end in ("chr", "rchr", "len", "nlen", "spn", "ncpy", "cmp")}
-DESCRIPTORS = {"close", "fcntl", "flock", "fstat", "ftruncate", "fchmod", "lseek", "pread", "pwrite"}
-# What each room may call beside the core itself.  Nowhere malloc or stdio: the agent, a signal handler and a
+# What each file may call beside the core itself.  Nowhere malloc or stdio: the agent, a signal handler and a
 # forked child before it has joined may not, and nearly everything can run in one of them.
 MAY_CALL = {
-    "participant/agent.c": {"close", "flock", "getpid"},
-    "change/borrow.c": {"close", "fstat", "mmap"},
-    "change/change.c": {"getpid", "lseek"},
-    "hold/closer.c": set(),
-    "segment/create.c": DESCRIPTORS | {"getpid", "madvise", "mmap", "munmap"},
+    "operations/access.c": {"getpid", "madvise"},
     "operations/dirty.c": set(),
-    "pages/engine.c": {"mprotect"},
-    "fault/handler.c": {"fstat", "getpid", "mmap", "pthread_sigmask", "raise", "sigaction", "sigaltstack", "write"}
-    | {"sigaddset", "sigandset", "sigemptyset", "sigfillset", "sigisemptyset"},
-    "change/freezer.c": set(),
-    "hold/held.c": set(),
     "operations/image.c": {"close", "lseek", "madvise", "mmap", "munmap", "pread"},
-    "hold/lease.c": set(),
-    "shared/lock.c": set(),
-    "participant/names.c": DESCRIPTORS,
     "operations/observe.c": {"madvise", "mmap", "munmap", "pread"},
-    "probe/probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
-    "process/process.c": {"dlsym", "getpid", "getppid", "madvise", "mmap", "pthread_atfork", "pthread_once"}
-    | {"sigfillset", "pthread_create", "pthread_sigmask", "pthread_tryjoin_np"}
-    | {f"pthread_attr_{end}" for end in ("init", "destroy", "setstacksize")},
-    "pages/quarantine.c": set(),
-    "process/mapping.c": DESCRIPTORS | {"fstatfs", "getpid", "madvise", "mmap", "mprotect", "mremap", "munmap"},
-    "change/remote.c": set(),
-    "shared/slot.c": {"getpid"},
+    "operations/protect.c": set(),
     "operations/snapshot.c": set(),
-    "os/sys.c": DESCRIPTORS
-    | {"fallocate", "madvise", "mmap", "munmap"}
-    | {"__sched_cpucount", "clock_gettime", "getpid", "getpriority", "getrandom", "kill", "open", "poll", "read"}
-    | {
-        "readlink",
+    "operations/waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap"},
+    "fault/handler.c": {"getpid", "sigaction"},
+    "fault/message.c": {"fstat", "write"},
+    "fault/policy.c": {"pthread_sigmask", "sigaltstack", "sigfillset"},
+    "participant/agent.c": {"close", "flock", "getpid"},
+    "participant/attach.c": {"munmap"},
+    "participant/names.c": {"close", "fstat", "ftruncate", "pread"},
+    "hold/closer.c": set(),
+    "hold/held.c": set(),
+    "hold/lease.c": set(),
+    "hold/reclaim.c": set(),
+    "change/borrow.c": {"close", "fstat", "mmap"},
+    "change/change.c": set(),
+    "change/freezer.c": set(),
+    "change/remote.c": set(),
+    "pages/claim.c": set(),
+    "pages/engine.c": {"mprotect"},
+    "pages/follow.c": set(),
+    "pages/quarantine.c": set(),
+    "pages/rights.c": set(),
+    "pages/save.c": set(),
+    "shared/history.c": set(),
+    "shared/lock.c": set(),
+    "shared/map.c": set(),
+    "shared/slot.c": {"getpid"},
+    "shared/states.c": set(),
+    "shared/violations.c": {"pread"},
+    "process/descriptor.c": {"close", "flock", "fstat", "getpid", "lseek"},
+    "process/mapping.c": {"madvise", "mmap", "mprotect", "mremap", "munmap", "pread"},
+    "process/process.c": {
+        "dlsym",
+        "getpid",
+        "getppid",
+        "madvise",
+        "mmap",
+        "pthread_atfork",
+        "pthread_attr_destroy",
+        "pthread_attr_init",
+        "pthread_attr_setstacksize",
+        "pthread_create",
+        "pthread_once",
+        "pthread_sigmask",
+        "pthread_tryjoin_np",
+        "sigfillset",
+    },
+    "process/signals.c": {
+        "getpid",
+        "mmap",
+        "pthread_sigmask",
+        "raise",
+        "sigaction",
+        "sigaddset",
+        "sigaltstack",
+        "sigandset",
+        "sigemptyset",
+        "sigisemptyset",
+    },
+    "process/sleep.c": {"swapcontext"},
+    "segment/create.c": {"close", "fchmod", "fcntl", "ftruncate", "getpid", "madvise", "mmap", "munmap"},
+    "segment/format.c": {"fcntl", "fstat", "fstatfs", "lseek", "pread"},
+    "os/copy.c": set(),
+    "os/file.c": {"close", "fallocate", "fcntl", "getrlimit", "open", "pwrite", "syscall"},
+    "os/point.c": set(),
+    "os/proc.c": {"close", "getpid", "kill", "open", "poll", "read", "readlink", "stat", "syscall"},
+    "os/socket.c": {
+        "bind",
+        "close",
+        "geteuid",
+        "getsockname",
+        "poll",
+        "recvmsg",
+        "sendmsg",
+        "sendto",
+        "setsockopt",
+        "socket",
+    },
+    "os/sys.c": {
+        "__sched_cpucount",
+        "clock_gettime",
+        "getpid",
+        "getpriority",
+        "getrandom",
         "sched_getaffinity",
         "sched_getscheduler",
         "sched_setscheduler",
         "sched_yield",
         "setpriority",
-        "stat",
         "syscall",
         "write",
-    }
-    | {"bind", "geteuid", "getrlimit", "getsockname", "ioctl", "recvmsg", "sendmsg", "sendto", "setsockopt", "socket"},
-    "shared/violations.c": {"pread"},
-    "operations/waiter.c": {"getcontext", "madvise", "makecontext", "mmap", "mprotect", "munmap", "swapcontext"},
+    },
+    "os/uffd.c": {"close", "fcntl", "ioctl", "madvise", "munmap", "open", "pread", "syscall"},
+    "probe/probe.c": {"close", "fcntl", "ioctl", "pipe", "poll", "prctl", "pthread_create", "pthread_join"},
 }
 
 
 @pytest.mark.parametrize("source", names([*CORE, *PROBE]))
 def test_rooms_call_what_they_may(source: str, objects: dict[str, Path]) -> None:
     undefined = {name for name, kind, _ in symbols(objects[source]) if kind == "U"}
-    core = {name for path in names(CORE) for name, kind, _ in symbols(objects[path]) if kind == "T"}
+    core = {name for path in names(CORE) for name, kind, _ in symbols(objects[path]) if kind not in "U"}
     assert undefined - core - PURE - {"_GLOBAL_OFFSET_TABLE_"} <= MAY_CALL[source]
 
 
@@ -157,13 +213,49 @@ def test_state_at_file_scope_is_in_process_c(source: str, objects: dict[str, Pat
     assert bool(state) == (source == "process/process.c"), state
 
 
-def test_syscall_is_called_in_sys_c_alone() -> None:
-    callers = [path.name for path in EXT.rglob("*.[ch]") if re.search(r"\bsyscall\s*\(", without_comments(path))]
-    assert callers == ["sys.c"]
+def test_syscall_is_called_in_os_alone() -> None:
+    callers = [path for path in C_FILES if re.search(r"\bsyscall\s*\(", without_comments(path))]
+    assert {path.parent.name for path in callers} == {"os"}
+
+
+# -- The tower ---------------------------------------------------------------------------------------------------------
+
+
+def floors_below(folder: str) -> set[str]:
+    """Its own, too."""
+    return set(FLOORS[FLOORS.index(folder) :])
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_a_floor_includes_itself_and_those_below(folder: str) -> None:
+    doors = {f"{floor}/{floor}.h" for floor in floors_below(folder)}
+    doors |= {"core.h", "types.h", "os/point.h", "segment/layout.h"}
+    files = sorted((EXT / folder).iterdir())
+    for path in files:
+        assert set(re.findall(r'#include "(.*)"', path.read_text())) <= doors, path
+    assert {path.name for path in files if path.suffix == ".h"} - {"point.h", "layout.h"} == {f"{folder}.h"}
+
+
+@pytest.mark.parametrize("source", names(CORE))
+def test_a_floor_calls_itself_and_those_below(source: str, objects: dict[str, Path]) -> None:
+    below = [name for name in names(CORE) if name.split("/")[0] in floors_below(source.split("/")[0])]
+    defined = {name for path in below for name, kind, _ in symbols(objects[path]) if kind != "U"}
+    ours = {name for path in names(CORE) for name, kind, _ in symbols(objects[path]) if kind in "TRBD"}
+    undefined = {name for name, kind, _ in symbols(objects[source]) if kind == "U"}
+    assert undefined & ours <= defined
+
+
+def test_files_do_not_call_in_a_circle(objects: dict[str, Path]) -> None:
+    where = {name: path for path in names(CORE) for name, kind, _ in symbols(objects[path]) if kind not in "U"}
+    called = {
+        path: {where[name] for name, kind, _ in symbols(objects[path]) if kind == "U" and name in where}
+        for path in names(CORE)
+    }
+    assert list(graphlib.TopologicalSorter(called).static_order())  # CycleError names the circle
 
 
 def test_core_knows_no_python() -> None:
-    for path in [*CORE, *PROBE, *({*EXT.rglob("*.h")} - {EXT / "binding" / "exception.h"})]:
+    for path in [*CORE, *PROBE, *({*EXT.rglob("*.h")} - {EXT / "binding" / "binding.h"})]:
         assert not re.search(r"Python\.h|\bPy[A-Z_]\w+", without_comments(path)), path
 
 

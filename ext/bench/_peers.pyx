@@ -1,6 +1,6 @@
 # cython: language_level=3, binding=True, embedsignature=True, auto_pickle=False, autotestdict=False
 # cython: autotestdict=False
-"""_peers: measurement code only, the binding of peers.h and pauses.h.
+"""_peers: measurement code only, the binding of bench.h.
 
 Lives here: the extern blocks and three classes.  Not here: anything that a program
 which shares memory needs; pyshare.bench alone imports this.
@@ -17,7 +17,7 @@ import os
 
 from pyshare import _core
 
-cdef extern from "peers.h" nogil:
+cdef extern from "bench/bench.h" nogil:
     struct ps_calls:
         pass
     struct ps_region:
@@ -58,7 +58,7 @@ cdef extern from "peers.h" nogil:
     int64_t peers_core_lease(const ps_calls *calls, ps_region *region, uint64_t page, bint window, int32_t times)
     int64_t peers_core_lock(const ps_calls *calls, ps_region *region, uint32_t index, int32_t times)
 
-cdef extern from "pauses.h" nogil:
+cdef extern from "bench/bench.h" nogil:
     enum:
         PAUSES_WRITERS
     struct pauses_board:

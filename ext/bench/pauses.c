@@ -6,13 +6,12 @@
  *     fault, a lease, the scheduler.  Between two stores it rests, so more writers than CPUs do not wait for each
  * other.
  *  2. A caller's wait ends with -EINTR at a signal, so an alarm bounds it; writers wait until they are killed.
- * Not here: snapshots; of the core only the wrappers of sys.c are here, and what a capsule brings.
+ * Not here: snapshots; of the core only the wrappers of os/ are here, and what a capsule brings.
  */
 #define _GNU_SOURCE
-#include "pauses.h"
+#include "bench/bench.h"
 
-#include "peers.h"
-#include "sys.h"
+#include "os/os.h"
 
 #include <errno.h>
 #include <fcntl.h>

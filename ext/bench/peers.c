@@ -6,13 +6,13 @@
  *  1. A participant answers after its mprotect has returned, and exactly once a change.
  *  2. A caller's wait ends with -EINTR at a signal, so an alarm bounds it; a participant waits until it is killed.
  *  3. Waits are POSIX semaphores: sem_post may be called in a signal handler.
- * Not here: the core; of it only the wrappers of sys.c are here, and what a capsule brings. Nothing of ext/ uses this
- * file.
+ * Not here: the core; of it only the wrappers of os/ are here, and what a capsule brings.  Nothing of the core uses
+ * this file.
  */
 #define _GNU_SOURCE
-#include "peers.h"
+#include "bench/bench.h"
 
-#include "sys.h"
+#include "os/os.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -42,14 +42,14 @@ from pyshare import _errors
 cdef extern from "stdbool.h":
     ctypedef unsigned char flag "bool"
 
-cdef extern from "sys.h" nogil:
+cdef extern from "os/os.h" nogil:
     int64_t PS_NEVER
     int64_t ps_sys_now()
     void ps_sys_pause()
     int ps_sys_gettid()
     bint ps_sys_thread_exists(int tid)
 
-cdef extern from "participant.h":
+cdef extern from "process/process.h":
     enum:
         PS_PAGE_SIZE "PS_PAGE"
 
@@ -236,7 +236,7 @@ cdef extern from "<sys/uio.h>" nogil:
 # What Cython's own declarations hide from us.
 cdef extern from *:
     """
-    #include "exception.h"
+    #include "binding/binding.h"
     /* A name that is a type and a function in C; Cython keeps one namespace. */
     static int look_at_slot(struct ps_region *region, uint32_t slot, struct ps_participant *out) {
         return ps_participant(region, slot, out);

@@ -8,10 +8,10 @@ import fcntl
 
 cdef extern from *:
     """
-    #include "participant.h"
+    #include "process/process.h"
     """
 
-cdef extern from "participant.h":
+cdef extern from "process/process.h":
     struct ps_shape:
         uint64_t pages
         uint32_t unit
@@ -27,7 +27,7 @@ cdef extern from "participant.h":
         ps_shape shape
         ps_cached memory
 
-cdef extern from "sys.h":
+cdef extern from "os/os.h":
     uint64_t ps_sys_start_time(int pid)
 
 cdef extern from "core.h" nogil:

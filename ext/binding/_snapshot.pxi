@@ -1,7 +1,7 @@
 """_snapshot: the snapshot class of _core, which includes this file.
 
 Lives here: what is held of a snapshot in this process, its buffer protocol, and
-saving it in the background.  Not here: protocol (snapshot.c, image.c), files
+saving it in the background.  Not here: protocol (ext/operations/), files
 (pyshare/_image.py).
 Invariants
  1. Whoever is inside a call has the Holding, so close() takes nothing away from

@@ -3,7 +3,7 @@
 # Not here: when an access is forbidden, and what becomes of it (ext/fault/handler.c); how the thread that made it is told
 # (ext/binding/exception.c, ext/binding/wrappers.c).
 
-cdef extern from "exception.h":
+cdef extern from "binding/binding.h":
     struct due_t "ps_due":
         uint32_t guards
         int line

@@ -3,7 +3,7 @@
  * Lives here: what the core's handler asks of the interpreter (ps_hooks), and
  * how a thread is told.  Not here: the slots that tell (wrappers.c); the exception
  * (_violation.pxi); when an access is forbidden, and what becomes of it
- * (fault.c).
+ * (fault/).
  * Who tells is decided at the access.  Of an access of a wrapped slot it is the
  * slot, when it returns.  Of any other it is the interpreter, where it next
  * looks for what is due to the thread: as a rule after the call that made the
@@ -19,7 +19,7 @@
  * Runs in: signal handler (hook_*); any thread, with the interpreter.
  */
 #define _GNU_SOURCE
-#include "exception.h"
+#include "binding/binding.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -27,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "sys.h"
+#include "os/os.h"
 
 #ifndef Py_BUILD_CORE
 #define Py_BUILD_CORE

@@ -17,7 +17,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "exception.h"
+#include "binding/binding.h"
 
 /* The kinds of types, their slots, and whether other threads may run while one of them waits for a page: not where C
  * code relies on an object of Python that they could change, as a bytearray that grows. */

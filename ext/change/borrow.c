@@ -22,17 +22,17 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "change/change.h"
+#include "os/os.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
-#define HIGH 1024             /* out of the way of programs that expect small numbers */
-#define OWN_HIGH 512          /* our own below those of others */
-#define REST (100 * PS_MS)    /* after an attempt that failed */
-#define OWN_WAIT (50 * PS_MS) /* for our own agent to answer */
+#define HIGH 1024          /* out of the way of programs that expect small numbers */
+#define REST (100 * PS_MS) /* after an attempt that failed */
 
 static struct ps_borrowed *places_of(const struct ps_region *region) {
     return atomic_load_explicit(&region->borrowed, memory_order_acquire);
@@ -104,16 +104,6 @@ static int keep(struct ps_region *region, uint32_t index, uint32_t status, int f
     return high;
 }
 
-/* Its agent answers when it runs next; the caller wakes it, and collects. */
-static void ask(struct ps_region *region, uint32_t index, int *socket) {
-    struct ps_shm_slot *slot = ps_slot(region, index);
-    uint32_t name;
-    if (*socket < 0)
-        *socket = ps_sys_socket(&name);
-    if (*socket >= 0 && ps_sys_socket_ask(*socket, atomic_load_explicit(&slot->socket, memory_order_relaxed)) >= 0)
-        atomic_store_explicit(&slot->asked, 1, memory_order_release); /* pairs with ps_borrow_answer */
-}
-
 /* Its number in this process; or -errno: not now.  `socket` is one of ours for answers, -1 at first. */
 int ps_borrow(struct ps_region *region, uint32_t index, uint32_t status, int *socket) {
     struct ps_shm_slot *slot = ps_slot(region, index);
@@ -138,7 +128,7 @@ int ps_borrow(struct ps_region *region, uint32_t index, uint32_t status, int *so
     if (rc >= 0)
         rc = keep(region, index, status, rc, false);
     if (rc < 0 && rc != -EMFILE && rc != -ENFILE)
-        ask(region, index, socket);
+        ps_descriptor_ask(region, index, socket);
     return rc;
 }
 
@@ -204,45 +194,6 @@ void ps_borrow_answer(struct ps_region *region) {
     while (region->own_socket >= 0 &&
            ps_sys_socket_answer(region->own_socket, region->own_userfault, region->slot) != -EAGAIN)
         ;
-}
-
-static int own_by_socket(struct ps_region *region) {
-    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-    int64_t end = ps_sys_now() + OWN_WAIT;
-    int socket = -1, pid, fd = -1;
-    bool answered = false;
-    uint32_t index;
-    ask(region, region->slot, &socket);
-    if (socket < 0)
-        return socket;
-    while (fd < 0 && !answered && ps_sys_now() < end) {
-        ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
-        if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
-            answered |= !ps_sys_socket_take(socket, &pid, &fd, &index);
-    }
-    close(socket);
-    return fd >= 0 ? fd : answered ? -EMFILE : -EBADF; /* the kernel drops a descriptor for which there is no number */
-}
-
-/* A copy for the program's table. */
-int ps_borrow_own(struct ps_region *region) {
-    int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
-    if (fd == -EMFILE || fd == -ENFILE) /* the socket would need as many numbers */
-        return fd;
-    if (fd < 0 || !ps_cached_leads(fd, &region->userfault)) {
-        if (fd >= 0)
-            close(fd);
-        fd = own_by_socket(region);
-    }
-    if (fd < 0)
-        return fd;
-    int high = ps_sys_fd_high(fd, OWN_HIGH);
-    if (high >= 0)
-        close(fd);
-    else /* no high number is free */
-        high = fd;
-    ps_process_took(high);
-    return high;
 }
 
 /* When the region is closed. */

@@ -1,28 +1,26 @@
-/* freezer.c - everything is READ for everybody, until it is again what it was.
- *
- *   F1_own     the freezer's word is ours; then the whole region is closed to leases (closer.c)
- *   F2_keep    kept := cur, with the writer lock (change.c)
- *   F3_freeze  `frozen` names the generation before; a change makes everything READ (change.c)
- *   F4_thaw    a change makes everything what `kept` says; it is never undone (change.c)
- *   F5_clear   the freezer's word goes; who sleeps on it is woken, leases are to be had
+/* freezer.c - the freezer's word: who has the region frozen.
  *
  * Invariants
- *  1. While `frozen` is not 0 nobody but the owner of the freezer's word changes the map, and `kept` stays as it is: so
- *     a thaw may be executed any number of times.
- *  2. `frozen` becomes 0 when a thaw is complete, and the word goes after it: whoever finds `frozen` with the writer
- *     lock finds an owner of the word to wait for, or to come after.
- *  3. A dead freezer's word is taken over, not cleared: of those who find it dead one thaws, and the others wait for
- *     the end of that.
- *  4. The closer of a freeze goes after its thaw, also that of a dead freezer: no lease is ever over a page that is
- *     READ by a freeze alone.
- * Runs in: caller; ps_freeze_notice also in the fault handler.
+ *  1. While `frozen` is not 0 nobody but the owner of the word changes the map,
+ *     and `kept` stays as it is: so a thaw may be executed any number of times.
+ *  2. `frozen` becomes 0 when a thaw is complete, and the word goes after it:
+ *     whoever finds `frozen` with the writer lock finds an owner of the word to
+ *     wait for, or to come after.
+ *  3. A dead freezer's word is taken over, not cleared: of those who find it dead
+ *     one thaws, and the others wait for the end of that.
+ * Not here: the verbs freeze and thaw (operations/protect.c).
+ * Runs in: caller; ps_freeze_notice also in the signal handler.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
 
-#include "hold.h"
-#include "point.h"
+#include "change/change.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "process/process.h"
+#include "shared/shared.h"
+#include "types.h"
 
 static _Atomic uint32_t *freezer(const struct ps_region *region) {
     return &ps_header(region)->freezer;
@@ -33,14 +31,14 @@ bool ps_freeze_own(const struct ps_region *region) {
 }
 
 /* The thread of ours that is at work with the word: should it be ended, another passes it on (lock.c). */
-static void tell_thread(struct ps_region *region, int tid) {
+void ps_freezer_thread(struct ps_region *region, int tid) {
     atomic_store_explicit(&region->freezing, tid, memory_order_release);
 }
 
 /* release: whoever finds no freezer finds the map as it was. */
-static void clear(struct ps_region *region) {
+void ps_freezer_clear(struct ps_region *region) {
     PS_POINT(F5_clear);
-    tell_thread(region, 0);
+    ps_freezer_thread(region, 0);
     atomic_store_explicit(&ps_header(region)->thawing, 0, memory_order_relaxed);
     if (atomic_exchange_explicit(freezer(region), 0, memory_order_release) & PS_OWNER_WAITING)
         ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
@@ -52,14 +50,14 @@ static int bury(struct ps_region *region, uint32_t dead, int64_t deadline, uint3
     if (!atomic_compare_exchange_strong_explicit(freezer(region), &dead, mine, memory_order_acquire,
                                                  memory_order_relaxed))
         return 0;
-    tell_thread(region, ps_process_tid());
+    ps_freezer_thread(region, ps_process_tid());
     atomic_store_explicit(&ps_header(region)->thawing, 1, memory_order_release);
     int rc = ps_change_thaw(region, deadline, blocker);
     if (!rc) {
-        clear(region);
+        ps_freezer_clear(region);
         return 0;
     }
-    tell_thread(region, 0); /* for the next one to bury */
+    ps_freezer_thread(region, 0); /* for the next one to bury */
     atomic_store_explicit(freezer(region), dead | PS_OWNER_WAITING, memory_order_release);
     ps_sys_wake(freezer(region), INT32_MAX, FUTEX_BITSET_MATCH_ANY);
     return rc;
@@ -137,7 +135,7 @@ bool ps_freeze_notice(struct ps_region *region, int64_t patience) {
     return end;
 }
 
-static int take_word(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
+int ps_freezer_take(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
     uint32_t slept = 0, blocker = 0;
     struct ps_until until = ps_until(deadline);
     for (int rc = 0;;) {
@@ -150,59 +148,4 @@ static int take_word(struct ps_region *region, int64_t deadline, struct ps_outco
         if ((rc = wait_for(region, seen, until.at, &blocker)))
             return tell(region, rc, until, blocker, outcome);
     }
-}
-
-/* Leases have ended, and none begins; then the change. */
-static int freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
-    PS_POINT(F1_own);
-    int rc = ps_lease_drain(region, PS_CLOSER_FREEZE, deadline, outcome, &region->freeze_closer);
-    if (rc)
-        return rc;
-    rc = ps_change_freeze(region, deadline, outcome);
-    if (rc && !(rc == PS_ESIGNAL && outcome->generation))
-        ps_lease_open(region, region->freeze_closer);
-    return rc;
-}
-
-int ps_freeze(struct ps_region *region, int64_t deadline, struct ps_outcome *outcome) {
-    outcome->generation = outcome->silent = outcome->failed_pid = outcome->error = 0;
-    if (ps_freeze_own(region))
-        return PS_EFROZEN;
-    if (ps_thread_holds(region)) /* before another freezer is waited for, who may wait for that lease */
-        return PS_ENESTED;
-    int rc = take_word(region, deadline, outcome);
-    if (rc)
-        return ps_waited(rc);
-    tell_thread(region, ps_process_tid());
-    atomic_store_explicit(&region->frozen_by, ps_process_tid(), memory_order_relaxed);
-    rc = freeze(region, deadline, outcome);
-    if (rc && !(rc == PS_ESIGNAL && outcome->generation)) {
-        atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed);
-        clear(region);
-    } else { /* from here on it is no thread's, but whose that has the object */
-        tell_thread(region, 0);
-        ps_closer_thread(region, region->freeze_closer, 0);
-    }
-    return ps_waited(rc);
-}
-
-/* PS_ESIGNAL: the writer lock could not be had yet, and the freeze goes on. */
-int ps_thaw(struct ps_region *region) {
-    uint32_t blocker;
-    if (!ps_process_known())
-        return 0; /* a child by a raw clone() has frozen nothing */
-    struct ps_shm_closer *closer = region->freeze_closer;
-    tell_thread(region, ps_process_tid());
-    ps_closer_thread(region, closer, ps_process_tid());
-    int rc = ps_change_thaw(region, ps_sys_now() + PS_PATIENCE, &blocker);
-    if (rc == -ETIMEDOUT || rc == PS_ESIGNAL) {
-        tell_thread(region, 0);
-        ps_closer_thread(region, closer, 0);
-        return PS_ESIGNAL;
-    }
-    ps_waited(0);
-    atomic_store_explicit(&region->frozen_by, 0, memory_order_relaxed); /* before the next thread of ours has it */
-    clear(region);
-    ps_lease_open(region, closer);
-    return rc;
 }

@@ -26,8 +26,13 @@
 #include <linux/futex.h>
 #include <sys/mman.h>
 
-#include "participant.h"
-#include "point.h"
+#include "change/change.h"
+#include "core.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
 #define PAGES 256u /* of a change; beyond that all agents at the same time are faster than one caller (bench) */
 

@@ -24,8 +24,13 @@
 #include <errno.h>
 #include <linux/futex.h>
 
-#include "hold.h"
-#include "point.h"
+#include "change/change.h"
+#include "hold/hold.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "process/process.h"
+#include "shared/shared.h"
+#include "types.h"
 
 static struct ps_shm_closer *closer_at(const struct ps_region *region, int bit) {
     return &ps_header(region)->closer[bit];

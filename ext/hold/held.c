@@ -20,8 +20,13 @@
 #include <errno.h>
 #include <linux/futex.h>
 
-#include "hold.h"
-#include "point.h"
+#include "core.h"
+#include "hold/hold.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
 #define SPIN 200   /* looks before sleeping, at most: some 5 µs */
 #define WORDS 512u /* held words in a page of the memfd */

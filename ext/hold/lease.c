@@ -19,8 +19,15 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "hold.h"
-#include "point.h"
+#include "change/change.h"
+#include "core.h"
+#include "hold/hold.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "segment/segment.h"
+#include "shared/shared.h"
 
 /* For who looks (observe.c): it has one more, or one less. */
 static void tell_taken(struct ps_region *region) {

@@ -22,9 +22,16 @@
 #include <errno.h>
 #include <string.h>
 
-#include "image.h"
-#include "participant.h"
-#include "point.h"
+#include "change/change.h"
+#include "core.h"
+#include "hold/hold.h"
+#include "operations/operations.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "segment/segment.h"
+#include "shared/shared.h"
 
 /* What is known of a page. */
 enum {

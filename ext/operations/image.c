@@ -19,8 +19,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "image.h"
-#include "point.h"
+#include "core.h"
+#include "operations/operations.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "process/process.h"
+#include "segment/segment.h"
 
 #define BLOCK 16u /* pages that are copied at once */
 

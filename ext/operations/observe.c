@@ -24,7 +24,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "core.h"
+#include "operations/operations.h"
+#include "os/os.h"
+#include "participant/participant.h"
+#include "process/process.h"
+#include "segment/segment.h"
+#include "shared/shared.h"
 
 #define BLOCK 512u                       /* entries of a pagemap that are read at once */
 #define PAGEMAP_MARKED 57                /* bit of an entry: write-protected by userfaultfd */

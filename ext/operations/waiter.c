@@ -30,7 +30,11 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include "participant.h"
+#include "core.h"
+#include "hold/hold.h"
+#include "operations/operations.h"
+#include "os/os.h"
+#include "process/process.h"
 
 #define STACK (128u * 1024u)
 #define SPARES 8u           /* stacks that are kept for the next calls */
@@ -39,108 +43,15 @@
 #define OFTEN PS_MS         /* who changes page tables from outside wakes nobody */
 #define RARELY (20 * PS_MS)
 
-/* ThreadSanitizer has to be told of each change of stacks. */
-#ifndef __has_feature
-#define __has_feature(name) 0
-#endif
-#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
-#include <sanitizer/tsan_interface.h>
-#else
-#define __tsan_get_current_fiber() NULL
-#define __tsan_create_fiber(flags) NULL
-#define __tsan_destroy_fiber(fiber) ((void)(fiber))
-#define __tsan_switch_to_fiber(fiber, flags) ((void)(fiber))
-#endif
-
-struct stack {
-    ucontext_t context;
-    void *known; /* as what ThreadSanitizer knows it */
-};
-
-/* This lies at the upper end of its own stack. */
-struct fiber {
-    struct ps_proxy proxy; /* first: the thread's proxy is the fiber that it runs */
-    struct stack stack;
-    struct stack *back; /* of the waiter */
-    struct ps_call *call;
-    struct ps_watch watch[2]; /* while it sleeps: until one of these changes, */
-    uint32_t watches;
-    int64_t deadline; /* or then, */
-    bool woken;       /* or it is woken */
-    bool told;        /* that it is cancelled */
-    bool over;
-    struct fiber *next; /* of the spares */
-};
-
-static_assert(sizeof(struct fiber) < PS_PAGE, "a fiber lies in the last page of its stack");
+static_assert(sizeof(struct ps_fiber) < PS_PAGE, "a fiber lies in the last page of its stack");
 
 struct scheduler { /* the waiter thread's own */
     struct ps_waiter *waiter;
     struct ps_call *first, **end; /* all that it has, in the order in which they came */
-    struct fiber *spares;
+    struct ps_fiber *spares;
     uint32_t spare, serial;
-    struct stack stack;
+    struct ps_stack stack;
 };
-
-static void go(struct stack *from, struct stack *to) {
-    __tsan_switch_to_fiber(to->known, 0);
-    swapcontext(&from->context, &to->context);
-}
-
-static bool is_cancelled(const struct ps_call *call) {
-    return atomic_load_explicit(&call->cancelled, memory_order_acquire);
-}
-
-/* -- Sleeping -------------------------------------------------------------------------------------------------- */
-
-static bool has_changed(const struct fiber *fiber) {
-    for (uint32_t i = 0; i < fiber->watches; i++)
-        if (atomic_load_explicit(fiber->watch[i].word, memory_order_acquire) != fiber->watch[i].value)
-            return true;
-    return false;
-}
-
-/* Once. */
-static bool interrupts(struct fiber *fiber) {
-    bool interrupts = !fiber->told && is_cancelled(fiber->call);
-    fiber->told |= interrupts;
-    return interrupts;
-}
-
-/* As ps_sys_wait: 0: look again. */
-static int leave_stack(struct fiber *fiber, int64_t deadline) {
-    fiber->deadline = deadline;
-    fiber->woken = false;
-    if (interrupts(fiber))
-        return -EINTR;
-    if (!has_changed(fiber))
-        go(&fiber->stack, fiber->back);
-    return interrupts(fiber) ? -EINTR : ps_sys_now() < deadline ? 0 : -ETIMEDOUT;
-}
-
-static struct fiber *current(void) {
-    struct ps_proxy *proxy = ps_process_proxy();
-    return proxy && proxy->holder ? (struct fiber *)(void *)proxy : NULL;
-}
-
-int ps_sleep(struct ps_watch watch, int64_t deadline) {
-    struct fiber *fiber = current();
-    if (!fiber)
-        return ps_sys_wait(watch, FUTEX_BITSET_MATCH_ANY, deadline);
-    fiber->watch[0] = watch;
-    fiber->watches = 1;
-    return leave_stack(fiber, deadline);
-}
-
-int ps_sleep_two(struct ps_watch first, struct ps_watch second, int64_t deadline) {
-    struct fiber *fiber = current();
-    if (!fiber)
-        return ps_sys_wait_two(first, second, deadline);
-    fiber->watch[0] = first;
-    fiber->watch[1] = second;
-    fiber->watches = 2;
-    return leave_stack(fiber, deadline);
-}
 
 /* -- What a call does, on its own stack ------------------------------------------------------------------------ */
 
@@ -179,13 +90,13 @@ static int carry_out(struct ps_call *call) {
     struct ps_region *region = call->region;
     call->outcome.generation = call->outcome.silent = call->outcome.error = 0;
     int rc = call->kind == PS_CALL_WATCH ? 0 : PS_ESIGNAL;
-    while (rc == PS_ESIGNAL && !is_cancelled(call))
+    while (rc == PS_ESIGNAL && !ps_call_cancelled(call))
         rc = ps_ready(region, &call->outcome);
     if (rc)
         return rc;
     do
         rc = attempt(call);
-    while (rc == PS_ESIGNAL && !is_cancelled(call));
+    while (rc == PS_ESIGNAL && !ps_call_cancelled(call));
     if (!rc && call->kind == PS_CALL_LEASE)
         ps_lease_hand_over(region, &call->lease, call->tid);
     else if (!rc && call->kind == PS_CALL_LOCK)
@@ -194,16 +105,16 @@ static int carry_out(struct ps_call *call) {
 }
 
 static void fiber_main(void) {
-    struct fiber *fiber = current();
+    struct ps_fiber *fiber = ps_fiber_current();
     fiber->call->rc = carry_out(fiber->call);
     fiber->over = true;
-    go(&fiber->stack, fiber->back); /* for good */
+    ps_fiber_switch(&fiber->stack, fiber->back); /* for good */
 }
 
 /* -- Stacks ---------------------------------------------------------------------------------------------------- */
 
 /* Below it a page that nobody may touch.  A forked child has neither the thread nor its stacks. */
-static struct fiber *new_stack(void) {
+static struct ps_fiber *new_stack(void) {
     char *at =
         mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (at == MAP_FAILED)
@@ -212,11 +123,11 @@ static struct fiber *new_stack(void) {
         munmap(at, STACK);
         return NULL;
     }
-    return (struct fiber *)(void *)(at + STACK - (sizeof(struct fiber) + 63) / 64 * 64);
+    return (struct ps_fiber *)(void *)(at + STACK - (sizeof(struct ps_fiber) + 63) / 64 * 64);
 }
 
-static struct fiber *take_stack(struct scheduler *scheduler) {
-    struct fiber *fiber = scheduler->spares;
+static struct ps_fiber *take_stack(struct scheduler *scheduler) {
+    struct ps_fiber *fiber = scheduler->spares;
     if (!fiber)
         return new_stack();
     scheduler->spares = fiber->next;
@@ -224,11 +135,11 @@ static struct fiber *take_stack(struct scheduler *scheduler) {
     return fiber;
 }
 
-static char *bottom_of(struct fiber *fiber) {
+static char *bottom_of(struct ps_fiber *fiber) {
     return (char *)(((uintptr_t)fiber + PS_PAGE) / PS_PAGE * PS_PAGE - STACK);
 }
 
-static void give_stack(struct scheduler *scheduler, struct fiber *fiber) {
+static void give_stack(struct scheduler *scheduler, struct ps_fiber *fiber) {
     __tsan_destroy_fiber(fiber->stack.known);
     if (scheduler->spare == SPARES) {
         munmap(bottom_of(fiber), STACK);
@@ -239,7 +150,7 @@ static void give_stack(struct scheduler *scheduler, struct fiber *fiber) {
     scheduler->spare++;
 }
 
-static void prepare(struct fiber *fiber) {
+static void prepare(struct ps_fiber *fiber) {
     ucontext_t *context = &fiber->stack.context;
     getcontext(context);
     context->uc_stack.ss_sp = bottom_of(fiber) + PS_PAGE;
@@ -249,21 +160,21 @@ static void prepare(struct fiber *fiber) {
 }
 
 static int begin(struct scheduler *scheduler, struct ps_call *call) {
-    struct fiber *fiber = take_stack(scheduler);
+    struct ps_fiber *fiber = take_stack(scheduler);
     if (!fiber)
         return -ENOMEM;
     uint32_t holder = PS_TIDS + scheduler->serial++ % PS_TIDS;
-    *fiber = (struct fiber){.proxy = {.holder = (int)holder, .tid = call->tid, .passes = call->passes},
-                            .back = &scheduler->stack,
-                            .call = call};
+    *fiber = (struct ps_fiber){.proxy = {.holder = (int)holder, .tid = call->tid, .passes = call->passes},
+                               .back = &scheduler->stack,
+                               .call = call};
     prepare(fiber);
     call->fiber = fiber;
     return 0;
 }
 
-static void run(struct scheduler *scheduler, struct fiber *fiber) {
+static void run(struct scheduler *scheduler, struct ps_fiber *fiber) {
     ps_process_set_proxy(&fiber->proxy);
-    go(&scheduler->stack, &fiber->stack);
+    ps_fiber_switch(&scheduler->stack, &fiber->stack);
     ps_process_set_proxy(NULL);
 }
 
@@ -315,16 +226,16 @@ static void deliver(struct ps_call *call) {
 
 /* One step of it; true: it is over. */
 static bool step(struct scheduler *scheduler, struct ps_call *call, int64_t now) {
-    struct fiber *fiber = call->fiber;
+    struct ps_fiber *fiber = call->fiber;
     if (!fiber) {
-        if (!is_cancelled(call) && !may_begin(scheduler, call, now))
+        if (!ps_call_cancelled(call) && !may_begin(scheduler, call, now))
             return false;
-        call->rc = is_cancelled(call) ? PS_ESIGNAL : begin(scheduler, call);
+        call->rc = ps_call_cancelled(call) ? PS_ESIGNAL : begin(scheduler, call);
         if (call->rc)
             return true;
         fiber = call->fiber;
-    } else if (!fiber->woken && !has_changed(fiber) && fiber->deadline > now + SLACK &&
-               (fiber->told || !is_cancelled(call))) {
+    } else if (!fiber->woken && !ps_fiber_changed(fiber) && fiber->deadline > now + SLACK &&
+               (fiber->told || !ps_call_cancelled(call))) {
         return false;
     }
     run(scheduler, fiber);
@@ -352,12 +263,12 @@ static void step_all(struct scheduler *scheduler) {
 /* What one sleep watches. */
 struct sleep {
     struct ps_watch watch[PS_WATCH_MAX];
-    struct fiber *fiber[PS_WATCH_MAX];
+    struct ps_fiber *fiber[PS_WATCH_MAX];
     uint32_t count;
     int64_t deadline;
 };
 
-static void add(struct sleep *sleep, struct fiber *fiber) {
+static void add(struct sleep *sleep, struct ps_fiber *fiber) {
     for (uint32_t i = 0; i < fiber->watches && sleep->count < PS_WATCH_MAX; i++) {
         sleep->watch[sleep->count] = fiber->watch[i];
         sleep->fiber[sleep->count++] = fiber;

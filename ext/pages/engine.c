@@ -30,7 +30,12 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "participant.h"
+#include "core.h"
+#include "os/os.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "segment/segment.h"
+#include "shared/shared.h"
 
 #define BLOCK 256u /* chunks that are compared at once */
 
@@ -456,4 +461,32 @@ int ps_engine_mend(struct ps_region *region, uint64_t page) {
 void ps_engine_refuse(struct ps_region *region, uint64_t page) {
     out_of_reach(region);
     set_vma(region, page, 1, PROT_READ);
+}
+
+static void drop(struct ps_region *region, uint32_t index) {
+    uint32_t left = region->quarantines - 1 - index;
+    memmove(&region->quarantine[index], &region->quarantine[index + 1], left * sizeof *region->quarantine);
+    atomic_store_explicit(&region->quarantines, region->quarantines - 1, memory_order_relaxed);
+}
+
+/* All runs that have to do with the range, which becomes the one that is to follow the map then. */
+int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count) {
+    uint64_t near = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
+    for (uint32_t i = 0; i < region->quarantines;) {
+        const struct ps_quarantine run = region->quarantine[i];
+        if (!ps_quarantine_overlaps(&run, from / near * near, (end + near - 1) / near * near)) {
+            i++;
+            continue;
+        }
+        int rc = ps_engine_restore(region, run.first, run.count);
+        if (rc)
+            return rc;
+        drop(region, i);
+        from = run.first < from ? run.first : from;
+        end = run.first + run.count > end ? run.first + run.count : end;
+        i = 0; /* it may have come near to others */
+    }
+    *first = from;
+    *count = end - from;
+    return 0;
 }

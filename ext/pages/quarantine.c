@@ -21,23 +21,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
-#include <string.h>
 
-#include "participant.h"
+#include "core.h"
+#include "os/os.h"
+#include "pages/pages.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
 #define LONGEST 4096u /* pages of a run */
 #define MOST (4 * LONGEST)
 #define STRIDE 64u /* pages: accesses so far apart still count as one after the other */
-
-static bool overlap(const struct ps_quarantine *run, uint64_t first, uint64_t end) {
-    return run->first < end && first < run->first + run->count;
-}
-
-static void drop(struct ps_region *region, uint32_t index) {
-    uint32_t left = region->quarantines - 1 - index;
-    memmove(&region->quarantine[index], &region->quarantine[index + 1], left * sizeof *region->quarantine);
-    atomic_store_explicit(&region->quarantines, region->quarantines - 1, memory_order_relaxed);
-}
 
 /* How many pages from `page` on the thread is likely to want next: twice as many each time where it goes upwards. */
 uint64_t ps_quarantine_wish(const struct ps_region *region, uint64_t page) {
@@ -68,7 +61,7 @@ static int end_run(struct ps_region *region, uint32_t index) {
 int ps_quarantine_begin(struct ps_region *region, uint64_t first, uint64_t count) {
     for (uint32_t i = 0; i < region->quarantines;) {
         int rc = 0;
-        if (overlap(&region->quarantine[i], first, first + count) && !(rc = end_run(region, i)))
+        if (ps_quarantine_overlaps(&region->quarantine[i], first, first + count) && !(rc = end_run(region, i)))
             i = 0; /* others may have gone with it */
         else
             i++;
@@ -88,28 +81,6 @@ int ps_quarantine_begin(struct ps_region *region, uint64_t first, uint64_t count
     if (rc)
         end_run(region, region->quarantines - 1);
     return rc;
-}
-
-/* All runs that have to do with the range, which becomes the one that is to follow the map then. */
-int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count) {
-    uint64_t near = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
-    for (uint32_t i = 0; i < region->quarantines;) {
-        const struct ps_quarantine run = region->quarantine[i];
-        if (!overlap(&run, from / near * near, (end + near - 1) / near * near)) {
-            i++;
-            continue;
-        }
-        int rc = ps_engine_restore(region, run.first, run.count);
-        if (rc)
-            return rc;
-        drop(region, i);
-        from = run.first < from ? run.first : from;
-        end = run.first + run.count > end ? run.first + run.count : end;
-        i = 0; /* it may have come near to others */
-    }
-    *first = from;
-    *count = end - from;
-    return 0;
 }
 
 /* Whoever has our claim, whose thread may have been ended, is waited for with the page lock: else it may be unmapped.

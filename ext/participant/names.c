@@ -23,27 +23,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "core.h"
+#include "os/os.h"
+#include "pages/pages.h"
+#include "participant/participant.h"
+#include "process/process.h"
+#include "segment/segment.h"
+#include "shared/shared.h"
 
 #define ENTRY_MAGIC 0x00656d616e737970u /* "pysname\0", little endian */
 #define PATIENCE (1000 * PS_MS)         /* with an agent that does not answer, at the end of a process */
-
-struct entry_header {
-    uint64_t magic, device, inode, nonce[2];
-    uint32_t slots, pad[5];
-};
-
-struct entry_row {
-    uint32_t pid, tid, fd, epoch; /* fd: a number in the table of thread tid */
-    uint64_t start, pidns;
-    uint64_t pad[4];
-};
-
-static_assert(sizeof(struct entry_header) == 64 && sizeof(struct entry_row) == 64, "one line each");
-
-static off_t row_offset(uint32_t slot) {
-    return (off_t)(sizeof(struct entry_header) + slot * sizeof(struct entry_row));
-}
 
 int ps_name_format(int name_fd, int region_fd) {
     struct ps_shape shape;
@@ -54,29 +43,23 @@ int ps_name_format(int name_fd, int region_fd) {
         rc = -errno;
     if (rc)
         return rc;
-    struct entry_header header = {.magic = ENTRY_MAGIC,
-                                  .device = file.st_dev,
-                                  .inode = file.st_ino,
-                                  .nonce = {shape.nonce[0], shape.nonce[1]},
-                                  .slots = shape.slots};
-    if (ftruncate(name_fd, row_offset(shape.slots)))
+    struct ps_entry_header header = {.magic = ENTRY_MAGIC,
+                                     .device = file.st_dev,
+                                     .inode = file.st_ino,
+                                     .nonce = {shape.nonce[0], shape.nonce[1]},
+                                     .slots = shape.slots};
+    if (ftruncate(name_fd, ps_row_offset(shape.slots)))
         return -errno;
     return ps_sys_write_at(name_fd, &header, sizeof header, 0);
 }
 
-int ps_name_clear_row(const struct ps_region *region, uint32_t slot) {
-    int entry = atomic_load_explicit(&region->own_entry, memory_order_relaxed);
-    struct entry_row row = {0};
-    return entry < 0 ? 0 : ps_sys_write_at(entry, &row, sizeof row, (uint64_t)row_offset(slot));
-}
-
 void ps_name_write_row(struct ps_region *region, bool present) {
     struct ps_shm_slot *slot = ps_slot(region, region->slot);
-    struct entry_row row = {0};
+    struct ps_entry_row row = {0};
     if (region->own_entry < 0)
         return;
     if (present)
-        row = (struct entry_row){
+        row = (struct ps_entry_row){
             .pid = atomic_load_explicit(&slot->pid, memory_order_relaxed),
             .tid = (uint32_t)region->tid,
             .fd = (uint32_t)region->own,
@@ -86,7 +69,7 @@ void ps_name_write_row(struct ps_region *region, bool present) {
         };
     /* It fails only in a forked child that found no memory for its row when it claimed its slot: the child takes part,
      * keeps the name alive, and cannot be reached by it. */
-    ps_sys_write_at(region->own_entry, &row, sizeof row, (uint64_t)row_offset(region->slot));
+    ps_sys_write_at(region->own_entry, &row, sizeof row, (uint64_t)ps_row_offset(region->slot));
 }
 
 /* The agent's part of ps_name_let_go. */
@@ -115,7 +98,7 @@ void ps_name_let_go(struct ps_region *region) {
     ps_cached_forget(region, &region->entry); /* after the agent's, from which it would be fetched again */
 }
 
-static int read_header(int name_fd, struct entry_header *header) {
+static int read_header(int name_fd, struct ps_entry_header *header) {
     if (pread(name_fd, header, sizeof *header, 0) != (ssize_t)sizeof *header || header->magic != ENTRY_MAGIC ||
         header->slots > PS_SLOTS_MAX)
         return PS_ECORRUPT;
@@ -123,7 +106,7 @@ static int read_header(int name_fd, struct entry_header *header) {
 }
 
 int ps_name_leads_to(int name_fd, int region_fd) {
-    struct entry_header header;
+    struct ps_entry_header header;
     struct ps_shape shape;
     const char *field;
     int rc = read_header(name_fd, &header);
@@ -141,7 +124,7 @@ int ps_name_of(int region_fd, char name[PS_NAME_MAX + 8], const char **field) {
 }
 
 /* What the row points at, if it is the region that the header means. */
-static int follow_row(const struct entry_header *header, const struct entry_row *row) {
+static int follow_row(const struct ps_entry_header *header, const struct ps_entry_row *row) {
     struct ps_cached region = {.fd = -1, .device = header->device, .inode = header->inode};
     struct ps_shape shape;
     const char *field;
@@ -161,13 +144,13 @@ static int follow_row(const struct entry_header *header, const struct entry_row 
 
 /* 0 and a descriptor; -EACCES: somebody holds it whom we may not reach; -ENOENT: no row leads to it. */
 int ps_name_find(int name_fd, int *region_fd) {
-    struct entry_header header;
-    struct entry_row row;
+    struct ps_entry_header header;
+    struct ps_entry_row row;
     int rc = read_header(name_fd, &header), result = -ENOENT;
     if (rc)
         return rc;
     for (uint32_t slot = 0; slot < header.slots; slot++) {
-        if (pread(name_fd, &row, sizeof row, row_offset(slot)) != (ssize_t)sizeof row)
+        if (pread(name_fd, &row, sizeof row, ps_row_offset(slot)) != (ssize_t)sizeof row)
             break;
         int fd = follow_row(&header, &row);
         if (fd >= 0) {

@@ -10,7 +10,7 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 import os
 
-cdef extern from "sys.h":
+cdef extern from "os/os.h":
     int ps_sys_memfd(const char *name, uint64_t page_size)
     int ps_sys_reopen(int fd)
     int ps_sys_ofd_take(int fd, uint32_t byte)
@@ -24,7 +24,7 @@ cdef extern from "sys.h":
     int ps_sys_probe_pidfd_open(int pid, unsigned flags)
     int ps_sys_probe_pidfd_getfd(int pidfd, int fd)
 
-cdef extern from "probe.h":
+cdef extern from "probe/probe.h":
     int probe_private_table(int fd)
     int probe_death_mark()
     int probe_waitv()

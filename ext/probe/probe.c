@@ -6,8 +6,8 @@
  * Not here: the core. Nothing of it uses this file.
  */
 #define _GNU_SOURCE
-#include "probe.h"
-#include "sys.h"
+#include "probe/probe.h"
+#include "os/os.h"
 
 #include <errno.h>
 #include <fcntl.h>

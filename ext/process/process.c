@@ -1,55 +1,76 @@
-/* process.c - what this process has: its regions, and the fork handlers.
+/* process.c - the state of this process, and what happens to it at fork().
  *
- * Lives here: all mutable state at file scope - the table of handles, the
- * signal chains' memory, the flag that tells a known process from a raw
- * child, what became of each thread's latest fault, its violation, the waiter -
- * and how threads of ours begin, and what happens at fork().
+ * Lives here: all mutable state at file scope - the table of handles, the chains
+ * of signal handlers, what became of each thread's latest fault, its violation,
+ * the waiter, the flag that tells a known process from a raw child - and how
+ * threads of ours begin.
+ * Not here: what a fork means to a region (participant/attach.c registers it).
  * Invariants
  *  1. A handle is found by whoever looks, without a lock: `use` and `base` are
  *     atomic, and its memory is never given back.
- *  2. In a forked child every range is reserved before anything else runs
- *     that may ask for memory; then each open region joins anew, with a
- *     deadline, and is detached (no access) where it cannot.
- *  3. Nothing is held across fork(): private locks are reset in the child,
- *     where only the forking thread is left and the mapping that they guard
- *     is gone (DONTFORK).
- * Runs in: caller, fork child; the look-ups also in the signal handler.
+ *  2. Nothing is held across fork(): private locks are reset in the child, where
+ *     only the forking thread is left and the mapping that they guard is gone
+ *     (DONTFORK).
+ * Runs in: caller, agent, forked child; the look-ups also in the signal handler.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "participant.h"
-#include "point.h"
+#include "core.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "process/process.h"
+#include "segment/segment.h"
 
 #define STACK (256u * 1024u) /* what a thread of ours has for itself */
 
 static struct ps_region regions[PS_REGIONS_MAX];
+
 static _Atomic uint32_t regions_used; /* places ever used; scans end there */
-static struct ps_chain chains[2];     /* SIGSEGV, SIGBUS */
+
+static struct ps_chain chains[2]; /* SIGSEGV, SIGBUS */
+
 static _Thread_local struct ps_faults faults;
+
 static _Thread_local struct ps_violation violation;
+
 static void (*handler)(int, siginfo_t *, void *); /* of both, ours */
+
 static _Atomic(const struct ps_hooks *) hooks;
+
 static _Thread_local int thread_id; /* 0: not asked yet */
+
 static _Thread_local struct ps_patience patience;
+
 static _Thread_local struct ps_proxy *proxy;
+
 static struct ps_waiter waiter;
+
 static _Thread_local const struct ps_region *agent_of;
-static _Atomic uint32_t borrow_lock;      /* lock.c */
+
+static _Atomic uint32_t borrow_lock; /* lock.c */
+
 static _Atomic(_Atomic uint32_t *) known; /* a page that fork wipes; 1 in a process that the handlers know */
+
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+
 static size_t (*least_stack)(const pthread_attr_t *); /* NULL: libc has no such function */
+
 static int start_result;
-static const struct ps_at_fork *at_fork;
+
+static void (*before_forks)(void), (*after_forks)(void);
+
 static uint32_t forks;
-static int forker;     /* our parent, as it forked us; 0: we were not */
+
+static int forker; /* our parent, as it forked us; 0: we were not */
+
 static uint64_t pidns; /* as /proc said once; 0: unknown */
+
 static char command[PS_COMMAND];
+
 static _Atomic int told_too = -1;
 
 struct ps_chain *ps_process_chain(int signal) {
@@ -241,7 +262,7 @@ uint32_t ps_forks(void) {
 
 static void before_fork(void) {
     forker = getpid();
-    at_fork->before();
+    before_forks();
 }
 
 static void in_child(void) {
@@ -261,7 +282,7 @@ static void in_child(void) {
         atomic_store_explicit(known, 1, memory_order_release);
         PS_POINT_RELOAD();
     }
-    at_fork->child();
+    after_forks();
 }
 
 static void start(void) {
@@ -279,41 +300,44 @@ static void start(void) {
     atomic_store_explicit(&known, page, memory_order_release);
 }
 
-int ps_process_start(const struct ps_at_fork *callbacks) {
-    at_fork = callbacks; /* the same for all who call */
+int ps_process_start(void (*before)(void), void (*after)(void)) {
+    before_forks = before; /* the same for all who call */
+    after_forks = after;
     pthread_once(&once, start);
     return start_result ? start_result : ps_process_known() ? 0 : PS_ECLOSED;
 }
 
-/* -- Crash points (point.h) ------------------------------------------------------------------------------------ */
-
-#ifdef PS_POINTS
-static struct {
-    char label[24];
-    char action; /* first letter; 0: none */
-    _Atomic int32_t left;
-} point;
-
-void ps_point_reload(void) {
-    const char *text = getenv("PYSHARE_POINT"), *equals = text ? strchr(text, '=') : NULL;
-    point.action = 0;
-    if (!equals || equals - text >= (ptrdiff_t)sizeof point.label)
-        return;
-    memcpy(point.label, text, (size_t)(equals - text));
-    point.label[equals - text] = 0;
-    const char *times = strchr(equals, '@');
-    point.left = times ? atoi(times + 1) : 1;
-    point.action = equals[1];
+int ps_corrupt(struct ps_region *region, const char *field) {
+    atomic_store_explicit(&region->corrupt, field, memory_order_relaxed);
+    return PS_ECORRUPT;
 }
 
-void ps_point_hit(const char *label) {
-    if (!point.action || strcmp(label, point.label) || atomic_fetch_sub(&point.left, 1) != 1)
-        return;
-    if (point.action == 'k')
-        kill(getpid(), SIGKILL);
-    else if (point.action == 's')
-        pthread_kill(pthread_self(), SIGSTOP); /* sent to the process, it would let this thread go on for a while */
-    else
-        ps_sys_exit_thread();
+/* -- What it is ---------------------------------------------------------------------------------------------- */
+
+void *ps_address(const struct ps_region *region) {
+    return (char *)ps_header(region) + ps_data_offset(&region->shape);
 }
-#endif
+
+uint64_t ps_size(const struct ps_region *region) {
+    return region->shape.size;
+}
+
+uint64_t ps_page_size(const struct ps_region *region) {
+    return (uint64_t)region->shape.unit * PS_PAGE;
+}
+
+uint64_t ps_generation(const struct ps_region *region) {
+    return atomic_load_explicit(&ps_header(region)->generation, memory_order_acquire);
+}
+
+const char *ps_name(const struct ps_region *region) {
+    return region->shape.name;
+}
+
+enum ps_engine ps_engine(const struct ps_region *region) {
+    return region->uffd ? PS_ENGINE_UFFD : PS_ENGINE_MPROTECT;
+}
+
+const char *ps_corrupt_field(const struct ps_region *region) {
+    return atomic_load_explicit(&region->corrupt, memory_order_relaxed);
+}

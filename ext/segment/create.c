@@ -9,7 +9,7 @@
  *  2. A page that cannot be had is an error here, if it was asked for here, and
  *     no SIGBUS later: huge pages always are.
  * Runs in: caller.
- * Not here: what a header means (region.c), how much may be asked for
+ * Not here: what a header means (format.c), how much may be asked for
  * (pyshare/_creation.py).
  */
 #define _GNU_SOURCE
@@ -20,7 +20,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "core.h"
+#include "os/os.h"
+#include "segment/segment.h"
 
 /* Bytes, a transparent huge page at least.  Some kernels look at no signal in an allocation, others give back all of it
  * after one: so signals are served soon, and may come every millisecond. */

@@ -20,8 +20,11 @@
 #include <linux/futex.h>
 #include <unistd.h>
 
-#include "participant.h"
-#include "point.h"
+#include "core.h"
+#include "os/os.h"
+#include "os/point.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
 static void publish_use(struct ps_region *region, uint32_t used) {
     _Atomic uint32_t *mark = &ps_header(region)->slots_used;
@@ -259,4 +262,10 @@ int ps_participant(struct ps_region *region, uint32_t index, struct ps_participa
     out->applied = atomic_load_explicit(&slot->applied, memory_order_relaxed);
     out->alive = index == region->slot || !ps_slot_dead(region, index, status);
     return 1;
+}
+
+int ps_name_clear_row(const struct ps_region *region, uint32_t slot) {
+    int entry = atomic_load_explicit(&region->own_entry, memory_order_relaxed);
+    struct ps_entry_row row = {0};
+    return entry < 0 ? 0 : ps_sys_write_at(entry, &row, sizeof row, (uint64_t)ps_row_offset(slot));
 }

@@ -10,14 +10,17 @@
  *  3. Entries are read by a system call, by participants and observers alike:
  *     where there was no violation there is a hole, which stays one.
  * Runs in: signal handler (ps_violation_keep), caller (ps_violations).
- * Not here: what is forbidden, and what becomes of who tries (fault.c).
+ * Not here: what is forbidden, and what becomes of who tries (fault/).
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "participant.h"
+#include "core.h"
+#include "os/os.h"
+#include "process/process.h"
+#include "shared/shared.h"
 
 #define SEED UINT64_C(0x243f6a8885a308d3) /* so that a hole is no entry */
 #define ODD UINT64_C(0x9e3779b97f4a7c15)

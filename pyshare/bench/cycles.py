@@ -47,7 +47,7 @@ def timed(repeat: Callable[[range], None]) -> float:
 
 
 class Floors:
-    """A process of one thread that goes through the cycles of ext/peers.c."""
+    """A process of one thread that goes through the cycles of ext/bench/peers.c."""
 
     def __init__(self, crew: Crew) -> None:
         self.memory = mmap.mmap(-1, 2 * PAGE)

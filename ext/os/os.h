@@ -1,29 +1,30 @@
-/* sys.h - the kernel, without policy.
+/* os.h - the door of os/: the kernel, without policy.
  *
- * Lives here: thin wrappers of system calls, returning a result or -errno,
- * and the few lines of /proc that the core reads.  sys.c is the only file
- * that calls syscall().
- * Invariants
- *  1. No malloc, no stdio, no lock: everything here may be called in an
- *     agent, in a signal handler and between fork and join.
- *  2. No retry on EINTR: whoever waits decides what a signal means.
+ * Lives here: thin wrappers of system calls, which return a result or -errno;
+ * what is read of /proc; the copy that can be continued where it faults.  Only
+ * this folder calls syscall().
  * Not here: what any of it is used for.
+ * Invariants
+ *  1. No malloc, no stdio, no lock: everything here may be called in an agent, in
+ *     a signal handler, and between fork and join.
+ *  2. Nothing is repeated on EINTR: whoever waits decides what a signal means.
  */
-#ifndef PS_SYS_H
-#define PS_SYS_H
+#ifndef PS_OS_H
+#define PS_OS_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include <errno.h>
+#include <time.h>
+
+#include "types.h"
 
 #define PS_NEVER INT64_MAX /* a deadline that does not come */
 #define PS_MS INT64_C(1000000)
-
-/* A futex word, with the value it is expected to hold. */
-struct ps_watch {
-    _Atomic uint32_t *word;
-    uint32_t value;
-};
+#define PS_BACKSTOP (2 * PS_MS) /* a wake can die with its receiver: look again */
+#define PS_TIDS (1u << 22)      /* no thread has such an id, or a greater one (PID_MAX_LIMIT, linux/threads.h) */
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
 
 int64_t ps_sys_now(void);       /* CLOCK_MONOTONIC, ns */
 uint64_t ps_sys_boottime(void); /* CLOCK_BOOTTIME, ns */
@@ -127,11 +128,54 @@ void ps_sys_command(char *to, size_t size);
  * that was given its pid since, which has memory. */
 bool ps_sys_process_gone(int pid);
 
-/* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe/probe.h). */
+/* -- What `pyshare doctor` asks: the bare calls, where the core's own wrapper has a way out (ext/probe.h). */
 
 int ps_sys_probe_userfaultfd(int flags); /* a descriptor */
 int ps_sys_probe_pidfd_open(int pid, unsigned flags);
 int ps_sys_probe_pidfd_getfd(int pidfd, int fd);
 int ps_sys_probe_waitv(_Atomic uint32_t *word, uint32_t value);
+
+/* ThreadSanitizer has to be told of each change of stacks. */
+#ifndef __has_feature
+#define __has_feature(name) 0
+#endif
+#if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
+#include <sanitizer/tsan_interface.h>
+#else
+#define __tsan_get_current_fiber() NULL
+#define __tsan_create_fiber(flags) NULL
+#define __tsan_destroy_fiber(fiber) ((void)(fiber))
+#define __tsan_switch_to_fiber(fiber, flags) ((void)(fiber))
+#endif
+
+/* copy.c: a copy that survives faults, since the signal handler knows it */
+#define PS_COPY_NO_PAGE (UINT64_C(1) << 63) /* SIGBUS: allowed, but the kernel has no page for it */
+struct ps_copied {
+    size_t left;     /* bytes not copied */
+    uintptr_t where; /* the address that could not be reached, with PS_COPY_NO_PAGE; 0 if all were copied */
+};
+
+extern const char ps_copy_instruction[] __attribute__((visibility("hidden")));
+extern const char ps_copy_end[] __attribute__((visibility("hidden")));
+
+/* copy.c */
+struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length); /* between the two below, or in a handler */
+
+/* file.c */
+void ps_sys_put_text(char **end, const char *text);
+void ps_sys_put_number(char **end, unsigned long number);
+
+/* proc.c */
+int ps_sys_read_file(const char *path, char *to, size_t size);
+uint64_t ps_sys_number(const char *digits);
+
+/* sys.c */
+struct timespec ps_sys_timespec(int64_t ns);
+uint64_t ps_sys_clock(clockid_t clock);
+bool ps_sys_thread_is_there(int pid, int tid);
+
+static inline int ps_sys_result(long returned) {
+    return returned < 0 ? -errno : (int)returned;
+}
 
 #endif

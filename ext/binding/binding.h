@@ -1,10 +1,10 @@
-/* exception.h - the C of the binding: how a forbidden access becomes an exception of the Python thread that made it.
+/* binding.h - the C of the binding: how a forbidden access becomes an exception of the Python thread that made it.
  *
  * Lives here: what a thread is to be told, beside the core's ps_violation, and
  * what exception.c, wrappers.c and _violation.pxi offer each other.
  */
-#ifndef PS_EXCEPTION_H
-#define PS_EXCEPTION_H
+#ifndef PS_BINDING_H
+#define PS_BINDING_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
