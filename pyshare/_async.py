@@ -1,7 +1,7 @@
 """Regions in an event loop: whatever waits does so in one native thread, and no loop is blocked.
 
 Lives here: what the ``_async`` methods of Region do, and the stream of changes.
-Not here: the waiting (ext/operations/waiter.c), the calls that are waited for (ext/binding/_async.pxi).
+Not here: the waiting (ext/operations/waiter.c), the calls that are waited for (ext/binding/async.pxi).
 Imported by the first of these methods: asyncio is large.
 Invariants
  1. When a coroutine of this module has ended, however it did, nothing of it is under way: no lease, no lock, no wish

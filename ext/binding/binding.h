@@ -1,7 +1,7 @@
 /* binding.h - the C of the binding: how a forbidden access becomes an exception of the Python thread that made it.
  *
  * Lives here: what a thread is to be told, beside the core's ps_violation, and
- * what exception.c, wrappers.c and _violation.pxi offer each other.
+ * what exception.c, wrappers.c and violation.pxi offer each other.
  */
 #ifndef PS_BINDING_H
 #define PS_BINDING_H

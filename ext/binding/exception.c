@@ -2,7 +2,7 @@
  *
  * Lives here: what the core's handler asks of the interpreter (ps_hooks), and
  * how a thread is told.  Not here: the slots that tell (wrappers.c); the exception
- * (_violation.pxi); when an access is forbidden, and what becomes of it
+ * (violation.pxi); when an access is forbidden, and what becomes of it
  * (fault/).
  * Who tells is decided at the access.  Of an access of a wrapped slot it is the
  * slot, when it returns.  Of any other it is the interpreter, where it next

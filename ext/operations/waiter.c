@@ -22,7 +22,7 @@
  *     sleeps in ps_sleep without a backstop, but for those in its own process.
  * Runs in: the waiter; ps_call_*, ps_mailbox_*, ps_lease_try in a caller;
  * ps_sleep wherever the core sleeps, where it is a plain sleep but for here.
- * Not here: Python, and what a loop does with its mailbox (ext/binding/_async.pxi).
+ * Not here: Python, and what a loop does with its mailbox (ext/binding/async.pxi).
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,104 +1,10 @@
-"""_observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/operations/observe.c).
+"""observe.pxi: part of _core.pyx: a region, seen by somebody who does not take part in it (ext/operations/observe.c).
 
 Lives here: Observed, the base of those who attach read-only; and Observer, which `pyshare trace` and `pyshare map`
 stand on.  That gives what is in the control segment as plain tuples, at the moment of each look; what it means is theirs.
 """
 
 import fcntl
-
-cdef extern from *:
-    """
-    #include "process/process.h"
-    """
-
-cdef extern from "process/process.h":
-    struct ps_shape:
-        uint64_t pages
-        uint32_t unit
-        uint32_t areas
-        uint32_t creator
-        uint64_t created
-        uint64_t control_size
-    struct ps_cached:
-        uint64_t device
-        uint64_t inode
-    # All of it, so that it can lie in an object of ours: the size is C's.
-    struct observer_t "ps_region":
-        ps_shape shape
-        ps_cached memory
-
-cdef extern from "os/os.h":
-    uint64_t ps_sys_start_time(int pid)
-
-cdef extern from "core.h" nogil:
-    enum:
-        PS_SEC_CUR
-        PS_SEC_LEASE
-        PS_SEC_KEPT
-        PS_SEC_STATE
-        PS_SNAPSHOT_MASK
-        PS_CLOSERS
-        PS_RING
-        PS_SET
-        PS_UNDO
-        PS_THAW
-        PS_FOLLOW
-    ctypedef enum layer_t "enum ps_section_kind":
-        pass
-    struct ps_seen_change:
-        uint64_t first
-        uint64_t count
-        uint64_t time
-        uint64_t done
-        uint32_t kind
-        uint32_t prot
-        uint32_t author
-        uint32_t slowest
-    struct ps_seen_slot:
-        uint32_t owner
-        uint32_t pid
-        uint32_t tid
-        uint32_t capabilities
-        uint32_t flags
-        uint64_t start
-        uint64_t applied
-        uint64_t data
-        bint live
-        bint alive
-        bint here
-        uint32_t leases
-        uint32_t waits_for
-        uint64_t leased_since
-        uint64_t waits_since
-        uint32_t takes
-    struct ps_seen_lock:
-        uint32_t index
-        uint32_t owner
-        uint64_t since
-    struct ps_seen_closer:
-        uint32_t owner
-        bint drain
-        uint64_t first
-        uint64_t count
-    int ps_observe(ps_region *seen, int fd, const char **field)
-    void ps_observe_shut(ps_region *seen)
-    void ps_observe_end(ps_region *seen)
-    int ps_observe_read(ps_region *seen, uint64_t offset, void *to, uint64_t length)
-    int ps_observe_wait(const ps_region *seen, uint64_t generation, int64_t deadline)
-    bint ps_observe_change(const ps_region *seen, uint64_t generation, ps_seen_change *out)
-    bint ps_observe_open(const ps_region *seen, uint64_t *first, uint64_t *count)
-    bint ps_observe_over(const ps_region *seen, uint64_t generation)
-    int ps_observe_slot(ps_region *seen, uint32_t index, ps_seen_slot *out)
-    uint64_t ps_observe_run(ps_region *seen, layer_t layer, uint32_t area, uint64_t first, uint64_t *value)
-    uint32_t ps_observe_protection(ps_region *seen, uint64_t page)
-    uint32_t ps_observe_freezer(const ps_region *seen, uint64_t *frozen)
-    uint32_t ps_observe_snapshot(const ps_region *seen, uint32_t area, uint64_t *generation)
-    bint ps_observe_protected(const ps_region *seen)
-    uint64_t ps_observe_takes(const ps_region *seen)
-    uint32_t ps_observe_writer(const ps_region *seen)
-    bint ps_observe_lock(ps_region *seen, uint32_t start, ps_seen_lock *out)
-    bint ps_observe_closer(const ps_region *seen, uint32_t index, ps_seen_closer *out)
-    int64_t ps_observe_marks(int pagemap, uint64_t page, uint64_t end, flag *marked)
 
 RING = PS_RING
 KINDS = {PS_SET: "set", PS_UNDO: "undone", PS_THAW: "thawed", PS_FOLLOW: "follow"}

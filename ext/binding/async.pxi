@@ -1,4 +1,4 @@
-"""_async.pxi: part of _core.pyx: calls that wait in the place of an event loop (ext/operations/waiter.c).
+"""async.pxi: part of _core.pyx: calls that wait in the place of an event loop (ext/operations/waiter.c).
 
 Lives here: Call, which is a lease, a lock, a change, or the wait for somebody's change, and Mailbox, in which a loop
 finds those that are over.  What a loop does with them is _async.py's.
@@ -7,39 +7,6 @@ Invariants
  2. Nothing here waits, but for Mailbox.settle.
  3. A forked child has none of its parent's calls: theirs are not begun, over, or cancelled there.
 """
-
-cdef extern from "core.h" nogil:
-    ctypedef enum call_t "enum ps_call_kind":
-        PS_CALL_LEASE
-        PS_CALL_LOCK
-        PS_CALL_CHANGE
-        PS_CALL_WATCH
-    struct ps_mailbox:
-        int fd
-    struct ps_call:
-        call_t kind
-        ps_region *region
-        ps_mailbox *box
-        uint64_t first
-        uint64_t count
-        int64_t deadline
-        uint64_t generation
-        uint32_t prot
-        bint passes
-        ps_lease lease
-        void *owner
-        int rc
-        flag abandoned
-        ps_outcome outcome
-        ps_refusal refusal
-        ps_call *next
-    int ps_call_begin(ps_call *call)
-    void ps_call_cancel(ps_call *call)
-    bint ps_call_conflict(const ps_call *one, const ps_call *other)
-    ps_call *ps_mailbox_take(ps_mailbox *box)
-    void ps_mailbox_settle(ps_mailbox *box)
-    int ps_lease_try(ps_region *region, ps_lease *lease, bint passes, ps_outcome *outcome, ps_refusal *refusal)
-
 
 @cython.final
 cdef class Mailbox:

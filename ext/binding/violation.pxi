@@ -1,22 +1,8 @@
-# _violation.pxi - the exception of a forbidden access, and Guard.
-#
-# Not here: when an access is forbidden, and what becomes of it (ext/fault/handler.c); how the thread that made it is told
-# (ext/binding/exception.c, ext/binding/wrappers.c).
+"""violation.pxi: part of _core.pyx: the exception of a forbidden access, and Guard.
 
-cdef extern from "binding/binding.h":
-    struct due_t "ps_due":
-        uint32_t guards
-        int line
-        PyObject *code
-    due_t due_of_thread "ps_due"
-    void ps_expect_violations(object violation_class, object python_function)
-    object ps_told()
-    PyObject *ps_take() except? NULL
-    void ps_chain(object error, PyObject *context)
-    void ps_forget()
-    int ps_wrap_builtins() except -1
-    int ps_wrap_numpy(object numpy) except -1
-    ps_violation_t *violation_of_thread "ps_violation"() nogil
+Not here: when an access is forbidden, and what becomes of it (ext/fault/handler.c); how the thread that made it is told
+(ext/binding/exception.c, ext/binding/wrappers.c).
+"""
 
 PROTECTIONS = {0: "NONE", 1: "READ", 2: "WRITE", 3: "READ_WRITE", 4: "EXEC"}
 

@@ -1,4 +1,4 @@
-"""_snapshot: the snapshot class of _core, which includes this file.
+"""snapshot.pxi: part of _core.pyx: snapshots, as Python has them.
 
 Lives here: what is held of a snapshot in this process, its buffer protocol, and
 saving it in the background.  Not here: protocol (ext/operations/), files
@@ -14,32 +14,6 @@ import weakref
 from multiprocessing import reduction
 
 from pyshare import _image
-
-cdef extern from "core.h" nogil:
-    enum:
-        PS_EAREAS
-    struct ps_snapshot:
-        int fd
-        uint32_t index
-        uint32_t word
-        uint64_t generation
-        uint64_t size
-        uint64_t pages
-    uint32_t ps_areas(const ps_region *region)
-    int ps_snapshot_take(ps_region *region, int64_t deadline, ps_outcome *outcome, ps_snapshot *snapshot, flag *shared)
-    int ps_snapshot_adopt(int fd, uint32_t index, uint32_t word, uint64_t generation, ps_snapshot *snapshot,
-                          const char **field)
-    int ps_snapshot_read(const ps_snapshot *snapshot, uint64_t offset, void *to, uint64_t length)
-    int ps_snapshot_save(ps_snapshot *snapshot, uint64_t *page, uint64_t count)
-    int ps_snapshot_view(const ps_snapshot *snapshot, void **at)
-    void ps_snapshot_unview(void *at, uint64_t pages)
-    flag ps_snapshot_complete(const ps_snapshot *snapshot)
-    uint64_t ps_snapshot_saved(const ps_snapshot *snapshot)
-    int ps_snapshot_data(const ps_snapshot *snapshot, flag area, uint64_t *page, uint64_t *count)
-    void ps_snapshot_close(ps_snapshot *snapshot)
-    flag ps_snapshot_of(const ps_region *region, const ps_snapshot *snapshot)
-    int ps_dirty(ps_region *region, const ps_snapshot *since, uint64_t generation, uint8_t *map)
-    int ps_put(ps_region *region, uint64_t offset, const void *data, uint64_t length)
 
 cdef enum:
     SOME = 512  # pages that are saved between two looks at signals, or at whether somebody still wants it
@@ -379,62 +353,3 @@ def take_snapshot(Handle handle not None, timeout):
         except RuntimeError:  # no more threads: who stores saves, and finish()
             holding.busy = False
     return snapshot_of(holding, name)
-
-
-def dirty_pages(Handle handle not None, since):
-    """Runs (first page, pages) that may have been written since a generation, or were since a snapshot."""
-    cdef Holding holding = (<Snapshot>since).held("dirty") if isinstance(since, Snapshot) else None
-    cdef uint64_t generation = holding.at.generation if holding is not None else <uint64_t>since
-    cdef uint64_t pages = 0, page, first
-    cdef const ps_snapshot *snapshot = NULL if holding is None else &holding.at
-    cdef int rc
-    cdef uint8_t *map
-    runs = []
-    handle.enter("dirty")
-    try:
-        pages = (ps_size(handle.region) + PS_PAGE_SIZE - 1) // PS_PAGE_SIZE
-        if holding is not None and not ps_snapshot_of(handle.region, snapshot):
-            raise ValueError(f"{since!r} is a snapshot of another region")
-        page = handle.unit() // PS_PAGE_SIZE
-        marks = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>((pages + page - 1) // page * page))  # of whole units
-        map = <uint8_t *>PyBytes_AS_STRING(marks)
-        with nogil:
-            rc = ps_dirty(handle.region, snapshot, generation, map)
-        if rc:
-            raise_lost(rc, "dirty")
-        page = 0
-        while page < pages:
-            first = page
-            while page < pages and map[page] == map[first]:
-                page += 1
-            if map[first]:
-                runs.append((first, page - first))
-        return runs
-    finally:
-        handle.leave()
-
-
-def put_pages(Handle handle not None, uint64_t offset, data):
-    """The pages from `offset` on are those of `data`, whatever their protection; zeros become holes.
-
-    For whoever has the region frozen: nobody else stores, and nobody has a lease.
-    """
-    cdef Py_buffer source
-    cdef int rc
-    PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
-    try:
-        check_pages(offset, source.len, ps_size(handle.region) if handle.region is not NULL else 0, PS_PAGE_SIZE)
-        handle.enter("restore")
-        try:
-            while True:
-                with nogil:
-                    rc = ps_put(handle.region, offset, source.buf, <uint64_t>source.len)
-                if rc != PS_ESIGNAL:
-                    break
-                handle.serve_signals("restore")  # nothing of it is there
-            if rc:
-                raise_code(rc, "restore", handle.corrupt_field())
-        finally:
-            handle.leave()
-    finally:
-        PyBuffer_Release(&source)

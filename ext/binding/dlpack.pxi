@@ -1,4 +1,4 @@
-"""_dlpack.pxi: part of _core.pyx: memory as tensor libraries take it from each other (DLPack 1.0, dlpack.h).
+"""dlpack.pxi: part of _core.pyx: memory as tensor libraries take it from each other (DLPack 1.0, dlpack.h).
 
 Lives here: the structs of that protocol, and capsules of one-dimensional tensors of bytes over a buffer.
 Invariant: a tensor has a buffer of its own until its deleter has run, in whatever thread: so close() knows of it.
