@@ -27,7 +27,6 @@
 #include "core.h"
 #include "operations/operations.h"
 #include "os/os.h"
-#include "participant/participant.h"
 #include "process/process.h"
 #include "segment/segment.h"
 #include "shared/shared.h"
@@ -50,7 +49,7 @@ int ps_observe(struct ps_region *seen, int fd, const char **field) {
     if (!rc)
         rc = ps_cached_identify(&seen->memory, PS_MEMORY, fd);
     if (!rc)
-        rc = ps_participant_start(); /* forks are counted from now on */
+        rc = ps_process_start(); /* forks are counted from now on */
     if (!rc)
         rc = ps_region_place(seen);
     if (rc)

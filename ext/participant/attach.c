@@ -87,15 +87,16 @@ static void in_child(void) {
         join_again(region, deadline);
 }
 
-int ps_participant_start(void) {
-    return ps_process_start(before_fork, in_child);
+/* When the library is loaded, so before any fork that has to do with a region. */
+__attribute__((constructor)) static void start(void) {
+    ps_process_at_fork(before_fork, in_child);
 }
 
 int ps_attach(int fd, int name_fd, enum ps_engine engine, struct ps_region **out, const char **field) {
     struct ps_shape shape;
     int rc = ps_region_validate(fd, &shape, field);
     if (!rc)
-        rc = ps_participant_start();
+        rc = ps_process_start();
     if (rc)
         return rc;
     struct ps_region *region = ps_process_claim();

@@ -17,7 +17,6 @@ void ps_agent_stop(struct ps_region *region);
 bool ps_agent_lost(struct ps_region *region);
 
 /* attach.c */
-int ps_participant_start(void); /* the first time: forks and faults are ours to see to */
 void ps_region_shut(struct ps_region *region);
 void ps_region_discard(struct ps_region *region);
 

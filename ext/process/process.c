@@ -300,9 +300,12 @@ static void start(void) {
     atomic_store_explicit(&known, page, memory_order_release);
 }
 
-int ps_process_start(void (*before)(void), void (*after)(void)) {
-    before_forks = before; /* the same for all who call */
+void ps_process_at_fork(void (*before)(void), void (*after)(void)) {
+    before_forks = before;
     after_forks = after;
+}
+
+int ps_process_start(void) {
     pthread_once(&once, start);
     return start_result ? start_result : ps_process_known() ? 0 : PS_ECLOSED;
 }

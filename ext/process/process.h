@@ -190,8 +190,8 @@ int ps_region_fill(struct ps_region *region, int fd, int name_fd);
 
 /* process.c */
 int ps_corrupt(struct ps_region *region, const char *field);
-/* The first time: forks are seen to.  The thread that forks calls `before`, and in the child `after`. */
-int ps_process_start(void (*before)(void), void (*after)(void));
+int ps_process_start(void); /* the first time: forks and faults are ours to see to */
+void ps_process_at_fork(void (*before)(void), void (*after)(void)); /* after: in the child */
 void ps_process_forget(struct ps_region *region);
 void (*ps_process_handler(void))(int, siginfo_t *, void *);
 const struct ps_hooks *ps_process_hooks(void);               /* NULL: none */
