@@ -239,7 +239,7 @@ struct ps_fiber {
 };
 
 struct ps_waiter {
-    _Atomic uint32_t lock;           /* lock.c: while it is started */
+    _Atomic uint32_t lock;           /* ps_private_lock's: while it is started */
     _Atomic bool running;            /* W: under the lock, release.  R: acquire */
     pthread_t thread;                /* under the lock */
     _Atomic uint32_t kicks;          /* W: who has something for it, + 1, release.  R: it sleeps on it, acquire */

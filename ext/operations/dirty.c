@@ -16,7 +16,7 @@
  *  3. Whoever stores here is counted as the holder of a lease is: a snapshot's
  *     moment comes before what it saves for ACTIVE ones, or after its stores.
  * Runs in: caller.
- * Not here: the stamps of leases (lease.c), saving pages (snapshot.c).
+ * Not here: the stamps of leases (hold/lease.c), saving pages (pages/save.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>

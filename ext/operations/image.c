@@ -12,7 +12,7 @@
  *  3. COMPLETE says that every page that the data had at the moment is SAVED; what
  *     was a hole then is one of the area.
  * Runs in: caller; any number of threads may read.
- * Not here: taking one, and saving on the way of a store (snapshot.c).
+ * Not here: taking one (snapshot.c), saving on the way of a store (pages/save.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>

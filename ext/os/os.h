@@ -13,9 +13,21 @@
 #define PS_OS_H
 
 #include <errno.h>
+#include <sys/syscall.h>
 #include <time.h>
 
 #include "types.h"
+
+/* Newer than the headers of the oldest distributions that we build on. */
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+#ifndef SYS_userfaultfd
+#define SYS_userfaultfd 323
+#endif
 
 #define PS_NEVER INT64_MAX /* a deadline that does not come */
 #define PS_MS INT64_C(1000000)
@@ -165,13 +177,7 @@ struct ps_copied ps_copy_bytes(void *to, const void *from, size_t length); /* be
 void ps_sys_put_text(char **end, const char *text);
 void ps_sys_put_number(char **end, unsigned long number);
 
-/* proc.c */
-int ps_sys_read_file(const char *path, char *to, size_t size);
-uint64_t ps_sys_number(const char *digits);
-
 /* sys.c */
-struct timespec ps_sys_timespec(int64_t ns);
-uint64_t ps_sys_clock(clockid_t clock);
 bool ps_sys_thread_is_there(int pid, int tid);
 
 static inline int ps_sys_result(long returned) {

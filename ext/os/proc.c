@@ -15,9 +15,6 @@
 
 #include "os/os.h"
 
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
 #define COMMAND_LINE 1024        /* bytes of it that are read */
 #define INITIAL_TIME 0xEFFFFFFAu /* inode of the first time namespace (PROC_TIME_INIT_INO, linux/proc_ns.h) */
 #define TICKS 100u               /* a second, where x86-64 tells clock ticks (USER_HZ) */
@@ -33,7 +30,7 @@ struct dirent64 {
 /* -- Sockets ------------------------------------------------------------------------------------------------------ */
 
 /* Reads a small file of /proc; the length, or -errno. */
-int ps_sys_read_file(const char *path, char *to, size_t size) {
+static int read_file(const char *path, char *to, size_t size) {
     int fd = ps_sys_result(open(path, O_RDONLY | O_CLOEXEC));
     if (fd < 0)
         return fd;
@@ -43,7 +40,7 @@ int ps_sys_read_file(const char *path, char *to, size_t size) {
     return length;
 }
 
-uint64_t ps_sys_number(const char *digits) {
+static uint64_t number_of(const char *digits) {
     uint64_t number = 0;
     while (*digits >= '0' && *digits <= '9')
         number = number * 10 + (uint64_t)(*digits++ - '0');
@@ -69,12 +66,12 @@ static bool boottime_shift(uint64_t *ticks) {
     if (own.st_ino == INITIAL_TIME)
         return true;
     if (stat("/proc/self/ns/time_for_children", &children) || children.st_ino != own.st_ino ||
-        ps_sys_read_file("/proc/self/timens_offsets", text, sizeof text) <= 0)
+        read_file("/proc/self/timens_offsets", text, sizeof text) <= 0)
         return false;
     const char *line = strchr(text, '\n'); /* the second is "boottime SECONDS NANOSECONDS" */
     const char *seconds = line ? next_word(line + 1) : text, *nanoseconds = next_word(seconds);
-    uint64_t whole = ps_sys_number(*seconds == '-' ? seconds + 1 : seconds) * TICKS;
-    *ticks = (*seconds == '-' ? -whole : whole) + ps_sys_number(nanoseconds) / (1000000000 / TICKS);
+    uint64_t whole = number_of(*seconds == '-' ? seconds + 1 : seconds) * TICKS;
+    *ticks = (*seconds == '-' ? -whole : whole) + number_of(nanoseconds) / (1000000000 / TICKS);
     return true;
 }
 
@@ -84,12 +81,12 @@ uint64_t ps_sys_start_time(int pid) {
     ps_sys_put_text(&end, "/proc/");
     ps_sys_put_number(&end, (unsigned long)pid);
     ps_sys_put_text(&end, "/stat");
-    if (!boottime_shift(&shift) || ps_sys_read_file(path, text, sizeof text) <= 0)
+    if (!boottime_shift(&shift) || read_file(path, text, sizeof text) <= 0)
         return 0;
     char *at = strrchr(text, ')'); /* the command may hold spaces and parentheses */
     for (int field = 2; at && field < 22; field++)
         at = strchr(at + 1, ' ');
-    return at ? ps_sys_number(at + 1) - shift : 0;
+    return at ? number_of(at + 1) - shift : 0;
 }
 
 uint64_t ps_sys_pid_namespace(void) {
@@ -99,7 +96,7 @@ uint64_t ps_sys_pid_namespace(void) {
 
 void ps_sys_command(char *to, size_t size) {
     char line[COMMAND_LINE];
-    int length = ps_sys_read_file("/proc/self/cmdline", line, sizeof line);
+    int length = read_file("/proc/self/cmdline", line, sizeof line);
     size_t word = 0, end = 0;
     for (int i = 0; i < length; i++) {
         if (line[i] == '/')
@@ -123,7 +120,7 @@ static bool proc_is_ours(void) {
 /* Where its file cannot be read (no descriptor is left, /proc hides it), only of one that is no more. */
 static bool thread_without_memory(const char *statm, int pid, int tid) {
     char text[64];
-    return ps_sys_read_file(statm, text, sizeof text) > 0 ? !memcmp(text, "0 ", 2) : !ps_sys_thread_is_there(pid, tid);
+    return read_file(statm, text, sizeof text) > 0 ? !memcmp(text, "0 ", 2) : !ps_sys_thread_is_there(pid, tid);
 }
 
 /* 1: every thread has given up its memory; 0: one has not; -errno: cannot tell. */
@@ -145,7 +142,7 @@ static int threads_without_memory(int pid) {
             ps_sys_put_text(&end, "/");
             ps_sys_put_text(&end, name);
             ps_sys_put_text(&end, "/statm");
-            held = !thread_without_memory(path, pid, (int)ps_sys_number(name));
+            held = !thread_without_memory(path, pid, (int)number_of(name));
         }
     close(dir);
     return held ? 0 : length < 0 ? length : seen ? 1 : -ESRCH;

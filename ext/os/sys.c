@@ -19,46 +19,37 @@
 #ifndef SYS_futex_waitv
 #define SYS_futex_waitv 449
 #endif
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
-#ifndef SYS_pidfd_getfd
-#define SYS_pidfd_getfd 438
-#endif
 #define WAITV_32 2 /* FUTEX2_SIZE_U32, not private */
-#ifndef SYS_userfaultfd
-#define SYS_userfaultfd 323
-#endif
 
 struct waitv {
     uint64_t value, address;
     uint32_t flags, reserved;
 };
 
-struct timespec ps_sys_timespec(int64_t ns) {
+static struct timespec timespec_of(int64_t ns) {
     return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
 }
 
-uint64_t ps_sys_clock(clockid_t clock) {
+static uint64_t clock_ns(clockid_t clock) {
     struct timespec now;
     clock_gettime(clock, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 int64_t ps_sys_now(void) {
-    return (int64_t)ps_sys_clock(CLOCK_MONOTONIC);
+    return (int64_t)clock_ns(CLOCK_MONOTONIC);
 }
 
 uint64_t ps_sys_boottime(void) {
-    return ps_sys_clock(CLOCK_BOOTTIME);
+    return clock_ns(CLOCK_BOOTTIME);
 }
 
 uint64_t ps_sys_realtime(void) {
-    return ps_sys_clock(CLOCK_REALTIME);
+    return clock_ns(CLOCK_REALTIME);
 }
 
 uint64_t ps_sys_coarse(void) {
-    return ps_sys_clock(CLOCK_MONOTONIC_COARSE);
+    return clock_ns(CLOCK_MONOTONIC_COARSE);
 }
 
 void ps_sys_pause(void) {
@@ -111,7 +102,7 @@ int ps_sys_random(void *to, size_t length) {
 }
 
 int ps_sys_wait(struct ps_watch watch, uint32_t bitset, int64_t deadline) {
-    struct timespec at = ps_sys_timespec(deadline);
+    struct timespec at = timespec_of(deadline);
     return ps_sys_result(syscall(SYS_futex, watch.word, FUTEX_WAIT_BITSET, watch.value,
                                  deadline == PS_NEVER ? NULL : &at, NULL, bitset));
 }
@@ -121,7 +112,7 @@ static struct waitv waitv_of(struct ps_watch watch) {
 }
 
 static int wait_vector(const struct waitv *words, uint32_t count, struct ps_watch first, int64_t deadline) {
-    struct timespec at = ps_sys_timespec(deadline);
+    struct timespec at = timespec_of(deadline);
     int rc =
         ps_sys_result(syscall(SYS_futex_waitv, words, count, 0, deadline == PS_NEVER ? NULL : &at, CLOCK_MONOTONIC));
     if (rc >= 0 || rc == -EAGAIN || rc == -EINTR || rc == -ETIMEDOUT)

@@ -27,9 +27,6 @@
 #endif
 #define REGISTER_FILES 2 /* IORING_REGISTER_FILES */
 #define PAGE 4096u
-#ifndef SYS_userfaultfd
-#define SYS_userfaultfd 323
-#endif
 
 int ps_sys_userfaultfd(void) {
     struct uffdio_api api = {

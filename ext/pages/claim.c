@@ -1,8 +1,10 @@
 /* claim.c - the claim on a participant's page tables, and with it the page lock.
  *
  * A claim knows 0 -> me, dead owner -> me, me -> 0: it is held for microseconds.
- * Invariant: the claim is not waited for with the page lock: another process may
- * be stopped with it, and our leases need the page lock alone.
+ * Invariants
+ *  1. The claim is not waited for with the page lock: another process may be
+ *     stopped with it, and our leases need the page lock alone.
+ *  2. Both are held over changes of page tables only.
  * Runs in: caller, agent, signal handler.
  */
 #define _GNU_SOURCE

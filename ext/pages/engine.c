@@ -18,7 +18,7 @@
  * Invariants
  *  1. No waiting but for our own locks, and no writes to shared state but for the
  *     own capabilities: what did not succeed is nobody else's to change.
- *  2. Called under the page lock; to arm or disarm, with the claim (lock.c):
+ *  2. Called under the page lock; to arm or disarm, with the claim (claim.c):
  *     a caller outside takes "registered" for "marks are all there is to it".
  *  3. Rights come from the map and from our own leases alone; what the map says
  *     is masked, never trusted.
@@ -302,6 +302,46 @@ static void doubt(struct ps_region *region) {
             set_chunks(region, chunk * PS_CHUNK, 1, DOUBT);
 }
 
+/* Pages that were in quarantine are shared, no-access, and not registered, until their chunks are settled. */
+static int restore(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = ps_region_map_again(region, first, count);
+    for (uint64_t page = first, end = first + count, run; region->uffd && page < end && !rc; page += run) {
+        uint8_t state;
+        run = same_chunks(region, page, end, &state);
+        if (state != PLAIN)
+            set_chunks(region, page, run, DOUBT);
+    }
+    return rc;
+}
+
+static void drop(struct ps_region *region, uint32_t index) {
+    uint32_t left = region->quarantines - 1 - index;
+    memmove(&region->quarantine[index], &region->quarantine[index + 1], left * sizeof *region->quarantine);
+    atomic_store_explicit(&region->quarantines, region->quarantines - 1, memory_order_relaxed);
+}
+
+/* All runs that have to do with the range, which becomes the one that is to follow the map then. */
+static int end_quarantine(struct ps_region *region, uint64_t *first, uint64_t *count) {
+    uint64_t near = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
+    for (uint32_t i = 0; i < region->quarantines;) {
+        const struct ps_quarantine run = region->quarantine[i];
+        if (!ps_quarantine_overlaps(&run, from / near * near, (end + near - 1) / near * near)) {
+            i++;
+            continue;
+        }
+        int rc = restore(region, run.first, run.count);
+        if (rc)
+            return rc;
+        drop(region, i);
+        from = run.first < from ? run.first : from;
+        end = run.first + run.count > end ? run.first + run.count : end;
+        i = 0; /* it may have come near to others */
+    }
+    *first = from;
+    *count = end - from;
+    return 0;
+}
+
 static _Atomic uint32_t *capabilities(const struct ps_region *region) {
     return &ps_slot(region, region->slot)->capabilities;
 }
@@ -314,7 +354,7 @@ static void out_of_reach(struct ps_region *region) {
 }
 
 int ps_engine_apply(struct ps_region *region, uint64_t first, uint64_t count) {
-    int rc = region->quarantines ? ps_quarantine_end(region, &first, &count) : 0;
+    int rc = region->quarantines ? end_quarantine(region, &first, &count) : 0;
     if (!rc)
         rc = follow(region, first, count);
     if (rc && region->uffd) {
@@ -336,18 +376,6 @@ int ps_engine_sync(struct ps_region *region) {
     if (atomic_load_explicit(&region->unsynced, memory_order_seq_cst))
         atomic_fetch_and_explicit(capabilities(region), ~PS_CAN_UFFD, memory_order_seq_cst);
     return 0;
-}
-
-/* Pages that were in quarantine are shared, no-access, and not registered, until their chunks are settled. */
-int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count) {
-    int rc = ps_region_map_again(region, first, count);
-    for (uint64_t page = first, end = first + count, run; region->uffd && page < end && !rc; page += run) {
-        uint8_t state;
-        run = same_chunks(region, page, end, &state);
-        if (state != PLAIN)
-            set_chunks(region, page, run, DOUBT);
-    }
-    return rc;
 }
 
 /* Taking all rights from the whole mapping merges its VMAs, so it succeeds where nothing else does.  Should it
@@ -461,32 +489,4 @@ int ps_engine_mend(struct ps_region *region, uint64_t page) {
 void ps_engine_refuse(struct ps_region *region, uint64_t page) {
     out_of_reach(region);
     set_vma(region, page, 1, PROT_READ);
-}
-
-static void drop(struct ps_region *region, uint32_t index) {
-    uint32_t left = region->quarantines - 1 - index;
-    memmove(&region->quarantine[index], &region->quarantine[index + 1], left * sizeof *region->quarantine);
-    atomic_store_explicit(&region->quarantines, region->quarantines - 1, memory_order_relaxed);
-}
-
-/* All runs that have to do with the range, which becomes the one that is to follow the map then. */
-int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count) {
-    uint64_t near = region->uffd ? PS_CHUNK : 1, from = *first, end = *first + *count;
-    for (uint32_t i = 0; i < region->quarantines;) {
-        const struct ps_quarantine run = region->quarantine[i];
-        if (!ps_quarantine_overlaps(&run, from / near * near, (end + near - 1) / near * near)) {
-            i++;
-            continue;
-        }
-        int rc = ps_engine_restore(region, run.first, run.count);
-        if (rc)
-            return rc;
-        drop(region, i);
-        from = run.first < from ? run.first : from;
-        end = run.first + run.count > end ? run.first + run.count : end;
-        i = 0; /* it may have come near to others */
-    }
-    *first = from;
-    *count = end - from;
-    return 0;
 }

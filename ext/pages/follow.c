@@ -23,6 +23,55 @@
 #define PIECE (4u * PS_CHUNK) /* pages */
 #define SLICE (20 * PS_MS)    /* of the agent's own waits: does anybody still want it? */
 
+/* -- What a snapshot asks -------------------------------------------------------------------------------------- */
+
+/* Pages that were opened in one round of preparing. */
+static int follow_dirty(struct ps_region *region, uint32_t index, uint8_t state, uint64_t first, uint64_t end) {
+    const _Atomic uint8_t *states = ps_snapshot_states(region, index);
+    int rc = 0;
+    for (uint64_t page = first; !rc && (page = ps_snapshot_next_touched(region, index, page, end)) < end;) {
+        uint64_t run = 0;
+        while (page + run < end && ps_state_at(states, page + run) == state)
+            run++;
+        if (run)
+            rc = ps_engine_apply(region, page, run);
+        page += run ? run : 1;
+    }
+    return rc;
+}
+
+/* Pages that not all may write are as closed as before; following them too would take their marks, which leases need.
+ */
+static int follow_writable(struct ps_region *region, uint64_t first, uint64_t count) {
+    int rc = 0;
+    for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
+        uint32_t prot;
+        run = ps_run(region, page, end, &prot);
+        if (prot & PROT_WRITE)
+            rc = ps_engine_apply(region, page, run);
+    }
+    return rc;
+}
+
+/* In the place of the map's: what a PS_FOLLOW asks of its own page tables. */
+static int follow_snapshot(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count) {
+    if (how == PS_FOLLOW_NOTHING)
+        return 0;
+    if (how == PS_FOLLOW_OPEN) { /* less than all is no fault: who stores there mends it */
+        follow_writable(region, first, count);
+        return 0;
+    }
+    if (how == PS_FOLLOW_ALL) { /* who cannot have the mapping says so now: a store could only die of it later */
+        int rc = ps_snapshot_map_shadow(region);
+        return rc ? rc : follow_writable(region, first, count);
+    }
+    int rc = 0;
+    for (uint64_t mask = ps_snapshots_live(region); mask && !rc; mask &= mask - 1)
+        rc = follow_dirty(region, (uint32_t)__builtin_ctzll(mask), (uint8_t)(how >> PS_FOLLOW_SHIFT), first,
+                          first + count);
+    return rc;
+}
+
 /* -- Following ------------------------------------------------------------------------------------------------- */
 
 /* What a snapshot asks of all pages is done in pieces before we follow: a thread of ours that stores meanwhile waits
@@ -37,7 +86,7 @@ static void go_ahead(struct ps_region *region, uint64_t generation, int64_t dead
             return;
         bool last = pages - first <= PIECE;
         bool usual = ps_applied(region) + 1 == generation && !region->failed && !region->fenced && !region->unsynced;
-        int rc = usual ? ps_snapshot_follow(region, entry.prot, first, last ? pages - first : PIECE) : -EAGAIN;
+        int rc = usual ? follow_snapshot(region, entry.prot, first, last ? pages - first : PIECE) : -EAGAIN;
         if (last && !rc)
             region->ahead = generation;
         ps_pages_pass(region);
@@ -56,7 +105,7 @@ static int catch_up(struct ps_region *region, uint64_t from, uint64_t to) {
         if (!ps_change_read(region, generation, &entry)) /* overwritten meanwhile */
             return ps_engine_apply(region, 0, region->shape.pages);
         int rc = entry.kind != PS_FOLLOW       ? ps_engine_apply(region, entry.first, entry.count)
-                 : region->ahead != generation ? ps_snapshot_follow(region, entry.prot, 0, region->shape.pages)
+                 : region->ahead != generation ? follow_snapshot(region, entry.prot, 0, region->shape.pages)
                                                : 0;
         if (rc)
             return rc;
@@ -211,53 +260,4 @@ int ps_follow_all(struct ps_region *region) {
 void ps_agent_wake(struct ps_region *region) {
     _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
     ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot));
-}
-
-/* -- What page tables may be ----------------------------------------------------------------------------------- */
-
-/* Pages that were opened in one round of preparing. */
-static int follow_dirty(struct ps_region *region, uint32_t index, uint8_t state, uint64_t first, uint64_t end) {
-    const _Atomic uint8_t *states = ps_snapshot_states(region, index);
-    int rc = 0;
-    for (uint64_t page = first; !rc && (page = ps_snapshot_next_touched(region, index, page, end)) < end;) {
-        uint64_t run = 0;
-        while (page + run < end && ps_state_at(states, page + run) == state)
-            run++;
-        if (run)
-            rc = ps_engine_apply(region, page, run);
-        page += run ? run : 1;
-    }
-    return rc;
-}
-
-/* Pages that not all may write are as closed as before; following them too would take their marks, which leases need.
- */
-static int follow_writable(struct ps_region *region, uint64_t first, uint64_t count) {
-    int rc = 0;
-    for (uint64_t page = first, end = first + count, run; page < end && !rc; page += run) {
-        uint32_t prot;
-        run = ps_run(region, page, end, &prot);
-        if (prot & PROT_WRITE)
-            rc = ps_engine_apply(region, page, run);
-    }
-    return rc;
-}
-
-/* In the place of the map's: what a PS_FOLLOW asks of its own page tables. */
-int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count) {
-    if (how == PS_FOLLOW_NOTHING)
-        return 0;
-    if (how == PS_FOLLOW_OPEN) { /* less than all is no fault: who stores there mends it */
-        follow_writable(region, first, count);
-        return 0;
-    }
-    if (how == PS_FOLLOW_ALL) { /* who cannot have the mapping says so now: a store could only die of it later */
-        int rc = ps_snapshot_map_shadow(region);
-        return rc ? rc : follow_writable(region, first, count);
-    }
-    int rc = 0;
-    for (uint64_t mask = ps_snapshots_live(region); mask && !rc; mask &= mask - 1)
-        rc = follow_dirty(region, (uint32_t)__builtin_ctzll(mask), (uint8_t)(how >> PS_FOLLOW_SHIFT), first,
-                          first + count);
-    return rc;
 }

@@ -44,11 +44,8 @@ void ps_engine_close(struct ps_region *region);
 int ps_engine_forget(struct ps_region *region);
 int ps_engine_sync(struct ps_region *region);
 void ps_engine_refuse(struct ps_region *region, uint64_t page);
-int ps_engine_restore(struct ps_region *region, uint64_t first, uint64_t count);
-int ps_quarantine_end(struct ps_region *region, uint64_t *first, uint64_t *count);
 
 /* follow.c */
-int ps_snapshot_follow(struct ps_region *region, uint32_t how, uint64_t first, uint64_t count);
 int ps_agent_follow(struct ps_region *region, uint64_t generation, int64_t deadline);
 void ps_agent_settle(struct ps_region *region, int64_t deadline);
 int ps_agent_help(struct ps_region *region, int rc, int64_t deadline);

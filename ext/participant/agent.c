@@ -15,11 +15,8 @@
  *  2. Its table of descriptors is private and holds the memfd, the name's
  *     entry, the userfaultfd and its socket only: nothing that the program closes
  *     can be lost with them, and no pipe of the program stays open in it.
- *  3. An acknowledgement follows the page tables: whoever follows holds the page
- *     lock and the claim from the first change of them to the exchange.
- *  4. Never more rights than the map gives once `applied` says so: on failure
- *     the agent reports and is undone, or fences itself.
- * Runs in: agent; ps_agent_follow and ps_agent_settle also in a caller.
+ * Not here: what following keeps to (pages/follow.c).
+ * Runs in: agent; starting and stopping it in a caller, or in a forked child.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -30,14 +30,14 @@ static void forget_all(struct ps_region *region) {
 }
 
 /* Nothing is left of it but the reservation. */
-void ps_region_shut(struct ps_region *region) {
+static void shut(struct ps_region *region) {
     forget_all(region);
     atomic_store_explicit(&region->use, PS_SHUT, memory_order_release);
 }
 
 /* Of a region that did not open, or whose opening thread did not come along in a fork. */
-void ps_region_discard(struct ps_region *region) {
-    ps_region_shut(region);
+static void discard(struct ps_region *region) {
+    shut(region);
     ps_release(region);
 }
 
@@ -73,9 +73,9 @@ static void join_again(struct ps_region *region, int64_t deadline) {
     if (!rc) /* or detached: ps_ready tries again */
         ps_cached_get(region, &region->userfault);
     if (use == PS_OPENING) /* by a thread that is not here */
-        ps_region_discard(region);
+        discard(region);
     else if (use == PS_CLOSING) /* likewise; its owner gives the reservation back */
-        ps_region_shut(region);
+        shut(region);
 }
 
 static void in_child(void) {
@@ -107,7 +107,7 @@ int ps_attach(int fd, int name_fd, enum ps_engine engine, struct ps_region **out
     region->policy = shape.policy;
     rc = ps_region_fill(region, fd, name_fd);
     if (rc)
-        ps_region_discard(region);
+        discard(region);
     *out = region;
     return rc;
 }
@@ -124,7 +124,7 @@ int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outco
     }
     if (rc) {
         *field = atomic_load_explicit(&region->corrupt, memory_order_relaxed);
-        ps_region_discard(region);
+        discard(region);
         return rc;
     }
     atomic_store_explicit(&region->use, PS_OPEN, memory_order_release);
@@ -137,7 +137,7 @@ int ps_join(struct ps_region *region, int64_t deadline, struct ps_outcome *outco
 
 void ps_join_abandon(struct ps_region *region) {
     ps_agent_stop(region);
-    ps_region_discard(region);
+    discard(region);
 }
 
 /* At once, so that no fork comes in between: a child of a process that is closing it has no part in it. */
@@ -151,7 +151,7 @@ int ps_close_begin(struct ps_region *region) {
 
 void ps_close(struct ps_region *region) {
     ps_agent_stop(region);
-    ps_region_shut(region);
+    shut(region);
 }
 
 void ps_release(struct ps_region *region) {

@@ -17,8 +17,6 @@ void ps_agent_stop(struct ps_region *region);
 bool ps_agent_lost(struct ps_region *region);
 
 /* attach.c */
-void ps_region_shut(struct ps_region *region);
-void ps_region_discard(struct ps_region *region);
 
 /* names.c */
 void ps_name_write_row(struct ps_region *region, bool present);

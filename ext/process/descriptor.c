@@ -19,12 +19,63 @@
 #define OWN_HIGH 512          /* our own below those of others */
 #define OWN_WAIT (50 * PS_MS) /* for our own agent to answer */
 
-/* -- Descriptors --------------------------------------------------------------------------------------------- */
+/* -- Asking an agent, and our own for our userfaultfd ------------------------------------------------------------ */
 
 bool ps_cached_leads(int fd, const struct ps_cached *cached) {
     struct stat file;
     return fd >= 0 && !fstat(fd, &file) && file.st_ino == cached->inode && file.st_dev == cached->device;
 }
+
+/* Its agent answers when it runs next; the caller wakes it, and collects. */
+void ps_descriptor_ask(struct ps_region *region, uint32_t index, int *socket) {
+    struct ps_shm_slot *slot = ps_slot(region, index);
+    uint32_t name;
+    if (*socket < 0)
+        *socket = ps_sys_socket(&name);
+    if (*socket >= 0 && ps_sys_socket_ask(*socket, atomic_load_explicit(&slot->socket, memory_order_relaxed)) >= 0)
+        atomic_store_explicit(&slot->asked, 1, memory_order_release); /* pairs with ps_borrow_answer */
+}
+
+static int own_by_socket(struct ps_region *region) {
+    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
+    int64_t end = ps_sys_now() + OWN_WAIT;
+    int socket = -1, pid, fd = -1;
+    bool answered = false;
+    uint32_t index;
+    ps_descriptor_ask(region, region->slot, &socket);
+    if (socket < 0)
+        return socket;
+    while (fd < 0 && !answered && ps_sys_now() < end) {
+        ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
+        if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
+            answered |= !ps_sys_socket_take(socket, &pid, &fd, &index);
+    }
+    close(socket);
+    return fd >= 0 ? fd : answered ? -EMFILE : -EBADF; /* the kernel drops a descriptor for which there is no number */
+}
+
+/* A copy for the program's table. */
+static int own_userfault(struct ps_region *region) {
+    int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
+    if (fd == -EMFILE || fd == -ENFILE) /* the socket would need as many numbers */
+        return fd;
+    if (fd < 0 || !ps_cached_leads(fd, &region->userfault)) {
+        if (fd >= 0)
+            close(fd);
+        fd = own_by_socket(region);
+    }
+    if (fd < 0)
+        return fd;
+    int high = ps_sys_fd_high(fd, OWN_HIGH);
+    if (high >= 0)
+        close(fd);
+    else /* no high number is free */
+        high = fd;
+    ps_process_took(high);
+    return high;
+}
+
+/* -- The cache ----------------------------------------------------------------------------------------------- */
 
 /* flock(LOCK_SH) on a name's entry in the program's table too: a child that has been forked and has not joined yet
  * inherits it, so the name does not look stale if the parent ends in between. */
@@ -46,7 +97,7 @@ static int fetch(struct ps_region *region, struct ps_cached *cached) {
     uint32_t use = atomic_load_explicit(&region->use, memory_order_acquire);
     if (agents < 0 || !ps_running(region) || (use != PS_OPEN && use != PS_OPENING))
         return -EBADF;
-    return take_hold(cached, cached->kind == PS_USERFAULT ? ps_borrow_own(region)
+    return take_hold(cached, cached->kind == PS_USERFAULT ? own_userfault(region)
                                                           : ps_sys_reopen_of(getpid(), region->tid, agents));
 }
 
@@ -86,8 +137,6 @@ int ps_data(struct ps_region *region, uint64_t *page, uint64_t *count) {
     return fd < 0 ? fd : ps_region_data(fd, region->shape.control_size, region->shape.pages, page, count);
 }
 
-/* -- Attach, close ------------------------------------------------------------------------------------------- */
-
 int ps_cached_identify(struct ps_cached *cached, enum ps_cached_kind kind, int fd) {
     struct stat file;
     cached->kind = kind;
@@ -116,55 +165,4 @@ void ps_cached_forget(struct ps_region *region, struct ps_cached *cached) {
         close(cached->fd);
     cached->fd = -1;
     ps_private_unlock(&region->descriptor_lock);
-}
-
-/* Its agent answers when it runs next; the caller wakes it, and collects. */
-void ps_descriptor_ask(struct ps_region *region, uint32_t index, int *socket) {
-    struct ps_shm_slot *slot = ps_slot(region, index);
-    uint32_t name;
-    if (*socket < 0)
-        *socket = ps_sys_socket(&name);
-    if (*socket >= 0 && ps_sys_socket_ask(*socket, atomic_load_explicit(&slot->socket, memory_order_relaxed)) >= 0)
-        atomic_store_explicit(&slot->asked, 1, memory_order_release); /* pairs with ps_borrow_answer */
-}
-
-/* -- Our own ------------------------------------------------------------------------------------------------------ */
-
-static int own_by_socket(struct ps_region *region) {
-    _Atomic uint32_t *low = (_Atomic uint32_t *)(void *)&ps_header(region)->generation;
-    int64_t end = ps_sys_now() + OWN_WAIT;
-    int socket = -1, pid, fd = -1;
-    bool answered = false;
-    uint32_t index;
-    ps_descriptor_ask(region, region->slot, &socket);
-    if (socket < 0)
-        return socket;
-    while (fd < 0 && !answered && ps_sys_now() < end) {
-        ps_sys_wake(low, INT32_MAX, ps_slot_bit(region->slot)); /* again: it may have been about to sleep */
-        if (!ps_sys_socket_wait(socket, ps_sys_now() + PS_MS))
-            answered |= !ps_sys_socket_take(socket, &pid, &fd, &index);
-    }
-    close(socket);
-    return fd >= 0 ? fd : answered ? -EMFILE : -EBADF; /* the kernel drops a descriptor for which there is no number */
-}
-
-/* A copy for the program's table. */
-int ps_borrow_own(struct ps_region *region) {
-    int fd = ps_sys_fd_of_thread(region->tid, region->own_userfault);
-    if (fd == -EMFILE || fd == -ENFILE) /* the socket would need as many numbers */
-        return fd;
-    if (fd < 0 || !ps_cached_leads(fd, &region->userfault)) {
-        if (fd >= 0)
-            close(fd);
-        fd = own_by_socket(region);
-    }
-    if (fd < 0)
-        return fd;
-    int high = ps_sys_fd_high(fd, OWN_HIGH);
-    if (high >= 0)
-        close(fd);
-    else /* no high number is free */
-        high = fd;
-    ps_process_took(high);
-    return high;
 }

@@ -24,13 +24,6 @@
 #include "process/process.h"
 #include "segment/segment.h"
 
-/* Far from where the kernel looks for room (mmap_base, downwards) and from the heap: the range that a raw
- * child loses by DONTFORK is not handed out again there.  A build with a sanitizer moves it. */
-#ifndef PS_FAR_BASE
-#define PS_FAR_BASE 0x100000000000u
-#define PS_FAR_SIZE 0x400000000000u
-#endif
-#define CHUNK (2u << 20) /* data begins on a page-table boundary */
 #define RESERVED (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 #define SPAN_MAX (PS_FAR_SIZE / 2)
 
@@ -64,7 +57,7 @@ int ps_region_place(struct ps_region *region) {
     region->span = span_of(&region->shape);
     if (region->span > SPAN_MAX)
         return -ENOMEM;
-    uint64_t unit = (uint64_t)region->shape.unit * PS_PAGE, step = unit > CHUNK ? unit : CHUNK;
+    uint64_t unit = (uint64_t)region->shape.unit * PS_PAGE, step = unit > PS_BOUNDARY ? unit : PS_BOUNDARY;
     uint64_t room = (PS_FAR_SIZE - region->span) / step - data / step - 1;
     uint64_t at = region->shape.nonce[0];
     for (int tries = 0; tries < 4096; tries++) {

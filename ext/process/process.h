@@ -168,7 +168,6 @@ int ps_cached_identify(struct ps_cached *cached, enum ps_cached_kind kind, int f
 void ps_cached_forget(struct ps_region *region, struct ps_cached *cached);
 bool ps_cached_leads(int fd, const struct ps_cached *cached);
 int ps_query_fd(struct ps_region *region);
-int ps_borrow_own(struct ps_region *region);
 int ps_cached_set(struct ps_cached *cached, enum ps_cached_kind kind, int fd);
 void ps_descriptor_ask(struct ps_region *region, uint32_t index, int *socket);
 

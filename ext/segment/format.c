@@ -16,14 +16,6 @@
 #include "segment/segment.h"
 #include "types.h"
 
-/* Far from where the kernel looks for room (mmap_base, downwards) and from the heap: the range that a raw
- * child loses by DONTFORK is not handed out again there.  A build with a sanitizer moves it. */
-#ifndef PS_FAR_BASE
-#define PS_FAR_BASE 0x100000000000u
-#define PS_FAR_SIZE 0x400000000000u
-#endif
-#define CHUNK (2u << 20) /* data begins on a page-table boundary */
-
 static uint64_t whole_pages(uint64_t bytes) {
     return (bytes + PS_PAGE - 1) / PS_PAGE * PS_PAGE;
 }
@@ -73,7 +65,7 @@ static uint64_t data_pages(const struct ps_shm_header *header) {
 /* What follows from size, page size, slots and flags. */
 void ps_region_lay_out(struct ps_shm_header *header) {
     /* A transparent huge page begins on its own boundary in the memfd too. */
-    uint64_t at = PS_PAGE, unit = header->flags & PS_REGION_THP ? CHUNK : header->page_size;
+    uint64_t at = PS_PAGE, unit = header->flags & PS_REGION_THP ? PS_BOUNDARY : header->page_size;
     header->pages = data_pages(header);
     header->areas = areas_for(header->pages, header->page_size);
     for (uint32_t kind = PS_SEC_SLOTS; kind <= PS_SEC_LAST; kind++) {

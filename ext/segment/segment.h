@@ -15,10 +15,17 @@
 #include "types.h"
 
 #define PS_PAGE 4096u
-#define PS_GUARD (64u * 1024u) /* before the data, no-access: it begins with the canary */
-#define PS_CANARY                                                                                                      \
-    (2 * PS_PAGE)     /* marked in the place of data, to see who marks what (change/borrow.c, pages/engine.c) */
-#define PS_CHUNK 512u /* pages that the uffd engine arms together: those of one page table */
+#define PS_GUARD (64u * 1024u)  /* before the data, no-access: it begins with the canary */
+#define PS_BOUNDARY (2u << 20)  /* of page tables: there data begins */
+#define PS_CANARY (2 * PS_PAGE) /* in the place of data: marked, to see who marks what */
+#define PS_CHUNK 512u           /* pages that the uffd engine arms together: those of one page table */
+
+/* Far from where the kernel looks for room (mmap_base, downwards) and from the heap: the range that a raw
+ * child loses by DONTFORK is not handed out again there.  A build with a sanitizer moves it. */
+#ifndef PS_FAR_BASE
+#define PS_FAR_BASE 0x100000000000u
+#define PS_FAR_SIZE 0x400000000000u
+#endif
 
 /* What is to be made. */
 struct ps_creation {

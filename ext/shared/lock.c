@@ -1,20 +1,19 @@
-/* lock.c - words owned by (slot, epoch), and two that are private.
+/* lock.c - words owned by (slot, epoch).
  *
- * Lives here: the writer lock and its take-over from the dead; the claim on
- * a participant's page tables; the locks of one process; until when a call
+ * Lives here: the writer lock and its take-over from the dead; until when a call
  * waits, and what is told of that.
+ * Not here: claims and the page lock (pages/claim.c), locks of one process
+ * (process/sleep.c).
  *
  * The writer lock word (see PS_OWNER_*) and its transitions:
  *   0              -> me               CAS, acquire; with WAITING if we have slept: others may sleep still
  *   owner          -> owner | WAITING  CAS, before sleeping
  *   dead owner     -> me | WAITING     CAS, acquire; only one of several who saw the death wins
  *   me [| WAITING] -> 0                exchange, release; wakes one if WAITING was set
- * A claim knows 0 -> me, dead owner -> me, me -> 0: it is held for microseconds.
  * Invariants
  *  1. A holder is known by (slot, epoch), which no namespace can confuse.
  *  2. No wait without a backstop: a wake-up can die with the process it woke.
- *  3. The page lock and a claim are only held over changes of page tables.
- *  4. Every wait ends at a deadline, or with the holder: also where that is one
+ *  3. Every wait ends at a deadline, or with the holder: also where that is one
  *     thread of a process that goes on.
  * Runs in: caller, agent, fork child's agent.
  */

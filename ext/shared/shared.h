@@ -79,7 +79,6 @@ bool ps_slot_marked(const struct ps_region *region);
 bool ps_slot_dead(struct ps_region *region, uint32_t slot, uint32_t status);
 void ps_slot_bury(struct ps_region *region, uint32_t slot, uint32_t status);
 uint32_t ps_slots_used(const struct ps_region *region);
-int ps_name_clear_row(const struct ps_region *region, uint32_t slot); /* there is memory for it; else -errno */
 
 /* states.c */
 void ps_snapshot_forsake(struct ps_region *region);

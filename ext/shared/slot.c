@@ -79,10 +79,17 @@ static bool leaving(struct ps_region *region, uint32_t index) {
            atomic_load_explicit(&slot->live, memory_order_acquire) & FUTEX_OWNER_DIED;
 }
 
+/* There is memory for it; else -errno. */
+static int clear_row(const struct ps_region *region, uint32_t slot) {
+    int entry = atomic_load_explicit(&region->own_entry, memory_order_relaxed);
+    struct ps_entry_row row = {0};
+    return entry < 0 ? 0 : ps_sys_write_at(entry, &row, sizeof row, (uint64_t)ps_row_offset(slot));
+}
+
 /* Who attaches fails where there is no memory for its row: nobody could reach it by the name that it would keep.  A
  * forked child goes on without: it has the memory already. */
 static int make_row(const struct ps_region *region, uint32_t index) {
-    int rc = ps_name_clear_row(region, index);
+    int rc = clear_row(region, index);
     return atomic_load_explicit(&region->use, memory_order_relaxed) == PS_OPENING ? rc : 0;
 }
 
@@ -262,10 +269,4 @@ int ps_participant(struct ps_region *region, uint32_t index, struct ps_participa
     out->applied = atomic_load_explicit(&slot->applied, memory_order_relaxed);
     out->alive = index == region->slot || !ps_slot_dead(region, index, status);
     return 1;
-}
-
-int ps_name_clear_row(const struct ps_region *region, uint32_t slot) {
-    int entry = atomic_load_explicit(&region->own_entry, memory_order_relaxed);
-    struct ps_entry_row row = {0};
-    return entry < 0 ? 0 : ps_sys_write_at(entry, &row, sizeof row, (uint64_t)ps_row_offset(slot));
 }
